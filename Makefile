@@ -1,0 +1,43 @@
+# Everything runs in .venv/, which `make env` (a part of the others) makes with
+# the pinned packages and keeps while pyproject.toml and requirements.txt stay
+# the same. Only Python 3.11+ is needed. make PYTHON=... picks the interpreter.
+.POSIX:
+
+SEED = 0
+PRESET = mid
+# Test processes; 2 suits two cores.
+JOBS = 2
+BIN = .venv/bin
+
+help:
+	@echo "make demo    train a tiny model on Sudoku (minutes, CPU); SEED=$(SEED)"
+	@echo "make test    lint, types and tests; JOBS=$(JOBS) test processes"
+	@echo "make bench   seconds and FLOP/s of a train step; PRESET=$(PRESET)"
+	@echo "make format  let ruff format the code and fix what it can"
+	@echo "make env     only make or update .venv"
+	@echo "make clean   remove .venv and caches"
+
+env:
+	@PYTHON="$(PYTHON)" sh tools/env.sh
+
+demo: env
+	@$(BIN)/python -m agrpo_jax.demo --seed=$(SEED)
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+bench: env
+	@$(BIN)/python benchmarks/step.py --preset=$(PRESET)
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help env demo test bench format clean
