@@ -12,17 +12,22 @@ usable() {
 sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
+if [ -n "${PYTHON:-}" ]; then
+  set -- "$PYTHON"
+else
+  set -- python3.13 python3.12 python3.11 python3
+fi
+
 find_python() {
-  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
+  for candidate in "$@"; do
     if usable "$candidate"; then
       echo "$candidate"
       return
     fi
   done
-  echo "No usable Python among: ${PYTHON:-python3.13 python3.12 python3.11" \
-    "python3}. Needed: 3.11 or newer with the venv module (on Debian and" \
-    "Ubuntu: apt install python3 python3-venv). To name one:" \
-    "make PYTHON=/path/to/python" >&2
+  echo "No usable Python among: $*. Needed: 3.11 or newer with the venv" \
+    "module (on Debian and Ubuntu: apt install python3 python3-venv)." \
+    "To name one: make PYTHON=/path/to/python" >&2
   exit 1
 }
 
@@ -39,7 +44,7 @@ if works && same .venv/made "$made"; then
   fi
   echo "Updating .venv to the new pins ..."
 else
-  python=$(find_python)
+  python=$(find_python "$@")
   echo "Making .venv with $("$python" -V 2>&1) (about a minute, once) ..."
   rm -rf .venv
   "$python" -m venv .venv
