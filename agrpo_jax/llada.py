@@ -1,0 +1,331 @@
+"""LLaDA in Flax: a Llama whose attention sees the whole sequence.
+
+Rows are laid out [prompt | completion | padding] with a length each; every
+position attends to the first `length` positions, so padding and batch mates
+change nothing. `hidden` and `unembed` are apart, and both work only at given
+positions: logits of a whole sequence are never formed, and the last layer
+computes queries and MLP only where a result is asked for.
+
+The parameters are laid out as the table in `llada_params` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agrpo_jax import llada_config, llada_params, types
+
+Config = llada_config.Config
+abstract_params = llada_params.abstract_params
+init = llada_params.init
+logical_axes = llada_params.logical_axes
+
+# Below this many queries the scores of the last layer are small, and cuDNN's
+# tiles would be mostly empty.
+_FEWEST_CUDNN_QUERIES = 64
+
+
+def rope_tables(config: Config, length: int) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of position times frequency, float32 [length, head_dim / 2].
+
+  Computed on the host in float64: bfloat16 cannot even count to 257, and
+  float32 angles of several thousand radians already lose four digits.
+  """
+  half = np.arange(0, config.head_dim, 2) / config.head_dim
+  angle = np.arange(length)[:, None] * config.rope_theta**-half
+  return (
+    jnp.asarray(np.cos(angle), jnp.float32),
+    jnp.asarray(np.sin(angle), jnp.float32),
+  )
+
+
+def rotate(x_BxLxHxDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotary position embedding (arXiv:2104.09864), halves rotated together.
+
+  cos, sin: float32, [L, 1, Dh / 2] or [B, L, 1, Dh / 2].
+  """
+  first, second = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return rotated.astype(x_BxLxHxDh.dtype)
+
+
+def take_positions(x_BxLxD: jax.Array, positions_BxS: jax.Array) -> jax.Array:
+  """x at the positions of each row: [B, S, D]."""
+  return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(
+    x_BxLxD, positions_BxS
+  )
+
+
+class Projection(nn.Module):
+  """x W + b, plus lora_scale (x A) B where an adapter is given.
+
+  `specs` are the arrays of this projection. The adapter lives in the variable
+  collection "lora": a [in, R] and b [R, out].
+  """
+
+  specs: dict[str, llada_params.Spec]
+  dtype: str
+  lora_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
+    dtype = jnp.dtype(self.dtype)
+    kernel = self.param("kernel", self.specs["kernel"].initial)
+    y = _matmul(x, kernel.astype(dtype))
+    if self.has_variable("lora", "a"):
+      down = _matmul(x, self.get_variable("lora", "a").astype(dtype))
+      b = self.get_variable("lora", "b").astype(dtype)
+      y += self.lora_scale * _matmul(down.astype(dtype), b)
+    if "bias" in self.specs:
+      bias = self.param("bias", self.specs["bias"].initial)
+      y += bias.astype(jnp.float32)
+    return y.astype(out_dtype or dtype)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x @ kernel, accumulated and returned in float32."""
+  return jax.lax.dot_general(
+    x,
+    kernel,
+    (((x.ndim - 1,), (0,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps), in float32, times a learned scale."""
+
+  specs: dict[str, llada_params.Spec]
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", self.specs["scale"].initial)
+    x32 = x.astype(jnp.float32)
+    square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt(square + self.eps) * scale.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class Layer(nn.Module):
+  """One transformer layer: attention and a gated MLP, each on a residual.
+
+  Returns (x, None), as `nn.scan` wants. With `positions_BxS` the result is
+  [B, S, D]: keys and values come from all positions, the rest of the work is
+  done only there.
+  """
+
+  config: Config
+  lora_scale: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxLxD: jax.Array,
+    length_B: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    positions_BxS: jax.Array | None = None,
+  ) -> tuple[jax.Array, None]:
+    config = self.config
+    table = llada_params.layer_specs(config)
+
+    def project(name: str, x: jax.Array) -> jax.Array:
+      return Projection(table[name], config.dtype, self.lora_scale, name=name)(
+        x
+      )
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+      return RMSNorm(table[name], config.norm_eps, name=name)(x)
+
+    def heads(x: jax.Array) -> jax.Array:
+      return x.reshape(*x.shape[:2], -1, config.head_dim)
+
+    with jax.named_scope("attention"):
+      normed = norm("attn_norm", x_BxLxD)
+      cos, sin = (one[:, None, :] for one in rope)
+      k = rotate(heads(project("k", normed)), cos, sin)
+      v = heads(project("v", normed))
+      if positions_BxS is not None:
+        x_BxLxD = take_positions(x_BxLxD, positions_BxS)
+        normed = take_positions(normed, positions_BxS)
+        cos, sin = cos[positions_BxS], sin[positions_BxS]
+      q = rotate(heads(project("q", normed)), cos, sin)
+      mixed = attend(config, q, k, v, length_B)
+      mixed = mixed.reshape(*mixed.shape[:2], config.width)
+      x_BxLxD = x_BxLxD + project("attn_out", mixed)
+    with jax.named_scope("mlp"):
+      normed = norm("mlp_norm", x_BxLxD)
+      gated = nn.silu(project("gate", normed)) * project("up", normed)
+      x_BxLxD = x_BxLxD + project("down", gated)
+    return x_BxLxD, None
+
+
+def attend(
+  config: Config,
+  q_BxSxHxDh: jax.Array,
+  k_BxLxHxDh: jax.Array,
+  v_BxLxHxDh: jax.Array,
+  length_B: jax.Array,
+) -> jax.Array:
+  """Every query attends to the first `length` keys of its row."""
+  implementation = config.attention
+  if implementation == "auto":
+    on_gpu = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+    many = q_BxSxHxDh.shape[1] >= _FEWEST_CUDNN_QUERIES
+    implementation = "cudnn" if on_gpu and many else "xla"
+  return jax.nn.dot_product_attention(
+    q_BxSxHxDh,
+    k_BxLxHxDh,
+    v_BxLxHxDh,
+    key_value_seq_lengths=length_B,
+    implementation=implementation,
+  )
+
+
+def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:
+  """Wraps a layer so that its backward pass keeps only what `remat` says."""
+  if remat == "none":
+    return lambda layer: layer
+  policy = None
+  if remat == "dots":
+    # Outputs of the projections; attention scores have batch dimensions and
+    # are recomputed.
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  # Inside a scan nothing can be merged across iterations anyway.
+  return lambda layer: nn.remat(layer, prevent_cse=not in_scan, policy=policy)
+
+
+class LLaDA(nn.Module):
+  """The network. Parameters are laid out as `llada_params.specs` says."""
+
+  config: Config
+  lora_scale: float = 1.0
+
+  def setup(self) -> None:
+    config, table = self.config, llada_params.specs(self.config)
+    self.embed = Embed(table["embed"])
+    if config.num_layers > 1:
+      self.layers = nn.scan(
+        _remat(config.remat, in_scan=True)(Layer),
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers - 1,
+      )(config, self.lora_scale)
+    self.last_layer = _remat(config.remat, in_scan=False)(Layer)(
+      config, self.lora_scale
+    )
+    self.final_norm = RMSNorm(table["final_norm"], config.norm_eps)
+    if not config.tied_head:
+      self.head = Projection(table["head"], config.dtype, self.lora_scale)
+
+  def hidden(
+    self,
+    tokens_BxL: jax.Array,
+    length_B: jax.Array,
+    positions_BxS: jax.Array,
+  ) -> jax.Array:
+    """The normalised output of the last layer at the positions, [B, S, D].
+
+    Args:
+      tokens_BxL: int, rows [prompt | completion | padding].
+      length_B: int32, tokens of each row before its padding.
+      positions_BxS: int32, where the output is wanted; may repeat.
+    """
+    chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
+    with jax.named_scope("embed"):
+      x_BxLxD = self.embed(tokens_BxL).astype(self.config.dtype)
+    rope = rope_tables(self.config, tokens_BxL.shape[1])
+    if self.config.num_layers > 1:
+      with jax.named_scope("layers"):
+        x_BxLxD, _ = self.layers(x_BxLxD, length_B, rope)
+    with jax.named_scope("last_layer"):
+      x_BxSxD, _ = self.last_layer(x_BxLxD, length_B, rope, positions_BxS)
+    return self.final_norm(x_BxSxD)
+
+  def unembed(self, hidden_BxSxD: jax.Array) -> jax.Array:
+    """Logits [B, S, embedding_size], float32."""
+    with jax.named_scope("unembed"):
+      if self.config.tied_head:
+        table = self.embed.get_table().astype(self.config.dtype)
+        logits = _matmul(hidden_BxSxD, table.T)
+      else:
+        logits = self.head(hidden_BxSxD, jnp.float32)
+      if self.config.scale_logits:
+        logits /= math.sqrt(self.config.width)
+      return logits
+
+  def __call__(
+    self,
+    tokens_BxL: jax.Array,
+    length_B: jax.Array,
+    positions_BxS: jax.Array,
+  ) -> jax.Array:
+    return self.unembed(self.hidden(tokens_BxL, length_B, positions_BxS))
+
+
+class Embed(nn.Module):
+  """The table of token embeddings."""
+
+  specs: dict[str, llada_params.Spec]
+
+  def setup(self) -> None:
+    self.table = self.param("table", self.specs["table"].initial)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    # Padding may hold anything; "fill" would turn a wild id into NaN, which
+    # no attention mask can undo.
+    return self.table.at[tokens].get(mode="clip")
+
+  def get_table(self) -> jax.Array:
+    return self.table
+
+
+def logits_fn(
+  config: Config,
+  params: Any,
+  lora: Any = None,
+  lora_scale: float = 1.0,
+) -> types.LogitsFn:
+  """The network bound to its parameters: (tokens, length, positions) -> logits.
+
+  The logits have `vocab_size` columns, float32.
+  """
+  network = LLaDA(config, lora_scale)
+  variables = {"params": params}
+  if lora is not None:
+    variables["lora"] = lora
+
+  def logits(
+    tokens_BxL: jax.Array, length_B: jax.Array, positions_BxS: jax.Array
+  ) -> jax.Array:
+    logits_BxSxE = network.apply(variables, tokens_BxL, length_B, positions_BxS)
+    return logits_BxSxE[..., : config.vocab_size]
+
+  return logits
+
+
+def forward_flops(config: Config, length: int, num_positions: int) -> float:
+  """FLOPs of the matrix products of one row's forward pass.
+
+  length: L, padding included; num_positions: S, positions unembedded.
+  """
+  width, kv = config.width, config.num_kv_heads * config.head_dim
+  keys_values = 2 * width * kv
+  per_query = 2 * width * width + 3 * width * config.mlp_width
+  attention = 2 * length * width
+  rest = config.num_layers - 1
+  full = length * (keys_values + per_query + attention) * rest
+  last = length * keys_values + num_positions * (per_query + attention)
+  head = num_positions * width * config.embedding_size
+  return 2.0 * (full + last + head)

@@ -1,0 +1,115 @@
+"""A folder of safetensors, opened without trusting it.
+
+Only headers are read until a tensor is asked for. Nothing in the folder is
+executed; weights in formats that could be are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from agrpo_jax import errors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = ("F32", "BF16", "F16")
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Parses a JSON file; UserError names it if it is missing or malformed."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise errors.UserError(
+      f"{path.parent} has no {path.name}: is it the folder of a LLaDA "
+      "checkpoint, and did its download finish?"
+    ) from None
+  except (OSError, ValueError) as error:
+    raise errors.UserError(f"{path} cannot be read: {error}") from error
+
+
+class Tensors:
+  """The tensors of a checkpoint by name, read lazily.
+
+  Raises:
+    UserError: naming every file that is missing, truncated or not safetensors,
+      and every tensor that the index and the files disagree about.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._files: dict[str, Any] = {}
+    self._where: dict[str, str] = {}
+    problems: list[str] = []
+    listed = _listed(folder, problems)
+    for name in sorted(set(listed.values())) or [SINGLE]:
+      path = folder / name
+      if not path.is_file():
+        problems.append(f"{name} is missing")
+        continue
+      try:
+        self._files[name] = safetensors.safe_open(path, framework="numpy")
+      except (OSError, safetensors.SafetensorError) as error:
+        problems.append(
+          f"{name} is truncated or not a safetensors file ({error})"
+        )
+        continue
+      for tensor in self._files[name].keys():
+        if listed and listed.get(tensor) != name:
+          problems.append(f"{tensor} is in {name} but the index says otherwise")
+        self._where[tensor] = name
+    readable = {t for t, name in listed.items() if name in self._files}
+    for tensor in sorted(readable - set(self._where)):
+      problems.append(f"{tensor} is not in {listed[tensor]} as the index says")
+    if problems:
+      raise errors.UserError(
+        f"{folder}: " + "; ".join(problems) + ". Download or copy these files "
+        "again."
+      )
+
+  def names(self) -> set[str]:
+    return set(self._where)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._slice(name).get_shape())
+
+  def dtype(self, name: str) -> str:
+    """As safetensors spells it, e.g. "BF16"."""
+    return self._slice(name).get_dtype()
+
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """The tensor, or the part of it that `index` says."""
+    if not index:
+      return self._files[self._where[name]].get_tensor(name)
+    return self._slice(name)[index]
+
+  def _slice(self, name: str) -> Any:
+    return self._files[self._where[name]].get_slice(name)
+
+
+def _listed(folder: pathlib.Path, problems: list[str]) -> dict[str, str]:
+  """Tensor -> file as the index lists them; empty without an index."""
+  if not (folder / INDEX).exists():
+    if not (folder / SINGLE).exists():
+      unsafe = sorted(f.name for one in _UNSAFE for f in folder.glob(one))
+      if unsafe:
+        problems.append(
+          f"only {', '.join(unsafe)}: such files can run code when loaded; "
+          "convert them to safetensors first"
+        )
+    return {}
+  index = read_json(folder / INDEX)
+  listed = index.get("weight_map") if isinstance(index, dict) else None
+  if not isinstance(listed, dict) or not all(
+    isinstance(name, str) and pathlib.PurePath(name).name == name
+    for name in listed.values()
+  ):
+    raise errors.UserError(
+      f"{folder / INDEX}: weight_map must map each tensor to a file name"
+    )
+  return listed
