@@ -1,0 +1,206 @@
+"""Which denoising steps the estimator visits, and their weights.
+
+The score of a completion is a sum over the denoising steps that made it. The
+estimator visits M of them, drawn with replacement with probability `step_prob`,
+and divides by that probability, so that its expectation is the whole sum, for
+any `step_prob` that is positive where the summand is not zero.
+"""
+
+import dataclasses
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import types
+
+STEP_RULES = ("uniform", "entropy")
+STRATA = ("row", "batch", "none")
+STEPS = ("executed", "content")
+NORMALIZE = ("sum", "mean")
+
+# Released AGRPO's floor of a step's entropy, in nats: a step whose
+# distributions were all but deterministic keeps a positive probability.
+_ENTROPY_FLOOR = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class McSteps:
+  """Settings of the draw.
+
+  Attributes:
+    num_mc_steps: M, draws per completion and update batch.
+    step_rule: `uniform`, or `entropy`: proportional to the entropy of what the
+      step unmasked (arXiv:2510.04019, section on variance reduction).
+    stratified: `row`: one uniform in each of M equal slices of [0, 1) for every
+      completion; `batch`: one in each of B * M slices, shuffled over the batch
+      (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
+    steps: `executed`: every denoising step that ran; `content`: those up to
+      the last that unmasked a token other than EOS (released AGRPO), none in a
+      completion that is all EOS.
+    normalize: `sum`: estimates the sum over those steps; `mean`: the mean
+      (released AGRPO), a length-normalised objective.
+  """
+
+  num_mc_steps: int
+  step_rule: str = "uniform"
+  stratified: str = "row"
+  steps: str = "executed"
+  normalize: str = "sum"
+
+
+@flax.struct.dataclass
+class Drawn:
+  """M drawn denoising steps of each of B completions.
+
+  Attributes:
+    step: int32 [B, M].
+    weight: float32 [B, M]; the mean over the M draws of weight times the step's
+      summand estimates the sum (or mean) over steps without bias. 0 where a
+      completion has no step to visit.
+  """
+
+  step: jax.Array
+  weight: jax.Array
+
+
+def num_visitable(
+  rollout: types.Rollout, settings: McSteps, eos_id: int
+) -> jax.Array:
+  """int32 [B]: the estimator visits steps 0 to this, exclusive."""
+  if settings.steps == "executed":
+    return rollout.num_steps
+  is_content_BxC = rollout.completion != eos_id
+  return jnp.where(is_content_BxC, rollout.unmask_step + 1, 0).max(axis=1)
+
+
+def step_prob(
+  entropy_C: jax.Array,
+  unmask_step_C: jax.Array,
+  visitable: jax.Array,
+  settings: McSteps,
+  num_denoise_steps: int,
+) -> jax.Array:
+  """Probability of drawing each denoising step of one completion.
+
+  Args:
+    entropy_C: float32 [C], recorded entropies.
+    unmask_step_C: int32 [C].
+    visitable: int32, `num_visitable` of this row.
+    settings: the proposal.
+    num_denoise_steps: K.
+
+  Returns:
+    float32 [K], summing to 1, zero from `visitable` on; all zero when that is 0.
+  """
+  chex.assert_rank([entropy_C, unmask_step_C], 1)
+  weight_K = jnp.ones((num_denoise_steps,))
+  if settings.step_rule == "entropy":
+    weight_K = jnp.full((num_denoise_steps,), _ENTROPY_FLOOR)
+    weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
+  is_visitable_K = jnp.arange(num_denoise_steps) < visitable
+  weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
+  return weight_K / jnp.where(visitable > 0, weight_K.sum(), 1.0)
+
+
+def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
+  """float32 [B, M] in [0, 1), each uniform; how they depend: `stratified`.
+
+  Args:
+    key: key of the batch, read by `batch` strata only.
+    key_B: one key per completion, read otherwise.
+    settings: the proposal.
+  """
+  num_rows, num_draws = key_B.shape[0], settings.num_mc_steps
+  if settings.stratified == "batch":
+    order_key, offset_key = jax.random.split(key)
+    num_strata = num_rows * num_draws
+    stratum = jax.random.permutation(order_key, num_strata)
+    offset = jax.random.uniform(offset_key, (num_strata,))
+    return _below_one((stratum + offset) / num_strata).reshape(num_rows, -1)
+
+  def one(row_key: jax.Array) -> jax.Array:
+    order_key, offset_key = jax.random.split(row_key)
+    uniform_M = jax.random.uniform(offset_key, (num_draws,))
+    if settings.stratified == "none":
+      return uniform_M
+    # Shuffled, so that each draw by itself is uniform: draws may be dealt out
+    # over several optimizer updates.
+    stratum_M = jax.random.permutation(order_key, num_draws)
+    return _below_one((stratum_M + uniform_M) / num_draws)
+
+  return jax.vmap(one)(key_B)
+
+
+def _below_one(uniform: jax.Array) -> jax.Array:
+  """Rounding lifts the last stratum's largest values to 1; not a uniform."""
+  return jnp.minimum(uniform, 1 - jnp.finfo(jnp.float32).epsneg)
+
+
+def steps_at(
+  uniform_M: jax.Array,
+  prob_K: jax.Array,
+  visitable: jax.Array,
+  settings: McSteps,
+) -> Drawn:
+  """The inverse distribution function of one completion, and the weights.
+
+  Args:
+    uniform_M: float32 [M] in [0, 1).
+    prob_K: float32 [K], `step_prob`.
+    visitable: int32.
+    settings: the proposal.
+
+  Returns:
+    `Drawn` of this row: step int32 [M], weight float32 [M].
+  """
+  chex.assert_rank([uniform_M, prob_K], 1)
+  if settings.step_rule == "uniform":
+    step_M = jnp.floor(uniform_M * visitable).astype(jnp.int32)
+  else:
+    step_M = jnp.searchsorted(jnp.cumsum(prob_K), uniform_M).astype(jnp.int32)
+  # The distribution function ends a rounding error away from 1.
+  step_M = jnp.clip(step_M, 0, jnp.maximum(visitable - 1, 0))
+  prob_M = prob_K[step_M]
+  weight_M = 1.0 / jnp.where(prob_M > 0, prob_M, 1.0)
+  if settings.normalize == "mean":
+    weight_M /= jnp.maximum(visitable, 1)
+  return Drawn(step=step_M, weight=jnp.where(visitable > 0, weight_M, 0.0))
+
+
+def draw(
+  rollout: types.Rollout,
+  uniform_BxM: jax.Array,
+  settings: McSteps,
+  eos_id: int,
+) -> Drawn:
+  """Draws M steps of every completion.
+
+  Args:
+    rollout: B completions.
+    uniform_BxM: float32 [B, M] in [0, 1), see `uniforms`.
+    settings: the proposal.
+    eos_id: read under `steps="content"`.
+  """
+  chex.assert_rank(uniform_BxM, 2)
+  num_denoise_steps = rollout.order_logprob.shape[1]
+  visitable_B = num_visitable(rollout, settings, eos_id)
+
+  def one(entropy_C, unmask_step_C, visitable, uniform_M):
+    prob_K = step_prob(
+      entropy_C, unmask_step_C, visitable, settings, num_denoise_steps
+    )
+    return steps_at(uniform_M, prob_K, visitable, settings)
+
+  return jax.vmap(one)(
+    rollout.entropy, rollout.unmask_step, visitable_B, uniform_BxM
+  )
+
+
+def distinct_fraction(step_BxM: jax.Array) -> jax.Array:
+  """Share of the draws that are the first of their step in their row."""
+  is_same_BxMxM = step_BxM[:, :, None] == step_BxM[:, None, :]
+  is_earlier_MxM = jnp.tri(step_BxM.shape[1], k=-1, dtype=bool)
+  is_repeat_BxM = (is_same_BxMxM & is_earlier_MxM[None]).any(axis=2)
+  return 1.0 - is_repeat_BxM.mean()

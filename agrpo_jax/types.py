@@ -1,0 +1,103 @@
+"""The records that cross module borders, and the one function type.
+
+Shape letters, here and everywhere: N prompts, G completions per prompt,
+B = N * G rows, P prompt length, C completion length, L = P + C row length,
+K denoising steps, M drawn steps, U tokens per step, T block length,
+S positions or support size, V vocabulary, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+
+Tree = Any  # a pytree of arrays
+
+LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(tokens_BxL, length_B, positions_BxS) -> logits_BxSxV, float32.
+
+A network already bound to its parameters and adapter. Attention is
+bidirectional over the first `length` tokens of each row; what stands after them
+is without effect. Logits exist only at the asked positions.
+"""
+
+
+@flax.struct.dataclass
+class Prompts:
+  """B prompts, one per completion to draw, each padded on the right.
+
+  Attributes:
+    tokens: int32 [B, P].
+    length: int32 [B], how many tokens of each row are real.
+    key: random keys [B], one per row. All that is drawn for a completion comes
+      from its own key, so it depends neither on its batch mates nor on the
+      number of devices.
+  """
+
+  tokens: jax.Array
+  length: jax.Array
+  key: jax.Array
+
+
+@flax.struct.dataclass
+class Rollout:
+  """B completions with all that scoring them again needs.
+
+  A position that no denoising step unmasked (the completion ended before it)
+  holds the EOS id, and its `unmask_step` is K, later than every step.
+
+  Attributes:
+    prompt: int32 [B, P], padded on the right.
+    prompt_length: int32 [B].
+    completion: int32 [B, C].
+    unmask_step: int32 [B, C], the denoising step that unmasked the position, K
+      where none did.
+    logprob: float32 [B, C], log-probability of the token when it was drawn,
+      under the behaviour policy, after temperature and support; 0 where none.
+    entropy: float32 [B, C], in nats, of the distribution the token was drawn
+      from; 0 where none.
+    support: which tokens top-k and top-p kept when the token was drawn: int32
+      ids [B, C, S] padded with -1; or uint8 [B, C, ceil(V / 8)], packed bits,
+      when top-p acts without top-k; or None when nothing was cut.
+    order_logprob: float32 [B, K], log-probability that, of the masked positions
+      of the block, just these came first, given their tokens (0 under rules
+      that do not look at the draws).
+    num_steps: int32 [B], denoising steps that the row executed.
+  """
+
+  prompt: jax.Array
+  prompt_length: jax.Array
+  completion: jax.Array
+  unmask_step: jax.Array
+  logprob: jax.Array
+  entropy: jax.Array
+  support: jax.Array | None
+  order_logprob: jax.Array
+  num_steps: jax.Array
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What training changes; a checkpoint holds all of it but a frozen base.
+
+  Attributes:
+    train_step: int32 scalar, train steps done.
+    params: the network's parameters; trained when `lora` is None, else frozen.
+    lora: the adapters, or None.
+    opt_state: the optimizer's state over what is trained.
+  """
+
+  train_step: jax.Array
+  params: Tree
+  lora: Tree | None
+  opt_state: Tree
+
+  @property
+  def trainable(self) -> Tree:
+    return self.params if self.lora is None else self.lora
+
+  def with_trainable(self, tree: Tree) -> "TrainState":
+    if self.lora is None:
+      return self.replace(params=tree)
+    return self.replace(lora=tree)

@@ -1,0 +1,399 @@
+"""One denoising step: the draw, the choice of positions, its log-likelihood.
+
+Everything here is written for one position (the draw) or one block of one
+completion (the choice, the likelihood); callers `vmap`.
+
+A denoising step draws a token at each masked position of the active block and
+unmasks some of them. Which ones is the unmask rule:
+
+  * `random`: any, each as likely;
+  * `confidence`: those whose drawn token has the largest log-probability;
+  * `entropy`: those whose distribution has the least entropy.
+
+`random` and `entropy` do not look at the drawn tokens, so the likelihood of the
+step is the product over the tokens it unmasked. `confidence` does, and its
+likelihood has a further factor for every position that stayed masked: the
+probability that its draw was not confident enough (`order_logprob`).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+UNMASK_RULES = ("random", "confidence", "entropy")
+TOP_P_RULES = ("keep", "drop")
+CONFIDENCES = ("policy", "model")
+
+# Slots of a support beyond top_k: low-precision logits tie often.
+_MIN_TIE_SLOTS = 48
+_SUPPORT_MULTIPLE = 32
+# Floor of a probability whose logarithm is taken: under a policy that has moved
+# since the rollout, what happened may have become impossible.
+_TINY = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How completions are drawn. Hashable: a static argument of compiled code.
+
+  Attributes:
+    mask_id: vocabulary id of [MASK].
+    eos_id: vocabulary id that ends a completion.
+    completion_length: C, a multiple of block_length.
+    block_length: T; a block is finished before the next begins.
+    num_denoise_steps: K, divided equally over the blocks.
+    unmask_rule: one of UNMASK_RULES.
+    temperature: divides the logits; 0 takes the most probable token (the
+      recorded log-probabilities are then those at temperature 1).
+    top_k: keep the k most probable tokens and those tied with the k-th; 0: all.
+    top_p: keep the most probable tokens until their mass reaches this; 1: all.
+    top_p_rule: `keep` the token that crosses top_p, or `drop` it (released
+      AGRPO; the first token always stays).
+    confidence: what the `confidence` rule ranks by: the log-probability of the
+      drawn token under the `policy` (temperature and support applied; released
+      AGRPO) or under the `model` (neither; the original LLaDA sampler).
+    threshold: evaluation only (Fast-dLLM): unmask every position whose
+      confidence, as a probability, reaches this, at least one a step, however
+      many steps that takes; None: off.
+    guidance: scale of classifier-free guidance, evaluation only; 0: off.
+    stop_at_eos: a block that comes out all EOS ends the completion.
+  """
+
+  mask_id: int
+  eos_id: int
+  completion_length: int
+  block_length: int
+  num_denoise_steps: int
+  unmask_rule: str = "random"
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  top_p_rule: str = "keep"
+  confidence: str = "policy"
+  threshold: float | None = None
+  guidance: float = 0.0
+  stop_at_eos: bool = True
+
+  @property
+  def num_blocks(self) -> int:
+    return self.completion_length // self.block_length
+
+  @property
+  def steps_per_block(self) -> int:
+    if self.threshold is not None:
+      return self.block_length
+    return self.num_denoise_steps // self.num_blocks
+
+  @property
+  def max_steps(self) -> int:
+    """K: no completion executes more denoising steps, none has this index."""
+    return self.num_blocks * self.steps_per_block
+
+  @property
+  def tokens_per_step(self) -> int:
+    """U: the most positions that a step unmasks."""
+    return int(step_counts(self).max())
+
+  @property
+  def is_truncated(self) -> bool:
+    return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+def problems(sampling: Sampling) -> list[str]:
+  """What is wrong with the settings, a sentence each; empty when they hold."""
+  s = sampling
+  found = []
+
+  def check(holds: bool, problem: str) -> None:
+    if not holds:
+      found.append(problem)
+
+  for name in ("completion_length", "block_length", "num_denoise_steps"):
+    check(
+      getattr(s, name) >= 1, f"{name}={getattr(s, name)} must be at least 1"
+    )
+  if found:
+    return found
+  check(
+    s.completion_length % s.block_length == 0,
+    f"completion_length={s.completion_length} is not a multiple of "
+    f"block_length={s.block_length}",
+  )
+  num_blocks = max(1, s.completion_length // s.block_length)
+  check(
+    s.num_denoise_steps % num_blocks == 0,
+    f"num_denoise_steps={s.num_denoise_steps} does not divide equally over "
+    f"{num_blocks} blocks (completion_length={s.completion_length}, "
+    f"block_length={s.block_length})",
+  )
+  for name, value, known in (
+    ("unmask_rule", s.unmask_rule, UNMASK_RULES),
+    ("top_p_rule", s.top_p_rule, TOP_P_RULES),
+    ("confidence", s.confidence, CONFIDENCES),
+  ):
+    check(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
+  check(s.temperature >= 0, f"temperature={s.temperature} is negative")
+  check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
+  check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")
+  check(s.guidance >= 0, f"guidance={s.guidance} is negative; 0 is off")
+  if s.threshold is not None:
+    check(0 < s.threshold <= 1, f"threshold={s.threshold} is outside (0, 1]")
+    check(
+      s.unmask_rule == "confidence",
+      f"threshold={s.threshold} needs unmask_rule='confidence', "
+      f"not {s.unmask_rule!r}",
+    )
+  return found
+
+
+def step_counts(sampling: Sampling) -> np.ndarray:
+  """How many positions each denoising step of a block unmasks.
+
+  int [steps_per_block]: equal shares of the block, the remainder one each to
+  the first steps (LLaDA, arXiv:2502.09992, `get_num_transfer_tokens`).
+  """
+  share, rest = divmod(sampling.block_length, sampling.steps_per_block)
+  counts = np.full(sampling.steps_per_block, share, np.int32)
+  counts[:rest] += 1
+  return counts
+
+
+class Filtered(NamedTuple):
+  """The distribution a token is drawn from, over S candidates.
+
+  Attributes:
+    logprob: float32 [S], minus infinity where truncation cut the candidate.
+    ids: int32 [S], the candidates' vocabulary ids.
+  """
+
+  logprob: jax.Array
+  ids: jax.Array
+
+  @property
+  def entropy(self) -> jax.Array:
+    """In nats; the term of a cut candidate is 0, in the gradient too."""
+    kept = jnp.isfinite(self.logprob)
+    logprob = jnp.where(kept, self.logprob, 0.0)
+    return -jnp.where(kept, jnp.exp(logprob) * logprob, 0.0).sum()
+
+
+def _temper(logits: jax.Array, sampling: Sampling) -> jax.Array:
+  if sampling.temperature > 0:
+    return logits / sampling.temperature
+  return logits
+
+
+def _keep_top_p(sorted_logits_S: jax.Array, sampling: Sampling) -> jax.Array:
+  """bool [S]: what top-p keeps of logits sorted in descending order."""
+  prob_S = jax.nn.softmax(sorted_logits_S)
+  mass_S = jnp.cumsum(prob_S)  # its own token included
+  if sampling.top_p_rule == "keep":
+    mass_S -= prob_S
+    kept_S = mass_S < sampling.top_p
+  else:
+    kept_S = mass_S <= sampling.top_p
+  return kept_S.at[0].set(True)
+
+
+def filter_logits(logits_V: jax.Array, sampling: Sampling) -> Filtered:
+  """Temperature, then top-k, then top-p.
+
+  With top-k the candidates are the largest logits in descending order, a few
+  more than k to hold ties with the k-th (released AGRPO keeps all of those);
+  otherwise they are the whole vocabulary in its own order.
+
+  Args:
+    logits_V: float32 [V].
+    sampling: the settings.
+
+  Returns:
+    The normalised distribution over what is kept.
+  """
+  chex.assert_rank(logits_V, 1)
+  vocab_size = logits_V.shape[0]
+  logits_V = _temper(logits_V, sampling)
+  if not sampling.is_truncated:
+    return Filtered(
+      jax.nn.log_softmax(logits_V), jnp.arange(vocab_size, dtype=jnp.int32)
+    )
+  if 0 < sampling.top_k < vocab_size:
+    logits_S, ids_S = jax.lax.top_k(
+      logits_V, support_size(sampling, vocab_size)
+    )
+    kept_S = logits_S >= logits_S[sampling.top_k - 1]
+    logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
+    if sampling.top_p < 1:
+      kept_S &= _keep_top_p(logits_S, sampling)
+      logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
+    return Filtered(jax.nn.log_softmax(logits_S), ids_S)
+  ids_V = jnp.arange(vocab_size, dtype=jnp.int32)
+  if sampling.top_p < 1:
+    order_V = jnp.argsort(logits_V, descending=True)
+    kept_V = _keep_top_p(logits_V[order_V], sampling)
+    kept_V = jnp.zeros_like(kept_V).at[order_V].set(kept_V)
+    logits_V = jnp.where(kept_V, logits_V, -jnp.inf)
+  return Filtered(jax.nn.log_softmax(logits_V), ids_V)
+
+
+def support_size(sampling: Sampling, vocab_size: int) -> int:
+  """S: how many candidates top-k looks at, room for ties included."""
+  room = sampling.top_k + max(_MIN_TIE_SLOTS, sampling.top_k // 4)
+  return min(-(-room // _SUPPORT_MULTIPLE) * _SUPPORT_MULTIPLE, vocab_size)
+
+
+def pack_support(filtered: Filtered, sampling: Sampling) -> jax.Array | None:
+  """What `Rollout.support` records of a draw: ids, packed bits or None."""
+  if not sampling.is_truncated:
+    return None
+  kept = jnp.isfinite(filtered.logprob)
+  if sampling.top_k > 0:
+    return jnp.where(kept, filtered.ids, -1)
+  return jnp.packbits(kept)
+
+
+def replay(
+  logits_V: jax.Array, support: jax.Array | None, sampling: Sampling
+) -> Filtered:
+  """The distribution over a recorded support, from logits computed anew.
+
+  Renormalising over the recorded support, not over what truncation would keep
+  now, makes numerator and denominator of the policy ratio one distribution
+  family; a ratio against the full vocabulary would be off by the mass cut.
+  """
+  logits_V = _temper(logits_V, sampling)
+  vocab_size = logits_V.shape[0]
+  if support is None:
+    ids = jnp.arange(vocab_size, dtype=jnp.int32)
+    return Filtered(jax.nn.log_softmax(logits_V), ids)
+  if support.dtype == jnp.uint8:
+    kept = jnp.unpackbits(support, count=vocab_size).astype(bool)
+    ids, logits = jnp.arange(vocab_size, dtype=jnp.int32), logits_V
+  else:
+    kept = support >= 0
+    ids, logits = support, logits_V[jnp.maximum(support, 0)]
+  # A position that carries no step has an empty support; keep it finite.
+  kept = kept | ~kept.any()
+  return Filtered(jax.nn.log_softmax(jnp.where(kept, logits, -jnp.inf)), ids)
+
+
+def token_logprob(filtered: Filtered, token: jax.Array) -> jax.Array:
+  """Log-probability of vocabulary id `token`; minus infinity if it was cut."""
+  is_token_S = filtered.ids == token
+  return jnp.where(
+    is_token_S.any(), filtered.logprob[jnp.argmax(is_token_S)], -jnp.inf
+  )
+
+
+class Draw(NamedTuple):
+  """A token drawn at one position, and what a record of it needs."""
+
+  token: jax.Array  # int32
+  logprob: jax.Array  # float32, under the policy
+  entropy: jax.Array  # float32, nats
+  confidence: jax.Array  # float32, log-probability to rank by
+  support: jax.Array | None
+
+
+def draw(
+  logits_V: jax.Array,
+  filtered: Filtered,
+  gumbel_S: jax.Array,
+  sampling: Sampling,
+) -> Draw:
+  """Draws one token by the Gumbel-max trick, in log space.
+
+  Args:
+    logits_V: float32 [V], as the network gave them.
+    filtered: `filter_logits(logits_V, sampling)`.
+    gumbel_S: float32 [S], standard Gumbel noise for the candidates; unused at
+      temperature 0.
+    sampling: the settings.
+  """
+  if sampling.temperature > 0:
+    pick = jnp.argmax(filtered.logprob + gumbel_S)
+  else:
+    pick = jnp.argmax(filtered.logprob)
+  return Draw(
+    token=filtered.ids[pick],
+    logprob=filtered.logprob[pick],
+    entropy=filtered.entropy,
+    confidence=confidence(logits_V, filtered, sampling)[pick],
+    support=pack_support(filtered, sampling),
+  )
+
+
+def confidence(
+  logits_V: jax.Array, filtered: Filtered, sampling: Sampling
+) -> jax.Array:
+  """float32 [S]: what each candidate would be ranked by, had it been drawn."""
+  if sampling.confidence == "policy":
+    return filtered.logprob
+  kept_S = jnp.isfinite(filtered.logprob)
+  return jnp.where(kept_S, jax.nn.log_softmax(logits_V)[filtered.ids], -jnp.inf)
+
+
+def first(score_T: jax.Array, is_masked_T: jax.Array) -> jax.Array:
+  """int32 [T]: each position's place in the order of unmasking.
+
+  The masked positions come first, by descending score, ties by position.
+  """
+  order_T = jnp.argsort(
+    jnp.where(is_masked_T, score_T, -jnp.inf), descending=True, stable=True
+  )
+  # A score of minus infinity must not put a masked position behind another
+  # that is not masked, so the two sort keys are kept apart.
+  order_T = order_T[jnp.argsort(~is_masked_T[order_T], stable=True)]
+  places_T = jnp.arange(score_T.shape[0], dtype=jnp.int32)
+  return jnp.zeros_like(places_T).at[order_T].set(places_T)
+
+
+def order_logprob(
+  logprob_TxS: jax.Array,
+  confidence_TxS: jax.Array,
+  drawn_confidence_T: jax.Array,
+  is_target_T: jax.Array,
+  is_masked_T: jax.Array,
+) -> jax.Array:
+  """Log-probability that the targets were the most confident of the block.
+
+  With tau the least confidence among the targets, every other masked position
+  j must have drawn a token less confident than that, which has probability
+
+    F_j(tau) = sum_v pi_j(v) 1[conf_j(v) < tau]
+
+  and the draws are independent, so the result is sum_j log F_j(tau). The
+  product of the targets' probabilities and of these is the exact likelihood of
+  the step. The indicators are piecewise constant in the parameters and carry no
+  gradient. Equal confidences count by position, the rule of `first`.
+
+  Args:
+    logprob_TxS: float32 [T, S], log pi of the candidates at each position.
+    confidence_TxS: float32 [T, S], what they rank by.
+    drawn_confidence_T: float32 [T], confidence of the token that was drawn;
+      read at the targets only.
+    is_target_T: bool [T], unmasked by this step.
+    is_masked_T: bool [T], masked before this step (the targets included).
+
+  Returns:
+    A float32 scalar <= 0.
+  """
+  chex.assert_equal_shape([logprob_TxS, confidence_TxS])
+  chex.assert_equal_shape([drawn_confidence_T, is_target_T, is_masked_T])
+  position_T = jnp.arange(is_target_T.shape[0])
+  tau = jnp.where(is_target_T, drawn_confidence_T, jnp.inf).min()
+  is_last_T = is_target_T & (drawn_confidence_T == tau)
+  last_position = jnp.where(is_last_T, position_T, -1).max()
+  loses_TxS = (confidence_TxS < tau) | (
+    (confidence_TxS == tau) & (position_T > last_position)[:, None]
+  )
+  prob_TxS = jnp.where(
+    jax.lax.stop_gradient(loses_TxS), jnp.exp(logprob_TxS), 0.0
+  )
+  # Rounding may lift the sum of a whole distribution above 1.
+  prob_T = jnp.clip(prob_TxS.sum(axis=1), _TINY, 1.0)
+  is_other_T = is_masked_T & ~is_target_T
+  return jnp.where(is_other_T, jnp.log(prob_T), 0.0).sum()

@@ -1,0 +1,81 @@
+"""Recorded numbers of the released PyTorch code, and how to read them."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agrpo_jax import llada
+from agrpo_jax import port
+from agrpo_jax import types
+from agrpo_jax import unmask
+
+GOLDEN = pathlib.Path(__file__).parent / "testdata" / "golden"
+
+
+def golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
+  """The arrays and the settings of one recording."""
+  with np.load(GOLDEN / f"{name}.npz") as file:
+    arrays = {key: file[key] for key in file.files}
+  return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def network(name: str):
+  """(config, params, logits_fn) of a recorded checkpoint, in float32."""
+  config, params = port.load(
+    str(GOLDEN / "ckpt" / name), dtype="float32", attention="xla"
+  )
+  return config, params, llada.logits_fn(config, params)
+
+
+def prompts(ids_BxP: np.ndarray, valid_BxP: np.ndarray | None) -> types.Prompts:
+  """Left-padded prompts as recorded -> ours; keys are the row numbers."""
+  num_rows, width = ids_BxP.shape
+  if valid_BxP is None:
+    valid_BxP = np.ones_like(ids_BxP)
+  tokens = np.zeros((num_rows, width), np.int32)
+  for row in range(num_rows):
+    real = ids_BxP[row][valid_BxP[row].astype(bool)]
+    tokens[row, : real.size] = real
+  return types.Prompts(
+    tokens=jnp.asarray(tokens),
+    length=jnp.asarray(valid_BxP.sum(axis=1), jnp.int32),
+    key=jnp.arange(num_rows),
+  )
+
+
+RULES = {
+  "low_confidence": "confidence",
+  "random": "random",
+  "entropy": "entropy",
+}
+
+
+def sampling(config: llada.Config, meta: dict, **changes) -> unmask.Sampling:
+  """The settings of a recorded rollout of the released AGRPO code."""
+  settings = dict(
+    mask_id=config.mask_id,
+    eos_id=config.eos_id,
+    completion_length=meta["max_completion_length"],
+    block_length=meta["block_length"],
+    num_denoise_steps=meta["sampling_steps"],
+    unmask_rule=RULES[meta["unmasking"]],
+    temperature=meta["temperature"],
+    top_k=meta["top_k"] or 0,
+    top_p=meta["top_p"],
+    top_p_rule="drop",
+  )
+  return unmask.Sampling(**(settings | changes))
+
+
+def keep_mask(support, vocab_size: int) -> np.ndarray:
+  """bool [B, C, V]: which tokens a recorded support kept."""
+  support = np.asarray(support)
+  if support.dtype == np.uint8:
+    return np.unpackbits(support, axis=-1)[..., :vocab_size].astype(bool)
+  kept = np.zeros(support.shape[:2] + (vocab_size + 1,), bool)
+  rows, columns, _ = np.indices(support.shape)
+  kept[rows, columns, support] = True  # -1 lands in the extra last column
+  return kept[..., :vocab_size]
