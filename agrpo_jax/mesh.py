@@ -1,0 +1,171 @@
+"""Devices in a mesh, and where on it the arrays go.
+
+Three mesh axes. `data` holds copies of the parameters and splits the rows of a
+batch. `fsdp` splits the rows too, and each parameter as well: a layer gathers
+its weights when it runs. `tensor` splits the work inside a layer: its heads,
+its MLP and the vocabulary. The compiler inserts the communication.
+
+A dimension of a parameter has a logical axis, a word such as `embed`; `RULES`
+says which mesh axis, if any, splits it. Nothing else in the package names a
+mesh axis for a parameter.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from agrpo_jax import errors
+
+Mesh = jax.sharding.Mesh
+NamedSharding = jax.sharding.NamedSharding
+PartitionSpec = jax.sharding.PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, str | None] = {
+  "layers": None,  # the scanned dimension: splitting it would stop the scan
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "vocab": "tensor",
+  "norm": None,  # a few kilobytes each
+  "rank": None,  # the small dimension of an adapter
+}
+"""Logical axis -> mesh axis that splits it, None for whole on every device."""
+
+
+def make(
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh of all `devices` (default: all of this run, on every host).
+
+  Args:
+    data: size of the axis that splits rows over copies of the parameters.
+    fsdp: size of the axis that splits rows and parameters.
+    tensor: size of the axis that splits the inside of a layer.
+    devices: which devices, in order.
+
+  At most one size may be -1: it takes what the others leave.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+  fills = [name for name, size in sizes.items() if size == -1]
+  if len(fills) > 1:
+    raise errors.UserError(
+      f"At most one mesh axis can be -1 (the rest of the devices): {asked}."
+    )
+  if any(size < 1 for size in sizes.values() if size != -1):
+    raise errors.UserError(
+      f"A mesh axis is a positive number of devices, or -1: {asked}."
+    )
+  given = int(np.prod([size for size in sizes.values() if size != -1]))
+  if len(devices) % given or (not fills and given != len(devices)):
+    raise errors.UserError(
+      f"{asked} needs {'a multiple of ' if fills else ''}{given} devices, but "
+      f"there are {len(devices)} ({devices[0].platform}). Change the sizes so "
+      "that their product is the number of devices, or set one to -1."
+    )
+  for name in fills:
+    sizes[name] = len(devices) // given
+  return jax.make_mesh(
+    tuple(sizes[name] for name in AXES),
+    AXES,
+    # The default is Explicit in new versions of JAX, which wants a sharding on
+    # every matmul; we leave the choice to the compiler.
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )
+
+
+def partition_spec(
+  axes: tuple[str | None, ...], rules: Mapping[str, str | None] = RULES
+) -> PartitionSpec:
+  """The mesh axis of each dimension of an array with these logical axes.
+
+  Raises:
+    ValueError: an axis is not in `rules`, or two dimensions of the array would
+      be split by one mesh axis.
+  """
+  unknown = [axis for axis in axes if axis is not None and axis not in rules]
+  if unknown:
+    raise ValueError(
+      f"No rule for the logical axes {unknown}; known: {sorted(rules)}."
+    )
+  mesh_axes = [None if axis is None else rules[axis] for axis in axes]
+  used = [axis for axis in mesh_axes if axis is not None]
+  if len(used) != len(set(used)):
+    raise ValueError(
+      f"The logical axes {axes} map to the mesh axes {tuple(mesh_axes)}, but a "
+      "mesh axis can split only one dimension of an array."
+    )
+  return PartitionSpec(*mesh_axes)
+
+
+def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
+  """Where each array of a tree goes.
+
+  Args:
+    mesh: from `make`.
+    axes_tree: a tree of tuples, a logical axis name (or None) per dimension.
+    shapes_tree: the same tree of arrays, or anything else with a `shape`.
+
+  Returns:
+    The same tree of `NamedSharding`.
+
+  Raises:
+    UserError: dimensions that their mesh axis does not divide, all in one
+      message.
+  """
+  problems: list[str] = []
+
+  def one(path: Any, axes: tuple[str | None, ...], leaf: Any) -> NamedSharding:
+    if len(axes) != len(leaf.shape):
+      raise ValueError(
+        f"{jax.tree_util.keystr(path)} has shape {leaf.shape} but the logical "
+        f"axes {axes}."
+      )
+    spec = partition_spec(axes)
+    for axis, mesh_axis, size in zip(axes, spec, leaf.shape, strict=True):
+      if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        problems.append(
+          f"  {name}: dimension {axis!r} of size {size} over "
+          f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}"
+        )
+    return NamedSharding(mesh, spec)
+
+  tree = jax.tree_util.tree_map_with_path(
+    one, axes_tree, shapes_tree, is_leaf=lambda node: isinstance(node, tuple)
+  )
+  if problems:
+    raise errors.UserError(
+      "The mesh does not divide these arrays evenly; choose sizes that do:\n"
+      + "\n".join(problems)
+    )
+  return tree
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """For arrays whose first dimension is the rows of a batch."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def num_row_shards(mesh: Mesh) -> int:
+  """What must divide the number of rows of a batch placed with `rows`."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """For arrays that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

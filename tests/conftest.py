@@ -1,0 +1,54 @@
+"""What all tests share: quiet CPU JAX, and processes with several devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+# Before JAX is imported anywhere: it reads these once.
+_ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_NUMPY_RANK_PROMOTION": "raise",
+  "TF_CPP_MIN_LOG_LEVEL": "2",
+  "TOKENIZERS_PARALLELISM": "false",
+  "HF_HUB_OFFLINE": "1",
+}
+os.environ.update(_ENVIRONMENT)
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+RunInSubprocess = Callable[..., str]
+
+
+@pytest.fixture
+def run_in_subprocess() -> RunInSubprocess:
+  """Runs a Python script in a process of its own, with virtual CPU devices.
+
+  The number of devices is fixed when a process first uses JAX, so tests of
+  meshes cannot share the test process. The script signals failure by raising;
+  what it prints is returned.
+  """
+
+  def run(
+    script: str, devices: int = 8, timeout: float = 300.0, **environment: str
+  ) -> str:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+      [sys.executable, "-c", textwrap.dedent(script)],
+      env=dict(os.environ, XLA_FLAGS=flags, **environment),
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+      check=False,
+    )
+    assert done.returncode == 0, (
+      f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
+    return done.stdout
+
+  return run

@@ -1,0 +1,116 @@
+"""Tests of agrpo_jax.mesh."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax import mesh
+
+
+def test_one_device_fills_every_axis():
+  one = mesh.make()
+  assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert one.axis_types == (jax.sharding.AxisType.Auto,) * 3
+  assert mesh.num_row_shards(one) == 1
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": 2, "fsdp": 1}, "needs 2 devices, but there are 1"),
+    ({"data": 3}, "needs a multiple of 3 devices, but there are 1"),
+    ({"data": -1}, "At most one mesh axis can be -1"),
+    ({"tensor": 0}, r"positive number of devices, or -1.*mesh\.tensor=0"),
+    ({"fsdp": -2}, r"positive number of devices, or -1.*mesh\.fsdp=-2"),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+  with pytest.raises(errors.UserError, match=message):
+    mesh.make(**sizes)
+
+
+def test_a_parameter_is_split_by_the_rules():
+  spec = mesh.partition_spec(("layers", "embed", "mlp"))
+  assert spec == jax.P(None, "fsdp", "tensor")
+  assert mesh.partition_spec(()) == jax.P()
+
+
+def test_rules_name_mesh_axes():
+  assert set(mesh.RULES.values()) <= {None, *mesh.AXES}
+
+
+def test_one_mesh_axis_cannot_split_two_dimensions():
+  with pytest.raises(ValueError, match="only one dimension"):
+    mesh.partition_spec(("mlp", "vocab"))
+
+
+def test_an_axis_without_a_rule_is_named():
+  with pytest.raises(ValueError, match=r"\['width'\].*known.*'embed'"):
+    mesh.partition_spec(("width",))
+
+
+def test_axes_and_shape_must_have_equal_rank():
+  with pytest.raises(ValueError, match="shape"):
+    mesh.shardings(mesh.make(), {"a": ("embed",)}, {"a": np.zeros((2, 2))})
+
+
+def test_shardings_keep_the_tree_and_place_arrays():
+  one = mesh.make()
+  axes = {"kernel": ("embed", "mlp"), "norm": {"scale": ("norm",)}}
+  arrays = {"kernel": jnp.ones((4, 6)), "norm": {"scale": jnp.ones(4)}}
+  placed = jax.device_put(arrays, mesh.shardings(one, axes, arrays))
+  chex.assert_trees_all_equal(placed, arrays)
+  assert placed["kernel"].sharding.spec == jax.P("fsdp", "tensor")
+
+
+def test_eight_devices(run_in_subprocess):
+  """Sizes, shards, refusals, and a sharded matmul that gives the same sum."""
+  run_in_subprocess("""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from agrpo_jax import errors, mesh
+
+    m = mesh.make(data=2, fsdp=-1, tensor=2)
+    assert dict(m.shape) == {"data": 2, "fsdp": 2, "tensor": 2}, m
+    assert mesh.num_row_shards(m) == 4
+    half = mesh.make(data=1, devices=jax.devices()[:4])
+    assert dict(half.shape) == {"data": 1, "fsdp": 4, "tensor": 1}, half
+
+    axes = {"up": ("embed", "mlp"), "down": ("mlp", "embed"), "n": ("norm",)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+      "up": jax.random.normal(keys[0], (4, 6)),
+      "down": jax.random.normal(keys[1], (6, 4)),
+      "n": jnp.ones(5),  # 5 does not divide, but it is not split
+    }
+    where = mesh.shardings(m, axes, params)
+    placed = jax.device_put(params, where)
+    assert placed["up"].addressable_shards[0].data.shape == (2, 3)
+    assert placed["n"].sharding.is_fully_replicated
+
+    x_BxD = jnp.arange(32.0).reshape(8, 4)
+    x_sharded = jax.device_put(x_BxD, mesh.rows(m))
+    assert x_sharded.addressable_shards[0].data.shape == (2, 4)
+    out = jax.jit(lambda p, x: x @ p["up"] @ p["down"])(placed, x_sharded)
+    np.testing.assert_allclose(
+        out, x_BxD @ params["up"] @ params["down"], rtol=1e-5, atol=1e-4)
+
+    bad = {"up": np.ones((5, 6)), "down": np.ones((7, 4)), "n": np.ones(5)}
+    try:
+      mesh.shardings(m, axes, bad)
+    except errors.UserError as error:
+      message = str(error)
+    assert "up: dimension 'embed' of size 5 over mesh.fsdp=2" in message
+    assert "down: dimension 'mlp' of size 7 over mesh.tensor=2" in message
+
+    try:
+      mesh.make(data=3)
+    except errors.UserError as error:
+      assert "multiple of 3 devices, but there are 8 (cpu)" in str(error)
+    else:
+      raise AssertionError("3 does not divide 8")
+  """)
