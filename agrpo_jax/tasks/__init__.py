@@ -1,0 +1,77 @@
+"""Tasks: where problems come from, what is rewarded and how it is graded.
+
+A task is a module of plain Python (no jax) with
+
+    examples(split, *, path=None, options=None) -> list[Example]
+    reward_weights(options) -> dict[str, float]
+    reward(completion, fields, options) -> dict[str, float]
+    grade(completion, fields, options) -> dict[str, float]
+
+and, where demonstrations for SFT can be made,
+
+    demonstration(example, rng, options) -> str
+
+`reward` gives named parts, unweighted; the scalar reward is their sum under
+the weights. `reward_weights` names every part; a part of weight 0 is only
+logged. `grade` starts with "accuracy", the strict verdict in [0, 1], and may
+add others beside it. Both read the completion alone: text that was prefilled
+belongs to the prompt. `options` is a plain dict (`config.task.options`).
+
+A task of your own is one Python file with these functions, given by its path.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import types
+
+from agrpo_jax import errors
+from agrpo_jax.tasks import base
+
+Example = base.Example
+
+NAMES = ("countdown", "gsm8k", "math", "sudoku")
+REQUIRED = ("examples", "reward_weights", "reward", "grade")
+
+
+def get(name: str, path: str | None = None) -> types.ModuleType:
+  """The task called `name`, or the one in the Python file at `path`.
+
+  Only the file at this explicit path is ever imported: it is the user's own
+  code, as trusted as the command that names it.
+
+  Raises UserError for an unknown name, a missing or broken file, and a file
+  that lacks a required function.
+  """
+  if path:
+    return _from_file(pathlib.Path(path))
+  if name not in NAMES:
+    raise errors.UserError(
+      f"task {name!r} is unknown; the known ones are {', '.join(NAMES)}. "
+      "For a task of your own give the path of its Python file."
+    )
+  return importlib.import_module(f"agrpo_jax.tasks.{name}")
+
+
+def _from_file(path: pathlib.Path) -> types.ModuleType:
+  if not path.is_file():
+    raise errors.UserError(f"task file {str(path)!r} does not exist.")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  if spec is None or spec.loader is None:
+    raise errors.UserError(
+      f"task file {str(path)!r} is no Python file: its name must end in .py."
+    )
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise errors.UserError(
+      f"task file {str(path)!r} failed to load: {type(error).__name__}: {error}"
+    ) from error
+  missing = [name for name in REQUIRED if not hasattr(module, name)]
+  if missing:
+    raise errors.UserError(
+      f"task file {str(path)!r} lacks {', '.join(missing)}; a task has "
+      f"{', '.join(REQUIRED)}."
+    )
+  return module

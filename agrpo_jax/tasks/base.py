@@ -1,0 +1,92 @@
+"""What every task shares: the `Example` record and checked options."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from agrpo_jax import errors
+
+SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One problem.
+
+  id: unique within its split; random keys are folded from it.
+  messages: chat turns, each {"role": ..., "content": ...}.
+  fields: JSON values that `reward` and `grade` read (the gold answer, ...).
+  prefill: text that the completion is made to start with; it is part of the
+    prompt and not of the completion.
+  """
+
+  id: int
+  messages: tuple[dict[str, str], ...]
+  fields: dict[str, Any]
+  prefill: str = ""
+
+
+def settings(
+  options: Mapping[str, Any] | None, defaults: Mapping[str, Any], task: str
+) -> dict[str, Any]:
+  """`defaults` overridden by `options`.
+
+  Raises UserError that names every unknown key and every value of another
+  type than its default.
+  """
+  options = dict(options or {})
+  problems = [
+    f"option {name!r} is unknown" for name in options if name not in defaults
+  ]
+  for name, default in defaults.items():
+    value = options.get(name, default)
+    if isinstance(default, float) and type(value) is int:
+      options[name] = float(value)
+    elif type(value) is not type(default):
+      problems.append(
+        f"option {name}={value!r} must be of type {type(default).__name__}"
+      )
+  if problems:
+    raise errors.UserError(
+      f"task {task!r}: {'; '.join(problems)}. "
+      f"Its options are {', '.join(sorted(defaults))}."
+    )
+  return {**defaults, **options}
+
+
+def check_choice(task: str, what: str, value: str, known: Iterable[str]) -> str:
+  """Returns `value`; raises UserError with the known ones if it is none."""
+  known = tuple(known)
+  if value not in known:
+    raise errors.UserError(
+      f"task {task!r}: {what} {value!r} is unknown; choose one of "
+      f"{', '.join(known)}."
+    )
+  return value
+
+
+def check_split(task: str, split: str) -> str:
+  return check_choice(task, "split", split, SPLITS)
+
+
+def user_turn(text: str, system: str = "") -> tuple[dict[str, str], ...]:
+  """Chat messages: an optional system turn, then one user turn."""
+  user = {"role": "user", "content": text}
+  return ({"role": "system", "content": system}, user) if system else (user,)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+  """Names the problems of a split, whatever file format they came in.
+
+  A SHA-256 over the fields of every example in order, cut to 16 hexadecimal
+  digits. Prompts are left out, so it does not depend on the protocol.
+  """
+  digest = hashlib.sha256()
+  for example in examples:
+    digest.update(json.dumps(example.fields, sort_keys=True).encode())
+    digest.update(b"\n")
+  return digest.hexdigest()[:16]

@@ -1,0 +1,61 @@
+"""What GSM8K and MATH share: a question, and an answer in \\boxed{}.
+
+Prompt protocols, for results that compare with the published ones:
+
+agrpo: system and user turn; reasoning in <think>, the boxed answer in
+  <answer>. The same for training and evaluation, as in the released AGRPO.
+d1: one user turn with instructions and question; <reasoning> and <answer>, and
+  the completion prefilled with <reasoning>, as in d1's evaluation.
+llada: the question and one sentence that asks for a boxed answer.
+bare: the question alone.
+
+The required format is that of the released prompts; the wording is ours.
+"""
+
+from agrpo_jax.tasks import answers
+from agrpo_jax.tasks import base
+
+PROTOCOLS = ("agrpo", "d1", "llada", "bare")
+PREFILL = {"agrpo": "", "d1": "<reasoning>", "llada": "", "bare": ""}
+THINK_TAG = {"agrpo": "think", "d1": "reasoning", "llada": "", "bare": ""}
+
+_TASK = (
+  "You are given a mathematics problem. Solve it step by step, writing your "
+  "reasoning inside <{tag}> tags. Then state the final answer inside <answer> "
+  "tags: nothing but the number or expression, in \\boxed{{}}. Use exactly "
+  "this format:\n<{tag}>\n...\n</{tag}>\n<answer>\n\\boxed{{...}}\n</answer>\n"
+)
+
+
+def messages(question: str, protocol: str) -> tuple[dict[str, str], ...]:
+  """The chat turns that ask `question`."""
+  if protocol == "bare":
+    return base.user_turn(question)
+  if protocol == "llada":
+    return base.user_turn(
+      f"{question}\n\nReason step by step and put the final answer in "
+      "\\boxed{}."
+    )
+  instructions = _TASK.format(tag=THINK_TAG[protocol])
+  if protocol == "agrpo":
+    return base.user_turn(question, system=instructions)
+  return base.user_turn(f"{instructions}\n{question}")
+
+
+def reward_weights(protocol: str) -> dict[str, float]:
+  """As released: tags 0.5 each and 3 for a right answer.
+
+  The protocols without tags reward the answer alone.
+  """
+  tag = 0.5 if THINK_TAG[protocol] else 0.0
+  return {"think_tag": tag, "answer_tag": tag, "correct": 3.0}
+
+
+def tag_parts(completion: str, protocol: str) -> dict[str, float]:
+  """Whether the tags of the protocol are there, opened and closed: 1 or 0."""
+  think = THINK_TAG[protocol] or "think"
+  text = PREFILL[protocol] + completion
+  return {
+    "think_tag": float(answers.in_tag(text, think) is not None),
+    "answer_tag": float(answers.in_tag(text, "answer") is not None),
+  }

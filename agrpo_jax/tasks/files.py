@@ -1,0 +1,152 @@
+"""Rows of a data set: from JSONL, CSV or parquet files, or from the hub."""
+
+import csv
+import json
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+from agrpo_jax import errors
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+Row = dict[str, Any]
+
+
+def read(
+  path: str, split: str, columns: Sequence[str]
+) -> list[tuple[str, Row]]:
+  """The rows of a data file, each with where it stands, for messages.
+
+  path: a file, used for whichever split is asked for, or a folder that holds
+    {split}.jsonl, {split}.csv or {split}.parquet.
+  columns: what every row must have. Values of a CSV file are strings.
+
+  Raises UserError for a missing or empty file, an unknown suffix, a malformed
+  line (file and line named) and missing columns (found and expected named).
+  """
+  file = _find(pathlib.Path(path), split)
+  readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+  try:
+    rows = list(readers[file.suffix](file))
+  except UnicodeDecodeError as error:
+    raise errors.UserError(f"{file} is not UTF-8 text: {error}.") from error
+  except OSError as error:
+    raise errors.UserError(f"{file} cannot be read: {error}.") from error
+  if not rows:
+    raise errors.UserError(f"{file} holds no rows.")
+  check_columns(rows, columns)
+  return rows
+
+
+def check_columns(
+  rows: Sequence[tuple[str, Row]], columns: Sequence[str]
+) -> None:
+  """Raises UserError at the first row that lacks one of `columns`."""
+  for where, row in rows:
+    missing = [name for name in columns if row.get(name) is None]
+    if missing:
+      raise errors.UserError(
+        f"{where}: column {', '.join(missing)} is missing or empty; found "
+        f"{', '.join(map(str, row))}, expected {', '.join(columns)}."
+      )
+
+
+def _find(path: pathlib.Path, split: str) -> pathlib.Path:
+  if path.is_dir():
+    for suffix in SUFFIXES:
+      if (path / f"{split}{suffix}").is_file():
+        return path / f"{split}{suffix}"
+    raise errors.UserError(
+      f"folder {path} holds no data for split {split!r}: expected "
+      f"{' or '.join(split + suffix for suffix in SUFFIXES)}."
+    )
+  if not path.is_file():
+    raise errors.UserError(f"data file {path} does not exist.")
+  if path.suffix not in SUFFIXES:
+    raise errors.UserError(
+      f"data file {path} must end in {', '.join(SUFFIXES)}."
+    )
+  return path
+
+
+def _jsonl(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  with file.open(encoding="utf-8") as lines:
+    for number, line in enumerate(lines, start=1):
+      if not line.strip():
+        continue
+      where = f"{file}, line {number}"
+      try:
+        row = json.loads(line)
+      except (ValueError, RecursionError) as error:
+        raise errors.UserError(f"{where} is not JSON: {error}.") from error
+      if not isinstance(row, dict):
+        raise errors.UserError(f"{where} is no JSON object: {line[:60]!r}.")
+      yield where, row
+
+
+def _csv(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  with file.open(encoding="utf-8", newline="") as lines:
+    reader = csv.DictReader(lines)
+    try:
+      for row in reader:
+        yield f"{file}, line {reader.line_num}", row
+    except csv.Error as error:
+      raise errors.UserError(
+        f"{file}, line {reader.line_num} is not CSV: {error}."
+      ) from error
+
+
+def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  try:
+    import pyarrow.parquet  # an optional extra
+  except ImportError as error:
+    raise errors.UserError(
+      f"reading {file} needs pyarrow: pip install 'agrpo_jax[hub]', or convert "
+      "it to JSONL."
+    ) from error
+  try:
+    table = pyarrow.parquet.read_table(file)
+  except pyarrow.ArrowInvalid as error:
+    raise errors.UserError(f"{file} is not parquet: {error}.") from error
+  for number, row in enumerate(table.to_pylist(), start=1):
+    yield f"{file}, row {number}", row
+
+
+def from_hub(
+  repository: str,
+  *,
+  revision: str,
+  split: str,
+  columns: Sequence[str],
+  config: str | None = None,
+) -> list[tuple[str, Row]]:
+  """The rows of one split of a hub data set at a pinned revision.
+
+  Raises UserError where the `datasets` package is missing, or the data set
+  can neither be downloaded nor found in the local cache.
+  """
+  try:
+    import datasets  # an optional extra
+  except ImportError as error:
+    raise errors.UserError(
+      f"loading {repository!r} from the hub needs the datasets package: pip "
+      "install 'agrpo_jax[hub]'; or give a local file by config.data.path."
+    ) from error
+  try:
+    table = datasets.load_dataset(
+      repository, config, split=split, revision=revision
+    )
+  except Exception as error:  # network, cache and format errors of many kinds
+    raise errors.UserError(
+      f"data set {repository!r} (revision {revision}) could not be loaded from "
+      f"the hub: {type(error).__name__}: {error}. Without network give a local "
+      "JSONL file by config.data.path."
+    ) from error
+  rows = [
+    (f"{repository}, split {split}, row {number}", row)
+    for number, row in enumerate(table, start=1)
+  ]
+  check_columns(rows, columns)
+  return rows

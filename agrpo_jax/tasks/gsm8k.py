@@ -1,0 +1,134 @@
+"""GSM8K: grade-school mathematics with a number for an answer.
+
+Rows have the columns question and answer; the gold number follows "####".
+They come from a local file, or from the hub at a pinned revision. With
+`source="platinum"` the test split is GSM8K-Platinum, whose labels were cleaned
+and which the released AGRPO evaluation uses.
+
+Reward as in the released AGRPO code: 0.5 for a <think> pair, 0.5 for an
+<answer> pair, 3 for a right answer by math-verify.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import errors
+from agrpo_jax.tasks import answers
+from agrpo_jax.tasks import base
+from agrpo_jax.tasks import boxed
+from agrpo_jax.tasks import equality
+from agrpo_jax.tasks import files
+from agrpo_jax.tasks import tolerant
+
+NAME = "gsm8k"
+DEFAULTS = {
+  "protocol": "agrpo",  # agrpo, d1, llada or bare
+  "source": "main",  # main or platinum: which test split the hub gives
+  "num_examples": 0,  # only the first so many; 0: all
+}
+SOURCES = {
+  # Hub id, configuration, pinned revision.
+  "main": ("openai/gsm8k", "main", "main"),
+  "platinum": ("madrylab/gsm8k-platinum", "main", "main"),
+}
+GRADES = ("accuracy", "accuracy_tolerant")
+PUBLISHED: dict[str, str] = {}
+
+
+def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+  chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_choice(NAME, "protocol", chosen["protocol"], boxed.PROTOCOLS)
+  base.check_choice(NAME, "source", chosen["source"], SOURCES)
+  return chosen
+
+
+def examples(
+  split: str,
+  *,
+  path: str | None = None,
+  options: Mapping[str, Any] | None = None,
+) -> list[base.Example]:
+  """The problems of `split`, from `path` or the hub.
+
+  Raises UserError for bad options, a file that is missing, empty, malformed or
+  of other columns, and an answer without a gold number.
+  """
+  base.check_split(NAME, split)
+  chosen = _settings(options)
+  columns = ("question", "answer")
+  if path is not None:
+    rows = files.read(path, split, columns)
+  else:
+    source = chosen["source"] if split == "test" else "main"
+    repository, config, revision = SOURCES[source]
+    rows = files.from_hub(
+      repository,
+      config=config,
+      revision=revision,
+      split=split,
+      columns=columns,
+    )
+  protocol = chosen["protocol"]
+  return [
+    base.Example(
+      id=index,
+      messages=boxed.messages(row["question"], protocol),
+      fields={"question": row["question"], "gold": _gold(where, row["answer"])},
+      prefill=boxed.PREFILL[protocol],
+    )
+    for index, (where, row) in enumerate(rows[: chosen["num_examples"] or None])
+  ]
+
+
+def _gold(where: str, answer: str) -> str:
+  _, mark, gold = answer.partition("####")
+  gold = gold.partition("####")[0].strip()
+  if not mark or tolerant.number(gold) is None:
+    raise errors.UserError(
+      f"{where}: answer {answer[-60:]!r} does not end in '#### ' and a number."
+    )
+  return gold
+
+
+def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
+  return boxed.reward_weights(_settings(options)["protocol"])
+
+
+def reward(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Parts think_tag, answer_tag, correct: 1 or 0 each."""
+  text = answers.clip(completion)
+  parts = boxed.tag_parts(text, _settings(options)["protocol"])
+  answer = answers.released_answer(text)
+  correct = equality.equal(f"${fields['gold']}$", f"${answer}$")
+  return {**parts, "correct": float(correct)}
+
+
+def grade(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Verdicts, 1 or 0.
+
+  accuracy: as the released evaluation: the first run of digits in the answer,
+    without sign, decimals or thousands separator, against the gold answer.
+  accuracy_tolerant: the number the completion means, however it is written.
+  """
+  del options
+  text = answers.clip(completion)
+  answer = answers.released_answer(text)
+  if digits := re.search(r"\d+", answer):
+    answer = digits.group()
+  strict = equality.equal(f"${fields['gold']}$", f"${answer}$")
+  found = tolerant.answer_number(text)
+  return {
+    "accuracy": float(strict),
+    "accuracy_tolerant": float(
+      found is not None and found == tolerant.number(fields["gold"])
+    ),
+  }

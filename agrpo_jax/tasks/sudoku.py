@@ -1,0 +1,208 @@
+"""Sudoku, 4x4: fill 16 cells so that rows, columns and 2x2 boxes hold 1-4.
+
+A puzzle is 16 characters, row by row, 0 for a blank. There are 288 solved
+grids in all. Generated puzzles have exactly one solution, and the grids of the
+test split never occur in training. A CSV file with the columns Puzzle and
+Solution (the published splits) can be given instead.
+
+Reward as in the released AGRPO code: 0.25 for 16 characters, 0.25 for four of
+each digit, 0.5 for keeping the clues, 3 times the share of blanks right.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import errors
+from agrpo_jax.tasks import answers
+from agrpo_jax.tasks import base
+from agrpo_jax.tasks import files
+from agrpo_jax.tasks import sudoku_grids
+from agrpo_jax.tasks import sudoku_prompts
+
+NAME = "sudoku"
+DEFAULTS = {
+  "protocol": "agrpo",  # agrpo, d1, llada or bare
+  "shots": 3,  # worked examples in the prompt, 0-3 (protocols agrpo and d1)
+  "min_blanks": 6,  # blanks of a generated puzzle, from
+  "max_blanks": 10,  # ... to; at most 12
+  "num_examples": 0,  # 0: all rows of a file, or 20000 train / 256 test
+  "seed": 0,  # of the generator
+  "demonstration": "clean",  # clean or careless (see `demonstration`)
+  "careless_probability": 0.6,  # share of careless demonstrations
+}
+DEMONSTRATIONS = ("clean", "careless")
+GRADES = ("accuracy", "accuracy_tolerant", "cells", "num_right", "num_blanks")
+PUBLISHED: dict[str, str] = {}
+_GENERATED = {"train": 20_000, "test": 256}
+_RELEASED_WEIGHTS = {
+  "length": 0.25,
+  "digits": 0.25,
+  "clues": 0.5,
+  "filled": 3.0,
+}
+
+
+def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+  chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_choice(
+    NAME, "protocol", chosen["protocol"], sudoku_prompts.PROTOCOLS
+  )
+  base.check_choice(
+    NAME, "demonstration", chosen["demonstration"], DEMONSTRATIONS
+  )
+  if not 0 <= chosen["shots"] <= len(sudoku_prompts.SHOTS):
+    raise errors.UserError(
+      f"task 'sudoku': option shots={chosen['shots']} must be between 0 and "
+      f"{len(sudoku_prompts.SHOTS)}."
+    )
+  return chosen
+
+
+def examples(
+  split: str,
+  *,
+  path: str | None = None,
+  options: Mapping[str, Any] | None = None,
+) -> list[base.Example]:
+  """Puzzles of `split`: generated, or from a CSV file at `path`.
+
+  Raises UserError for bad options and for rows that are no 4x4 Sudoku.
+  """
+  base.check_split(NAME, split)
+  chosen = _settings(options)
+  count = chosen["num_examples"]
+  if path is None:
+    pairs = sudoku_grids.puzzles(
+      split,
+      count or _GENERATED[split],
+      min_blanks=chosen["min_blanks"],
+      max_blanks=chosen["max_blanks"],
+      seed=chosen["seed"],
+    )
+  else:
+    pairs = _published(path, split)
+    pairs = pairs[:count] if count else pairs
+  return [
+    base.Example(
+      id=index,
+      messages=sudoku_prompts.messages(
+        puzzle, chosen["protocol"], chosen["shots"]
+      ),
+      fields={"puzzle": puzzle, "gold": gold},
+      prefill=sudoku_prompts.PREFILL[chosen["protocol"]],
+    )
+    for index, (puzzle, gold) in enumerate(pairs)
+  ]
+
+
+def _published(path: str, split: str) -> list[tuple[str, str]]:
+  pairs = []
+  for where, row in files.read(path, split, ("Puzzle", "Solution")):
+    # A tool that took the columns for numbers drops leading zeros.
+    puzzle = str(row["Puzzle"]).zfill(sudoku_grids.SIZE)
+    gold = str(row["Solution"])
+    if not sudoku_grids.solves(gold, puzzle):
+      raise errors.UserError(
+        f"{where}: Solution {gold!r} does not solve Puzzle {puzzle!r}."
+      )
+    pairs.append((puzzle, gold))
+  return pairs
+
+
+def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
+  """The released weights; under the bare protocol the share of right cells."""
+  if _settings(options)["protocol"] == "bare":
+    return {**dict.fromkeys(_RELEASED_WEIGHTS, 0.0), "cells": 1.0, "exact": 0.0}
+  return {**_RELEASED_WEIGHTS, "cells": 0.0, "exact": 0.0}
+
+
+def reward(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Named parts, each in [0, 1].
+
+  length, digits, clues: about the text inside <answer>, only if it has
+    exactly 16 characters. filled: share of blanks right, read as released
+    (see `_released_grid`). cells: the same share of the grid read strictly,
+    0 unless every clue is kept. exact: 1 for a solved grid.
+  """
+  text = answers.clip(completion)
+  is_bare = _settings(options)["protocol"] == "bare"
+  puzzle, gold = fields["puzzle"], fields["gold"]
+  tagged = text.strip() if is_bare else answers.in_tag(text, "answer")
+  parts = dict.fromkeys((*_RELEASED_WEIGHTS, "cells", "exact"), 0.0)
+  if tagged is not None and len(tagged) == sudoku_grids.SIZE:
+    parts["length"] = 1.0
+    parts["digits"] = float(sorted(tagged) == sorted("1234" * 4))
+    parts["clues"] = float(sudoku_grids.keeps_clues(tagged, puzzle))
+  answer = text.strip() if is_bare else answers.released_answer(text)
+  parts["filled"] = sudoku_grids.share_right(
+    _released_grid(answer), puzzle, gold
+  )
+  if sudoku_grids.keeps_clues(answer, puzzle):
+    parts["cells"] = sudoku_grids.share_right(answer, puzzle, gold)
+    parts["exact"] = float(sudoku_grids.solves(answer, puzzle))
+  return parts
+
+
+def grade(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Verdicts on one completion.
+
+  accuracy: 1 if the grid, read as released, is solved and keeps the clues.
+  accuracy_tolerant: the same of the grid found however it is written.
+  cells: share of blanks right, read as released and clues not checked; its
+    mean over puzzles is the released score.
+  num_right, num_blanks: counts for the tolerant grid, 0 right unless the
+    clues are kept; the ratio of their means is the micro cell accuracy.
+  """
+  text = answers.clip(completion)
+  is_bare = _settings(options)["protocol"] == "bare"
+  puzzle, gold = fields["puzzle"], fields["gold"]
+  answer = text.strip() if is_bare else answers.released_answer(text)
+  released = _released_grid(answer)
+  tolerant = sudoku_grids.find(text)
+  num_blanks = puzzle.count("0")
+  num_right = 0.0
+  if sudoku_grids.keeps_clues(tolerant, puzzle):
+    share = sudoku_grids.share_right(tolerant, puzzle, gold)
+    num_right = float(round(share * num_blanks))
+  return {
+    "accuracy": float(sudoku_grids.solves(released, puzzle)),
+    "accuracy_tolerant": float(sudoku_grids.solves(tolerant, puzzle)),
+    "cells": sudoku_grids.share_right(released, puzzle, gold),
+    "num_right": num_right,
+    "num_blanks": float(num_blanks),
+  }
+
+
+def _released_grid(answer: str) -> str:
+  """Padded with zeros on the left and cut to 16, as the released code does."""
+  return answer.zfill(sudoku_grids.SIZE)[: sudoku_grids.SIZE]
+
+
+def demonstration(
+  example: base.Example,
+  rng: random.Random,
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """A completion to imitate in SFT.
+
+  "clean" gives the solution. "careless" fills, with `careless_probability`,
+  the blanks of each row with the digits the row lacks in increasing order,
+  whatever the columns and boxes say, and gives the solution otherwise.
+  """
+  chosen = _settings(options)
+  puzzle, grid = example.fields["puzzle"], example.fields["gold"]
+  is_careless = chosen["demonstration"] == "careless"
+  if is_careless and rng.random() < chosen["careless_probability"]:
+    grid = sudoku_grids.fill_rows(puzzle)
+  if chosen["protocol"] == "bare":
+    return grid
+  return sudoku_prompts.completion(puzzle, grid, chosen["protocol"])
