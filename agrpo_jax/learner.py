@@ -56,7 +56,9 @@ class Learner:
   microbatch: int
   shard_rows: Callable[[Any], Any] = lambda tree: tree
 
-  def init(self, params: types.Tree, lora: types.Tree | None) -> types.TrainState:
+  def init(
+    self, params: types.Tree, lora: types.Tree | None
+  ) -> types.TrainState:
     """The state before the first train step; `lora` None trains `params`."""
     return types.TrainState(
       train_step=jnp.int32(0),
@@ -239,9 +241,9 @@ class Learner:
 
     def accumulate(carry):
       index, gradient, terms = carry
-      (_, more_terms), more = jax.value_and_grad(
-        microbatch_loss, has_aux=True
-      )(state.trainable, index)
+      (_, more_terms), more = jax.value_and_grad(microbatch_loss, has_aux=True)(
+        state.trainable, index
+      )
       gradient = jax.tree.map(
         lambda total, part: total + part.astype(jnp.float32), gradient, more
       )

@@ -6,9 +6,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from agrpo_jax import llada
 from agrpo_jax import port
+from agrpo_jax import port_names
 from agrpo_jax import types
 from agrpo_jax import unmask
 
@@ -79,3 +81,15 @@ def keep_mask(support, vocab_size: int) -> np.ndarray:
   rows, columns, _ = np.indices(support.shape)
   kept[rows, columns, support] = True  # -1 lands in the extra last column
   return kept[..., :vocab_size]
+
+
+def tree_of(config: llada.Config, file: str):
+  """A recorded tree of weights or gradients, in our layout."""
+  tensors = safetensors.numpy.load_file(GOLDEN / file)
+
+  def array(entry: port_names.Entry) -> jax.Array:
+    parts = [tensors[name] for name in entry.names]
+    parts = [part.T if entry.transposed else part for part in parts]
+    return jnp.asarray(np.stack(parts) if entry.stacked else parts[0])
+
+  return jax.tree.map(array, port_names.table(config))

@@ -41,9 +41,9 @@ def test_equals_the_released_rollout(name):
   config, _, logits_fn = fixtures.network(meta["checkpoint"])
   prompts = fixtures.prompts(golden["prompt_ids"], golden.get("prompt_mask"))
   if meta["noise_seed"] is None:
-    prompts = prompts.replace(key=jax.random.split(jax.random.key(0), 64)[
-      : prompts.length.shape[0]
-    ])
+    prompts = prompts.replace(
+      key=jax.random.split(jax.random.key(0), 64)[: prompts.length.shape[0]]
+    )
   sampling = fixtures.sampling(config, meta)
   rollout = rollout_lib.sample_rollout(
     logits_fn,
@@ -75,9 +75,7 @@ def test_equals_the_released_rollout(name):
     np.where(carries, ours.unmask_step, ours.num_steps[:, None]),
     recorded["unmask_steps"],
   )
-  np.testing.assert_allclose(
-    ours.logprob, recorded["token_logps"], atol=2e-4
-  )
+  np.testing.assert_allclose(ours.logprob, recorded["token_logps"], atol=2e-4)
   np.testing.assert_allclose(
     ours.entropy, recorded["token_entropies"], atol=2e-4
   )
