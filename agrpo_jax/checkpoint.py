@@ -4,32 +4,29 @@
 
   trainable   the adapters, or all parameters in full fine-tuning,
   optimizer   the optimizer's state and the train step,
-  meta        JSON: what the caller gave (config, base model, metrics), the
-              shapes of the arrays above, and the versions that wrote them.
+  meta        JSON: what the caller gave (config, base model, metrics), shapes
+              and checksums of the arrays above, the versions that wrote them.
 
 A frozen base is not saved; `meta` says which one it was. Arrays are restored
 to the shardings asked for, so the number of devices may change in between. A
 checkpoint appears under its name only when it is complete.
 """
 
-import importlib.metadata
+import dataclasses
 import os
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from agrpo_jax import checkpoint_meta
 from agrpo_jax import errors
 from agrpo_jax import types
-
-_RECORDED = ("agrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 class Checkpoints:
@@ -104,18 +101,18 @@ class Checkpoints:
       Whether this train step was or is being saved by this call.
     """
     train_step = int(jax.device_get(train_state.train_step))
-    if train_step in self._manager.all_steps():
+    if train_step in self._manager.all_steps() or not (
+      force or self._manager.should_save(train_step)
+    ):
       return False
     items = _items(train_state)
-    arrays = {name: _describe(tree) for name, tree in items.items()}
-    full_meta = {**meta, "arrays": arrays, "versions": _versions()}
     return self._manager.save(
       train_step,
       args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(full_meta),
+        meta=ocp.args.JsonSave({**meta, **checkpoint_meta.describe(items)}),
         **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
       ),
-      force=force,
+      force=True,
     )
 
   def restore(
@@ -143,10 +140,8 @@ class Checkpoints:
     if found is None:
       return None
     items, meta = found
-    restored = train_state.with_trainable(items["trainable"]).replace(
-      **items["optimizer"]
-    )
-    return restored, meta
+    filled = train_state.with_trainable(items["trainable"])
+    return dataclasses.replace(filled, **items["optimizer"]), meta
 
   def restore_trainable(
     self, trainable: types.Tree, *, base_model: Mapping[str, Any] | None = None
@@ -179,6 +174,27 @@ class Checkpoints:
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     return dict(self._manager.restore(train_step, args=args)["meta"])
 
+  def _read(
+    self,
+    train_step: int,
+    items: Mapping[str, types.Tree],
+    base_model: Mapping[str, Any] | None,
+  ) -> tuple[dict[str, types.Tree], dict[str, Any]]:
+    """One checkpoint; UserError when it does not fit, others for damage."""
+    meta = self._read_meta(train_step)
+    path = str(self._directory / str(train_step))
+    checkpoint_meta.check_fit(path, meta, items, base_model)
+    args = {
+      name: ocp.args.StandardRestore(_abstract(tree))
+      for name, tree in items.items()
+    }
+    found = self._manager.restore(train_step, args=ocp.args.Composite(**args))
+    for name in items:
+      sums = checkpoint_meta.checksums(found[name])
+      if sums != meta["checksums"][name]:
+        raise OSError(f"the arrays of {name!r} are not what was saved")
+    return {name: found[name] for name in items}, meta
+
   def _restore(
     self,
     items: Mapping[str, types.Tree],
@@ -187,17 +203,7 @@ class Checkpoints:
     unreadable: dict[int, Exception] = {}
     for train_step in self._newest_first():
       try:
-        meta = self._read_meta(train_step)
-        self._check_fit(train_step, meta, items, base_model)
-        restored = self._manager.restore(
-          train_step,
-          args=ocp.args.Composite(
-            **{
-              name: ocp.args.StandardRestore(_abstract(tree))
-              for name, tree in items.items()
-            }
-          ),
-        )
+        found = self._read(train_step, items, base_model)
       except errors.UserError:
         raise
       # A damaged checkpoint shows as any of a dozen exceptions.
@@ -208,7 +214,7 @@ class Checkpoints:
       if unreadable:
         logging.warning("Restored train step %d instead.", train_step)
         self._set_aside(unreadable)
-      return {name: restored[name] for name in items}, meta
+      return found
     if not unreadable:
       return None
     raise errors.UserError(
@@ -216,40 +222,6 @@ class Checkpoints:
       "remove the directory to start from the beginning.\n  "
       + "\n  ".join(f"{step}: {_short(e)}" for step, e in unreadable.items())
     )
-
-  def _check_fit(
-    self,
-    train_step: int,
-    meta: Mapping[str, Any],
-    items: Mapping[str, types.Tree],
-    base_model: Mapping[str, Any] | None,
-  ) -> None:
-    """Raises UserError when the checkpoint is of another model."""
-    path = str(self._directory / str(train_step))
-    theirs = meta.get("base_model")
-    if base_model and theirs and not _same_model(theirs, base_model):
-      raise errors.UserError(
-        f"The checkpoint {path!r} was trained from the base model "
-        f"{_say(theirs)}, but this run has {_say(base_model)}. Give that "
-        "model or another work directory."
-      )
-    problems = []
-    for name, tree in items.items():
-      saved, wanted = meta["arrays"][name], _describe(tree)
-      for array in sorted({*saved, *wanted}):
-        if saved.get(array) != wanted.get(array):
-          problems.append(
-            f"  {name}/{array}: {_say_array(saved.get(array))} there, "
-            f"{_say_array(wanted.get(array))} here"
-          )
-    if problems:
-      more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-      raise errors.UserError(
-        f"The checkpoint {path!r} does not fit this run's model or optimizer. "
-        "Give the config it was made with or another work directory.\n"
-        + "\n".join(problems[:10])
-        + more
-      )
 
   def _warn(self, train_step: int, error: Exception) -> None:
     logging.warning(
@@ -286,17 +258,6 @@ def _items(train_state: types.TrainState) -> dict[str, types.Tree]:
   }
 
 
-def _describe(tree: types.Tree) -> dict[str, list[Any]]:
-  """{path: [shape, dtype]} as JSON gives it back."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): [
-      list(leaf.shape),
-      str(np.dtype(leaf.dtype)),
-    ]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
 def _abstract(tree: types.Tree) -> types.Tree:
   def one(leaf: Any) -> jax.ShapeDtypeStruct:
     # Without a sharding orbax would look for the devices that wrote the array.
@@ -306,31 +267,6 @@ def _abstract(tree: types.Tree) -> types.Tree:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree.map(one, tree)
-
-
-def _versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
-  for name in _RECORDED:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed as a package"
-  return found
-
-
-def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-  """By checksum where both have one, because a model's folder may move."""
-  if "checksum" in one and "checksum" in other:
-    return one["checksum"] == other["checksum"]
-  return dict(one) == dict(other)
-
-
-def _say(base_model: Mapping[str, Any]) -> str:
-  return ", ".join(f"{key} {value!r}" for key, value in base_model.items())
-
-
-def _say_array(entry: list[Any] | None) -> str:
-  return "absent" if entry is None else f"{entry[1]} {tuple(entry[0])}"
 
 
 def _short(error: Exception) -> str:

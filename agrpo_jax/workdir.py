@@ -9,6 +9,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 from absl import logging
@@ -50,7 +51,7 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     yield directory
 
 
-def _take(lock, directory: pathlib.Path) -> None:
+def _take(lock: TextIO, directory: pathlib.Path) -> None:
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
@@ -76,7 +77,7 @@ def _take(lock, directory: pathlib.Path) -> None:
   lock.flush()
 
 
-def _owner(lock) -> str:
+def _owner(lock: TextIO) -> str:
   """Who holds the lock; the file may be empty for an instant."""
   lock.seek(0)
   try:

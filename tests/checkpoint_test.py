@@ -186,6 +186,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
   assert restored.train_step == 5
 
 
+def test_a_flipped_bit_in_a_large_array_is_noticed(tmp_path):
+  def state(step):
+    lora = {"a": jax.random.normal(jax.random.key(step), (1000, 1000))}
+    return types.TrainState(jnp.int32(step), {}, lora, ())
+
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1), {})
+    checkpoints.save(state(2), {})
+  trainable = tmp_path / "checkpoints" / "2" / "trainable"
+  (path,) = [p for p in trainable.rglob("d/*") if p.stat().st_size > 1e6]
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    restored, _ = checkpoints.restore(_abstract(state(0)))
+  assert restored.train_step == 1
+
+
 def test_reading_moves_no_damaged_checkpoint(tmp_path):
   _save_steps(tmp_path, [4, 5])
   _truncate_meta(tmp_path / "checkpoints" / "5")
