@@ -19,9 +19,12 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import ad_checkpoint
 
-from agrpo_jax import llada_config, llada_params, types
+from agrpo_jax import llada_config
+from agrpo_jax import llada_params
+from agrpo_jax import ops
+from agrpo_jax import types
 
 Config = llada_config.Config
 abstract_params = llada_params.abstract_params
@@ -32,31 +35,8 @@ logical_axes = llada_params.logical_axes
 # tiles would be mostly empty.
 _FEWEST_CUDNN_QUERIES = 64
 
-
-def rope_tables(config: Config, length: int) -> tuple[jax.Array, jax.Array]:
-  """cos and sin of position times frequency, float32 [length, head_dim / 2].
-
-  Computed on the host in float64: bfloat16 cannot even count to 257, and
-  float32 angles of several thousand radians already lose four digits.
-  """
-  half = np.arange(0, config.head_dim, 2) / config.head_dim
-  angle = np.arange(length)[:, None] * config.rope_theta**-half
-  return (
-    jnp.asarray(np.cos(angle), jnp.float32),
-    jnp.asarray(np.sin(angle), jnp.float32),
-  )
-
-
-def rotate(x_BxLxHxDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotary position embedding (arXiv:2104.09864), halves rotated together.
-
-  cos, sin: float32, [L, 1, Dh / 2] or [B, L, 1, Dh / 2].
-  """
-  first, second = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x_BxLxHxDh.dtype)
+# What remat "dots" keeps: the name of every projection's output.
+_PROJECTION = "projection"
 
 
 def take_positions(x_BxLxD: jax.Array, positions_BxS: jax.Array) -> jax.Array:
@@ -80,26 +60,17 @@ class Projection(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
-    kernel = self.param("kernel", self.specs["kernel"].initial)
-    y = _matmul(x, kernel.astype(dtype))
+    x = x.astype(dtype)
+    y = ops.matmul(x, self.param("kernel", self.specs["kernel"].initial))
     if self.has_variable("lora", "a"):
-      down = _matmul(x, self.get_variable("lora", "a").astype(dtype))
-      b = self.get_variable("lora", "b").astype(dtype)
-      y += self.lora_scale * _matmul(down.astype(dtype), b)
+      inner = ops.matmul(x, self.get_variable("lora", "a")).astype(dtype)
+      outer = ops.matmul(inner, self.get_variable("lora", "b"))
+      y += self.lora_scale * outer
     if "bias" in self.specs:
       bias = self.param("bias", self.specs["bias"].initial)
       y += bias.astype(jnp.float32)
-    return y.astype(out_dtype or dtype)
-
-
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x @ kernel, accumulated and returned in float32."""
-  return jax.lax.dot_general(
-    x,
-    kernel,
-    (((x.ndim - 1,), (0,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
+    y = y.astype(out_dtype or dtype)
+    return ad_checkpoint.checkpoint_name(y, _PROJECTION)
 
 
 class RMSNorm(nn.Module):
@@ -111,10 +82,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", self.specs["scale"].initial)
-    x32 = x.astype(jnp.float32)
-    square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(square + self.eps) * scale.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return ops.rms_norm(x, scale, self.eps)
 
 
 class Layer(nn.Module):
@@ -153,43 +121,30 @@ class Layer(nn.Module):
     with jax.named_scope("attention"):
       normed = norm("attn_norm", x_BxLxD)
       cos, sin = (one[:, None, :] for one in rope)
-      k = rotate(heads(project("k", normed)), cos, sin)
+      k = ops.rotate(heads(project("k", normed)), cos, sin)
       v = heads(project("v", normed))
       if positions_BxS is not None:
         x_BxLxD = take_positions(x_BxLxD, positions_BxS)
         normed = take_positions(normed, positions_BxS)
         cos, sin = cos[positions_BxS], sin[positions_BxS]
-      q = rotate(heads(project("q", normed)), cos, sin)
-      mixed = attend(config, q, k, v, length_B)
+      q = ops.rotate(heads(project("q", normed)), cos, sin)
+      how = _attention(config, num_queries=q.shape[1])
+      mixed = ops.attend(q, k, v, length_B, how)
       mixed = mixed.reshape(*mixed.shape[:2], config.width)
       x_BxLxD = x_BxLxD + project("attn_out", mixed)
     with jax.named_scope("mlp"):
       normed = norm("mlp_norm", x_BxLxD)
-      gated = nn.silu(project("gate", normed)) * project("up", normed)
+      gated = ops.gated_silu(project("gate", normed), project("up", normed))
       x_BxLxD = x_BxLxD + project("down", gated)
     return x_BxLxD, None
 
 
-def attend(
-  config: Config,
-  q_BxSxHxDh: jax.Array,
-  k_BxLxHxDh: jax.Array,
-  v_BxLxHxDh: jax.Array,
-  length_B: jax.Array,
-) -> jax.Array:
-  """Every query attends to the first `length` keys of its row."""
-  implementation = config.attention
-  if implementation == "auto":
-    on_gpu = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
-    many = q_BxSxHxDh.shape[1] >= _FEWEST_CUDNN_QUERIES
-    implementation = "cudnn" if on_gpu and many else "xla"
-  return jax.nn.dot_product_attention(
-    q_BxSxHxDh,
-    k_BxLxHxDh,
-    v_BxLxHxDh,
-    key_value_seq_lengths=length_B,
-    implementation=implementation,
-  )
+def _attention(config: Config, num_queries: int) -> str:
+  if config.attention != "auto":
+    return config.attention
+  on_gpu = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+  many = num_queries >= _FEWEST_CUDNN_QUERIES
+  return "cudnn" if on_gpu and many else "xla"
 
 
 def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:
@@ -198,9 +153,7 @@ def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:
     return lambda layer: layer
   policy = None
   if remat == "dots":
-    # Outputs of the projections; attention scores have batch dimensions and
-    # are recomputed.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = jax.checkpoint_policies.save_only_these_names(_PROJECTION)
   # Inside a scan nothing can be merged across iterations anyway.
   return lambda layer: nn.remat(layer, prevent_cse=not in_scan, policy=policy)
 
@@ -245,7 +198,9 @@ class LLaDA(nn.Module):
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
     with jax.named_scope("embed"):
       x_BxLxD = self.embed(tokens_BxL).astype(self.config.dtype)
-    rope = rope_tables(self.config, tokens_BxL.shape[1])
+    rope = ops.rope_tables(
+      self.config.head_dim, self.config.rope_theta, tokens_BxL.shape[1]
+    )
     if self.config.num_layers > 1:
       with jax.named_scope("layers"):
         x_BxLxD, _ = self.layers(x_BxLxD, length_B, rope)
@@ -257,8 +212,7 @@ class LLaDA(nn.Module):
     """Logits [B, S, embedding_size], float32."""
     with jax.named_scope("unembed"):
       if self.config.tied_head:
-        table = self.embed.get_table().astype(self.config.dtype)
-        logits = _matmul(hidden_BxSxD, table.T)
+        logits = ops.matmul(hidden_BxSxD, self.embed.table.T)
       else:
         logits = self.head(hidden_BxSxD, jnp.float32)
       if self.config.scale_logits:
@@ -286,9 +240,6 @@ class Embed(nn.Module):
     # Padding may hold anything; "fill" would turn a wild id into NaN, which
     # no attention mask can undo.
     return self.table.at[tokens].get(mode="clip")
-
-  def get_table(self) -> jax.Array:
-    return self.table
 
 
 def logits_fn(

@@ -1,0 +1,159 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on named projections.
+
+The adapter is a tree beside the parameters, with the same module names where
+it adapts: {"a": [.., in, R], "b": [.., R, out]}, float32. The adapted
+projection computes x W + scale (x a) b.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import errors, types
+
+LAYER_TARGETS = ("q", "k", "v", "attn_out", "gate", "up", "down")
+TARGETS = (*LAYER_TARGETS, "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Which projections are adapted, and how.
+
+  Attributes:
+    rank: R, columns of `a` and rows of `b`.
+    alpha: the adapter's output is multiplied by alpha / rank.
+    targets: names out of `TARGETS`.
+  """
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...] = LAYER_TARGETS
+
+  def __post_init__(self) -> None:
+    problems = []
+    if self.rank < 1:
+      problems.append(f"rank={self.rank} must be at least 1")
+    if not self.alpha > 0:
+      problems.append(f"alpha={self.alpha} must be above 0")
+    unknown = sorted(set(self.targets) - set(TARGETS))
+    if unknown or not self.targets:
+      problems.append(f"targets={self.targets}: choose from {TARGETS}")
+    if problems:
+      raise errors.UserError("LoRA settings: " + "; ".join(problems) + ".")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+def init(
+  settings: Lora, params_abstract: types.Tree, key: jax.Array
+) -> types.Tree:
+  """A fresh adapter, which changes nothing: `b` is zero.
+
+  `a` is uniform in +-1/sqrt(in), which is PEFT's kaiming-uniform with
+  a = sqrt(5).
+
+  Args:
+    settings: rank and targets.
+    params_abstract: the parameters, or their shapes.
+    key: a random key, consumed.
+
+  Raises:
+    UserError: if a target matches nothing in the parameters.
+  """
+  kernels = dict(_kernels(params_abstract, settings.targets))
+  missing = set(settings.targets) - {path[-1] for path in kernels}
+  if missing:
+    why = (
+      " (the head of this network is its embedding table, which cannot be "
+      "adapted)"
+      if "head" in missing
+      else ""
+    )
+    raise errors.UserError(
+      f"LoRA targets {sorted(missing)} match no projection of this "
+      f"network{why}. Remove them from the targets."
+    )
+  adapter: types.Tree = {}
+  keys = jax.random.split(key, len(kernels))
+  for (path, kernel), a_key in zip(kernels.items(), keys, strict=True):
+    *stack, fan_in, fan_out = kernel.shape
+    bound = 1 / math.sqrt(fan_in)
+    a = jax.random.uniform(
+      a_key, (*stack, fan_in, settings.rank), jnp.float32, -bound, bound
+    )
+    b = jnp.zeros((*stack, settings.rank, fan_out), jnp.float32)
+    _put(adapter, path, {"a": a, "b": b})
+  return adapter
+
+
+def logical_axes(settings: Lora, params_axes: types.Tree) -> types.Tree:
+  """The adapter's tree with a tuple of logical axis names per array.
+
+  Args:
+    settings: targets.
+    params_axes: `llada.logical_axes` of the network.
+  """
+  axes: types.Tree = {}
+  for path, kernel_axes in _kernels(params_axes, settings.targets):
+    *stack, fan_in, fan_out = kernel_axes
+    ab = {"a": (*stack, fan_in, "rank"), "b": (*stack, "rank", fan_out)}
+    _put(axes, path, ab)
+  return axes
+
+
+def merge(params: types.Tree, adapter: types.Tree, scale: float) -> types.Tree:
+  """Parameters that compute the same without the adapter: W + scale a b.
+
+  The sum is formed in float32 and rounded to the dtype of W.
+  """
+
+  def walk(node: types.Tree, delta: types.Tree) -> types.Tree:
+    if "a" in delta:
+      product = jnp.matmul(
+        delta["a"].astype(jnp.float32),
+        delta["b"].astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+      )
+      kernel = node["kernel"]
+      merged = kernel.astype(jnp.float32) + scale * product
+      return {**node, "kernel": merged.astype(kernel.dtype)}
+    return {
+      name: walk(child, delta[name]) if name in delta else child
+      for name, child in node.items()
+    }
+
+  return walk(params, adapter)
+
+
+def count(tree: types.Tree) -> int:
+  """How many numbers the arrays of a tree hold."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _kernels(
+  tree: types.Tree, targets: tuple[str, ...], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """(path of the module, its kernel) for every target in a params tree."""
+  for name in sorted(tree):
+    node = tree[name]
+    if not isinstance(node, dict):
+      continue
+    if "kernel" in node:
+      if name in targets:
+        yield (*path, name), node["kernel"]
+    else:
+      yield from _kernels(node, targets, (*path, name))
+
+
+def _put(tree: types.Tree, path: tuple[str, ...], value: types.Tree) -> None:
+  for name in path[:-1]:
+    tree = tree.setdefault(name, {})
+  tree[path[-1]] = value
