@@ -1,0 +1,293 @@
+"""What a run tells: numbers and sample completions to files and dashboards.
+
+`<workdir>/metrics.jsonl` has a line per call of `Writer.scalars`,
+`samples.jsonl` a line per sample, `tensorboard/` the same for TensorBoard;
+Weights & Biases gets them when asked. Names follow TRL's where it has the same
+quantity: `reward`, `reward_std`, `frac_reward_zero_std`,
+`completions/mean_length`, `kl`, `entropy`, `clip_ratio/low_mean`,
+`clip_ratio/high_mean`, `loss`, `grad_norm`, `learning_rate`.
+
+`train_step` is the number, from 0, of the train step that the values are of. A
+run that restores a state with `train_step` = k goes on with train step k, so
+lines from k on are dropped when it opens the files: none appears twice. For
+none to be missing, the values of train step k - 1 must be written before that
+state is saved.
+"""
+
+import json
+import math
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from absl import logging
+
+from agrpo_jax import errors
+
+
+class Writer:
+  """Writes metrics and samples; on processes other than 0 it does nothing.
+
+  Args:
+    workdir: an existing directory that this run has claimed.
+    resume_step: the restored state's train step, 0 for a fresh start.
+    wandb_settings: arguments of `wandb.init` (project, name, mode, config ...),
+      or None for no Weights & Biases. A run that goes on in its work directory
+      goes on in its Weights & Biases run.
+
+  Raises:
+    UserError: Weights & Biases is asked for but not installed.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    resume_step: int = 0,
+    *,
+    wandb_settings: Mapping[str, Any] | None = None,
+  ):
+    self._backends: list[Any] = []
+    if jax.process_index() != 0:
+      return
+    directory = pathlib.Path(workdir)
+    if wandb_settings is not None:  # the one that can refuse comes first
+      self._backends.append(_Wandb(directory, wandb_settings))
+    self._backends.append(_JsonLines(directory, resume_step))
+    self._backends.append(_TensorBoard(directory, resume_step))
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def scalars(self, train_step: int, values: Mapping[str, Any]) -> None:
+    """One number per name; arrays must have one element.
+
+    A value that is not finite stands as null in `metrics.jsonl`.
+    """
+    if not self._backends:
+      return
+    numbers = to_floats(values)
+    for backend in self._backends:
+      backend.scalars(int(train_step), numbers)
+
+  def texts(
+    self, train_step: int, samples: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Sample completions: one dict of JSON values each."""
+    for backend in self._backends:
+      backend.texts(int(train_step), samples)
+
+  def flush(self) -> None:
+    """Sends what is held back; lines of JSON never are."""
+    for backend in self._backends:
+      backend.flush()
+
+  def close(self) -> None:
+    """Flushes, and closes the files. A second call does nothing."""
+    backends, self._backends = self._backends, []
+    for backend in backends:
+      backend.close()
+
+
+def to_floats(values: Mapping[str, Any]) -> dict[str, float]:
+  """Python floats, in one transfer from the device.
+
+  Raises:
+    ValueError: a value is not one number.
+  """
+  found = {}
+  # As a list: JAX would sort the names of a dict.
+  on_host = jax.device_get(list(values.values()))
+  for name, value in zip(values, on_host, strict=True):
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind in "OSU":
+      raise ValueError(f"The metric {name!r} is not one number: {value!r}.")
+    found[name] = float(array.reshape(()))
+  return found
+
+
+def check_finite(train_step: int, values: Mapping[str, Any]) -> None:
+  """Raises FloatingPointError naming train step, metrics and their values."""
+  wrong = {
+    name: value
+    for name, value in to_floats(values).items()
+    if not math.isfinite(value)
+  }
+  if wrong:
+    listed = ", ".join(f"{name}={value}" for name, value in wrong.items())
+    raise FloatingPointError(f"Not finite at train step {train_step}: {listed}")
+
+
+class _JsonLines:
+  """Each line is handed to the operating system before the call returns."""
+
+  def __init__(self, directory: pathlib.Path, resume_step: int):
+    self._metrics = _open_at(directory / "metrics.jsonl", resume_step)
+    self._samples = _open_at(directory / "samples.jsonl", resume_step)
+
+  def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
+    _write_line(self._metrics, {"train_step": train_step, **numbers})
+
+  def texts(
+    self, train_step: int, samples: Sequence[Mapping[str, Any]]
+  ) -> None:
+    for sample in samples:
+      _write_line(self._samples, {"train_step": train_step, **sample})
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    self._metrics.close()
+    self._samples.close()
+
+
+def _open_at(path: pathlib.Path, resume_step: int) -> Any:
+  """Opens for appending, without the lines of `resume_step` and later.
+
+  A killed process may leave half a line at the end; it goes too.
+  """
+  if path.exists():
+    shorter = path.with_suffix(".tmp")
+    with open(path, "rb") as old, open(shorter, "wb") as new:
+      num_dropped = 0
+      for line in old:
+        if _is_before(line, resume_step):
+          new.write(line)
+        else:
+          num_dropped += 1
+    if num_dropped:
+      os.replace(shorter, path)
+      logging.info(
+        "Dropped %d lines of %s: the run goes on at train step %d.",
+        num_dropped,
+        path,
+        resume_step,
+      )
+    else:
+      shorter.unlink()
+  return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def _is_before(line: bytes, resume_step: int) -> bool:
+  if not line.endswith(b"\n"):
+    return False
+  try:
+    return json.loads(line)["train_step"] < resume_step
+  except (ValueError, KeyError, TypeError):
+    return False
+
+
+def _write_line(file: Any, record: Mapping[str, Any]) -> None:
+  line = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)
+  file.write(line + "\n")
+  file.flush()
+
+
+def _jsonable(value: Any) -> Any:
+  """JSON has no NaN and no infinity; null stands for them."""
+  if isinstance(value, Mapping):
+    return {str(key): _jsonable(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_jsonable(item) for item in value]
+  if isinstance(value, np.generic | np.ndarray):
+    return _jsonable(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _encodable(text: str) -> str:
+  """Half characters, which a byte tokenizer can give, written as escapes."""
+  return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class _TensorBoard:
+  def __init__(self, directory: pathlib.Path, resume_step: int):
+    self._writer = tensorboardX.SummaryWriter(
+      str(directory / "tensorboard"),
+      # TensorBoard then hides what an earlier process wrote from there on.
+      purge_step=resume_step,
+      # File names have seconds in them; a quick restart must not overwrite.
+      filename_suffix=f".{resume_step}.{secrets.token_hex(4)}",
+    )
+
+  def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
+    for name, number in numbers.items():
+      self._writer.add_scalar(name, number, train_step)
+
+  def texts(
+    self, train_step: int, samples: Sequence[Mapping[str, Any]]
+  ) -> None:
+    for index, sample in enumerate(samples):
+      # Four spaces: markdown shows the text as it is.
+      lines = [
+        f"    {line}"
+        for key, value in sample.items()
+        for line in _encodable(f"{key}: {value}").splitlines()
+      ]
+      self._writer.add_text(f"sample/{index}", "\n".join(lines), train_step)
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class _Wandb:
+  def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any]):
+    try:
+      import wandb
+    except ImportError as error:
+      raise errors.UserError(
+        "Weights & Biases is asked for but not installed: "
+        "pip install 'agrpo_jax[wandb]', or take it out of the config."
+      ) from error
+    name = directory / "wandb_id.txt"
+    if not name.exists():
+      name.write_text(secrets.token_hex(8))
+    self._wandb = wandb
+    self._run = wandb.init(
+      dir=str(directory),
+      id=name.read_text().strip(),
+      resume="allow",
+      **settings,
+    )
+
+  def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
+    self._run.log(dict(numbers), step=train_step)
+
+  def texts(
+    self, train_step: int, samples: Sequence[Mapping[str, Any]]
+  ) -> None:
+    if samples:
+      columns = list(samples[0])
+      rows = [
+        [_encodable(str(sample[key])) for key in columns] for sample in samples
+      ]
+      table = self._wandb.Table(columns=columns, data=rows)
+      self._run.log({"samples": table}, step=train_step)
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+  """The records of a `metrics.jsonl` or `samples.jsonl`, null as NaN."""
+  with open(path, encoding="utf-8") as file:
+    for line in file:
+      record = json.loads(line)
+      yield {k: math.nan if v is None else v for k, v in record.items()}

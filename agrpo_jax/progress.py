@@ -1,0 +1,112 @@
+"""What a person at the terminal sees of a run."""
+
+import collections
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import TextIO
+
+import tqdm
+
+
+class Progress:
+  """A line per train step: how far, how good, how fast, how long still.
+
+  Args:
+    num_train_steps: of the whole run.
+    first_step: the train step that this process begins with.
+    out: where lines go, standard output by default.
+    clock: seconds from any origin.
+  """
+
+  def __init__(
+    self,
+    num_train_steps: int,
+    first_step: int = 0,
+    *,
+    out: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._num_train_steps = num_train_steps
+    self._first_step = first_step
+    self._out = out
+    self._clock = clock
+    self._last = clock()
+    # The last twenty, because lengths of completions change over a run.
+    self._durations: collections.deque[float] = collections.deque(maxlen=20)
+
+  def step(
+    self,
+    train_step: int,
+    scalars: Mapping[str, float],
+    seconds: Mapping[str, float],
+    num_tokens: int,
+  ) -> str:
+    """Prints and returns the line of a train step that just ended.
+
+    Args:
+      train_step: its number, from 0.
+      scalars: its metrics; `reward` and `accuracy` are shown when there.
+      seconds: per phase (rollout, grade, update), shown in this order.
+      num_tokens: tokens of completions drawn in this train step.
+    """
+    now = self._clock()
+    duration, self._last = now - self._last, now
+    # The first train step of a process compiles: it predicts nothing.
+    if train_step > self._first_step:
+      self._durations.append(duration)
+    left = self._num_train_steps - train_step - 1
+    eta = None
+    if self._durations:
+      eta = left * sum(self._durations) / len(self._durations)
+    line = progress_line(
+      train_step,
+      self._num_train_steps,
+      scalars=scalars,
+      seconds=seconds,
+      tokens_per_second=num_tokens / duration if duration > 0 else 0.0,
+      eta_seconds=eta if left else 0.0,
+    )
+    print(line, file=self._out or sys.stdout, flush=True)
+    return line
+
+
+def progress_line(
+  train_step: int,
+  num_train_steps: int,
+  *,
+  scalars: Mapping[str, float],
+  seconds: Mapping[str, float],
+  tokens_per_second: float,
+  eta_seconds: float | None,
+) -> str:
+  """`step  12/400  reward 0.512  ...  1480 tok/s  ETA 0:18:22`."""
+  width = len(str(num_train_steps))
+  parts = [f"step {train_step + 1:>{width}}/{num_train_steps}"]
+  for name in ("reward", "accuracy"):
+    if name in scalars:
+      parts.append(f"{name} {scalars[name]:.3f}")
+  parts += [f"{phase} {value:.2f}s" for phase, value in seconds.items()]
+  parts.append(f"{tokens_per_second:.0f} tok/s")
+  parts.append(f"ETA {'?' if eta_seconds is None else duration(eta_seconds)}")
+  return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+  """Hours, minutes and seconds: 3:05:09, or 2d 3:05:09."""
+  minutes, second = divmod(round(seconds), 60)
+  hours, minute = divmod(minutes, 60)
+  days, hour = divmod(hours, 24)
+  clock = f"{hour}:{minute:02d}:{second:02d}"
+  return f"{days}d {clock}" if days else clock
+
+
+def bar(total: int, description: str) -> Any:
+  """A bar for a long wait, shown on a terminal only.
+
+  It goes to standard error, so that redirected output holds lines alone. Use:
+  `with bar(10, "evaluate") as b: b.update()`.
+  """
+  return tqdm.tqdm(total=total, desc=description, disable=None, leave=False)
