@@ -95,6 +95,7 @@ class Layer(nn.Module):
 
   config: Config
   lora_scale: float = 1.0
+  rows: jax.sharding.Sharding | None = None
 
   @nn.compact
   def __call__(
@@ -136,7 +137,14 @@ class Layer(nn.Module):
       normed = norm("mlp_norm", x_BxLxD)
       gated = ops.gated_silu(project("gate", normed), project("up", normed))
       x_BxLxD = x_BxLxD + project("down", gated)
-    return x_BxLxD, None
+    return _split_rows(x_BxLxD, self.rows), None
+
+
+def _split_rows(x: jax.Array, rows: jax.sharding.Sharding | None) -> jax.Array:
+  # Where parameters are split over the devices that also split the rows, the
+  # compiler would else gather the activations, and every device would compute
+  # every row.
+  return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
 def _attention(config: Config, num_queries: int) -> str:
@@ -159,10 +167,18 @@ def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:
 
 
 class LLaDA(nn.Module):
-  """The network. Parameters are laid out as `llada_params.specs` says."""
+  """The network. Parameters are laid out as `llada_params.specs` says.
+
+  Attributes:
+    config: shapes and compute switches.
+    lora_scale: factor of the adapter, if the collection "lora" is given.
+    rows: how the rows of a batch are split over devices (`mesh.rows`); needed
+      where parameters are split too.
+  """
 
   config: Config
   lora_scale: float = 1.0
+  rows: jax.sharding.Sharding | None = None
 
   def setup(self) -> None:
     config, table = self.config, llada_params.specs(self.config)
@@ -174,9 +190,9 @@ class LLaDA(nn.Module):
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=config.num_layers - 1,
-      )(config, self.lora_scale)
+      )(config, self.lora_scale, self.rows)
     self.last_layer = _remat(config.remat, in_scan=False)(Layer)(
-      config, self.lora_scale
+      config, self.lora_scale, self.rows
     )
     self.final_norm = RMSNorm(table["final_norm"], config.norm_eps)
     if not config.tied_head:
@@ -198,6 +214,7 @@ class LLaDA(nn.Module):
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
     with jax.named_scope("embed"):
       x_BxLxD = self.embed(tokens_BxL).astype(self.config.dtype)
+      x_BxLxD = _split_rows(x_BxLxD, self.rows)
     rope = ops.rope_tables(
       self.config.head_dim, self.config.rope_theta, tokens_BxL.shape[1]
     )
@@ -247,12 +264,14 @@ def logits_fn(
   params: Any,
   lora: Any = None,
   lora_scale: float = 1.0,
+  rows: jax.sharding.Sharding | None = None,
 ) -> types.LogitsFn:
   """The network bound to its parameters: (tokens, length, positions) -> logits.
 
-  The logits have `vocab_size` columns, float32.
+  The logits have `vocab_size` columns, float32. `rows` is how a batch is split
+  over devices, see `LLaDA`.
   """
-  network = LLaDA(config, lora_scale)
+  network = LLaDA(config, lora_scale, rows)
   variables = {"params": params}
   if lora is not None:
     variables["lora"] = lora
