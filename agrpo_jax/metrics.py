@@ -223,7 +223,8 @@ class _TensorBoard:
 
   def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
     for name, number in numbers.items():
-      self._writer.add_scalar(name, number, train_step)
+      if math.isfinite(number):  # it would warn on the terminal every time
+        self._writer.add_scalar(name, number, train_step)
 
   def texts(
     self, train_step: int, samples: Sequence[Mapping[str, Any]]

@@ -1,0 +1,298 @@
+"""The rules of the house that a machine can check."""
+
+import ast
+import importlib
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "agrpo_jax"
+
+MAX_LINES = 350
+
+# From the ground up: a module imports only modules named before it. `tasks` is
+# one name here; inside it the rule is that nothing imports in a circle.
+ORDER = """
+  errors types masked mesh
+  llada_config llada_params ops llada lora
+  hub port_names port_files port tokens
+  unmask rollout mc_steps advantage objective
+  optimizer learner
+  tasks grading data
+  checkpoint_meta checkpoint workdir metrics progress
+  config sampler build run
+  command evaluate sft train main demo
+""".split()
+
+# What knows the sampler and the estimator knows no network: it gets a function.
+BEFORE_NETWORKS = {
+  *("types", "masked", "unmask", "rollout"),
+  *("mc_steps", "advantage", "objective"),
+}
+NETWORKS = {"llada", "llada_config", "llada_params", "lora", "port", "tokens"}
+
+# Grading runs in processes that must start fast and never touch a device.
+WITHOUT_JAX = {"errors", "tasks", "grading"}
+JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain"}
+
+# Extras that a user may not have installed are imported where they are used.
+OPTIONAL = {"wandb", "matplotlib", "datasets"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+SOURCES = [
+  path
+  for folder in ("agrpo_jax", "configs", "benchmarks", "launch", "tests")
+  for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def _name(path: pathlib.Path) -> str:
+  """agrpo_jax/tasks/sudoku.py -> agrpo_jax.tasks.sudoku."""
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {_name(path): ast.parse(path.read_text("utf-8")) for path in MODULES}
+
+
+def _imported(node: ast.AST) -> list[str]:
+  """Dotted names that an import statement brings in, without relative ones."""
+  if isinstance(node, ast.Import):
+    return [alias.name for alias in node.names]
+  if isinstance(node, ast.ImportFrom) and node.module:
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+  return []
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+  for node in ast.walk(tree):
+    yield from _imported(node)
+
+
+def _own_imports(name: str) -> set[str]:
+  """Modules of the package that a module of it imports."""
+  found = set()
+  for imported in _imports(TREES[name]):
+    while imported.startswith("agrpo_jax.") and imported not in TREES:
+      imported = imported.rpartition(".")[0]  # a name inside a module
+    if imported in TREES and imported not in (name, "agrpo_jax"):
+      found.add(imported)
+  return found
+
+
+def _unit(name: str) -> str:
+  """agrpo_jax.tasks.sudoku -> tasks."""
+  return name.split(".")[1]
+
+
+def test_modules_are_short():
+  lengths = {
+    _name(path): len(path.read_text("utf-8").splitlines()) for path in MODULES
+  }
+  long = {name: n for name, n in lengths.items() if n > MAX_LINES}
+  assert not long, "one noun per module; split by meaning"
+
+
+def test_every_module_has_a_place_in_the_order():
+  units = {_unit(name) for name in TREES if name != "agrpo_jax"}
+  assert units <= {*ORDER}, "give these a place in ORDER"
+  assert len(ORDER) == len({*ORDER})
+
+
+def test_imports_point_downward():
+  upward = [
+    f"{name} imports {imported}"
+    for name in TREES
+    if name != "agrpo_jax"
+    for imported in sorted(_own_imports(name))
+    if _unit(name) != _unit(imported)
+    and ORDER.index(_unit(imported)) > ORDER.index(_unit(name))
+  ]
+  assert not upward
+
+
+def test_no_import_cycles():
+  """Removes what imports nothing that is left, until nothing is left."""
+  left = {name: _own_imports(name) for name in TREES}
+  while left:
+    free = [name for name, needs in left.items() if not needs & {*left}]
+    assert free, f"these import in a circle: {sorted(left)}"
+    for name in free:
+      del left[name]
+
+
+def test_the_estimator_knows_no_network():
+  for name in TREES:
+    if name != "agrpo_jax" and _unit(name) in BEFORE_NETWORKS:
+      known = {_unit(imported) for imported in _own_imports(name)}
+      assert not known & NETWORKS, name
+
+
+def test_nothing_imports_nnx():
+  """Flax's other API does not import on every JAX that we support."""
+  for name, tree in TREES.items():
+    assert not any("nnx" in imported for imported in _imports(tree)), name
+
+
+def test_imports_stand_at_the_top():
+  inside = []
+  for name, tree in TREES.items():
+    for function in ast.walk(tree):
+      if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+        for imported in _imports(function):
+          if imported.split(".")[0] not in OPTIONAL:
+            inside.append(f"{name}.{function.name}: {imported}")
+  assert not inside
+
+
+def test_optional_packages_are_not_imported_at_the_top():
+  for name, tree in TREES.items():
+    for node in tree.body:
+      top = {imported.split(".")[0] for imported in _imported(node)}
+      assert not top & OPTIONAL, name
+
+
+def test_relative_imports_are_not_used():
+  for name, tree in TREES.items():
+    for node in ast.walk(tree):
+      assert not (isinstance(node, ast.ImportFrom) and node.level), name
+
+
+def test_no_model_text_is_ever_executed():
+  """Nor anything else: the package calls no eval, exec or compile."""
+  for name, tree in TREES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        assert node.func.id not in ("eval", "exec", "compile"), name
+
+
+def test_asserts_guard_no_input():
+  """They vanish under `python -O`; errors are raised."""
+  for name, tree in TREES.items():
+    assert not any(isinstance(n, ast.Assert) for n in ast.walk(tree)), name
+
+
+def _public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+  for node in tree.body:
+    inside = node.body if isinstance(node, ast.ClassDef) else [node]
+    if not getattr(node, "name", "_").startswith("_"):
+      for each in inside:
+        if isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
+          yield each
+
+
+def test_public_functions_are_annotated():
+  bare = []
+  for name, tree in TREES.items():
+    for function in _public_functions(tree):
+      arguments = function.args
+      every = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        *filter(None, [arguments.vararg, arguments.kwarg]),
+      ]
+      if function.returns is None or any(
+        each.annotation is None and each.arg not in ("self", "cls")
+        for each in every
+      ):
+        bare.append(f"{name}.{function.name}")
+  assert not bare
+
+
+@pytest.mark.parametrize(
+  "path", SOURCES, ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_every_file_says_what_it_is(path):
+  assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+
+
+def test_public_names_have_docstrings():
+  bare = [
+    f"{name}.{node.name}"
+    for name, tree in TREES.items()
+    for node in tree.body
+    if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    and not node.name.startswith("_")
+    and not ast.get_docstring(node)
+  ]
+  assert not bare
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_can_be_imported(path):
+  module = importlib.import_module(f"configs.{path.stem}")
+  assert callable(getattr(module, "get_config", None)) or path.stem.startswith(
+    "_"
+  )
+
+
+def test_grading_starts_without_jax(run_in_subprocess):
+  names = [n for n in TREES if n.count(".") and _unit(n) in WITHOUT_JAX]
+  for name in names:
+    family = {i.split(".")[0] for i in _imports(TREES[name])} & JAX_FAMILY
+    assert not family, name
+  run_in_subprocess(f"""
+    import importlib, sys
+    for name in {names!r}:
+      importlib.import_module(name)
+    assert "jax" not in sys.modules
+  """)
+
+
+def test_importing_the_package_starts_no_device(run_in_subprocess):
+  """`main` must be able to call jax.distributed.initialize first."""
+  run_in_subprocess(f"""
+    import importlib
+    for name in {sorted(TREES)!r}:
+      importlib.import_module(name)
+    from jax._src import xla_bridge
+    assert not xla_bridge.backends_are_initialized()
+  """)
+
+
+UNFINISHED = re.compile(
+  r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK|NotImplement" r"edError)\b"
+)
+# Folders of one machine, and hosts that packages come from.
+ELSEWHERE = re.compile(
+  r"(?<![\w.~-])/(work|home|root|Users)/|\.\./(shared|\.library)"
+  r"|pypi\.|pythonhosted|npmjs"
+)
+SKIPPED = re.compile(r"mark\.(skip|xfail)|pytest\.skip|skipTest|unittest\.skip")
+TEXT = {
+  *(".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh"),
+  *("", ".cfg"),
+}
+
+
+def _project_texts() -> Iterator[tuple[str, str]]:
+  """(path, text) of what people read and write, not of test data."""
+  folders = ("agrpo_jax", "configs", "benchmarks", "launch", "tests", "docs")
+  for folder in (*folders, "tools", ".ci", ".github"):
+    for path in sorted((ROOT / folder).rglob("*")):
+      if (
+        path.suffix in TEXT and path.is_file() and "testdata" not in path.parts
+      ):
+        if "assets" not in path.parts and "__pycache__" not in path.parts:
+          yield str(path.relative_to(ROOT)), path.read_text("utf-8")
+  for path in sorted(ROOT.iterdir()):
+    if path.suffix in TEXT and path.is_file():
+      yield path.name, path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("pattern", [UNFINISHED, ELSEWHERE, SKIPPED])
+def test_words_that_have_no_place_here(pattern):
+  here = str(pathlib.Path(__file__).relative_to(ROOT))
+  found = [
+    f"{path}:{number}: {line.strip()}"
+    for path, text in _project_texts()
+    if path != here
+    for number, line in enumerate(text.splitlines(), 1)
+    if pattern.search(line)
+  ]
+  assert not found
