@@ -30,6 +30,13 @@ class Example:
   prefill: str = ""
 
 
+class OutOfTime(BaseException):
+  """Raised inside a grader whose time is up (see `worker`).
+
+  No Exception, because libraries swallow those.
+  """
+
+
 def settings(
   options: Mapping[str, Any] | None, defaults: Mapping[str, Any], task: str
 ) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 math-verify finds the expression in a text (LaTeX first), turns it into a sympy
 expression and compares by value. Two things are changed. Plain arithmetic
 would go through sympy's `parse_expr`, which hands its text to Python's `eval`;
-`arithmetic.value` takes its place. And its alarms are off: the time limit is
-that of the process that grades (see `grading`), so call this only there, or on
-text that you trust.
+`arithmetic.value` takes its place. And what would take too long is refused
+beforehand where it can be told (`tame`); what slips through is stopped by the
+timer of the process that grades (`worker`), so call this only there, or on text
+that you trust. math-verify's own alarms are off: they need whole seconds and
+another signal handler.
 """
 
 import functools
+import itertools
 import logging
 
 import math_verify
@@ -16,8 +19,12 @@ import sympy
 from math_verify import parser
 
 from agrpo_jax.tasks import arithmetic
+from agrpo_jax.tasks import base
+from agrpo_jax.tasks import tame
 
-MAX_CHARS = 20_000
+MAX_CHARS = 20_000  # of a text that is searched
+MAX_LATEX_CHARS = 1000  # of one expression
+MAX_NESTING = 24
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -27,12 +34,32 @@ def _parse_arithmetic(text: str) -> sympy.Rational:
   return sympy.Rational(value.numerator, value.denominator)
 
 
-if not hasattr(parser, "parse_expr_cached"):
-  raise ImportError(
-    "this version of math-verify evaluates arithmetic in a place we do not "
-    "know; install the one in requirements.txt."
-  )
+def _check_nesting(latex: str) -> None:
+  """Raises ValueError for LaTeX whose parser would need exponential time."""
+  depth = deepest = 0
+  for character in latex:
+    depth += (character in "([{") - (character in ")]}")
+    deepest = max(deepest, depth)
+  if deepest > MAX_NESTING or len(latex) > MAX_LATEX_CHARS:
+    raise ValueError("the expression is too long or too deep")
+
+
+for _name in ("parse_expr_cached", "parse_latex_cached"):
+  if not hasattr(parser, _name):
+    raise ImportError(
+      f"this math-verify has no parser.{_name}: install the version that "
+      "requirements.txt names."
+    )
+_parse_latex = parser.parse_latex_cached
+
+
+def _parse_bounded_latex(latex: str) -> sympy.Basic:
+  _check_nesting(latex)
+  return _parse_latex(latex)
+
+
 parser.parse_expr_cached = _parse_arithmetic
+parser.parse_latex_cached = _parse_bounded_latex
 
 
 @functools.lru_cache(maxsize=256)
@@ -43,14 +70,21 @@ def _parsed(text: str) -> tuple:
 def equal(gold: str, text: str) -> bool:
   """Whether math-verify finds the value of `gold` in `text`.
 
-  Text that is too long for its patterns is unequal.
+  False as well for text too long for its patterns, for an answer that is not
+  tame and of another shape than the gold one, and when time is up.
   """
   if len(text) > MAX_CHARS:
     return False
-  golds, found = _parsed(gold), _parsed(text)
-  if any(map(_is_percentage, golds)) != any(map(_is_percentage, found)):
-    golds, found = map(_as_number, golds), map(_as_number, found)
-  return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+  try:
+    golds, found = _parsed(gold), _parsed(text)
+    if not all(map(tame.is_tame, (*golds, *found))):
+      return any(a == b for a, b in itertools.product(golds, found))
+    if any(map(_is_percentage, golds)) != any(map(_is_percentage, found)):
+      golds = tuple(map(_as_number, golds))
+      found = tuple(map(_as_number, found))
+    return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+  except base.OutOfTime:
+    return False
 
 
 # How math-verify marks a percentage. Newer versions let 18% equal 18; the one

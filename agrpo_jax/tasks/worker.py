@@ -1,0 +1,139 @@
+"""One grading worker: reads completions from a socket, answers with parts.
+
+Started by `agrpo_jax.grading` as `python -m agrpo_jax.tasks.worker FD`, in a
+process of its own that never imports jax: what a completion makes a grader do
+can then be bounded, and ended, from outside. Lines of JSON both ways:
+
+  {"task", "path", "options", "timeout_seconds"}  ->  {"ready": true}
+  {"completion", "fields"}  ->  {"parts": {...}, "grades": {...}}
+                            or  {"error": text}
+
+A reply has "timed_out" in addition, or instead, where time was up.
+
+It ends when the other side closes the socket.
+"""
+
+import json
+import math
+import resource
+import signal
+import socket
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import tasks
+from agrpo_jax.tasks import base
+
+MAX_BYTES = 4 << 30  # of memory, for the tasks of this package
+
+
+class _Timer:
+  """Raises `base.OutOfTime` after some processor time.
+
+  Processor time, so that a machine busy with compiling does not decide what a
+  completion earns. It fires again and again, in case a bare `except` swallows
+  the first. What never returns to Python is left to the parent, which kills.
+  """
+
+  def __init__(self) -> None:
+    self.has_fired = False
+    signal.signal(signal.SIGPROF, self._fire)
+
+  def start(self, seconds: float) -> None:
+    self.has_fired = False
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
+
+  def stop(self) -> None:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+  def _fire(self, signum: int, frame: types.FrameType | None) -> None:
+    del signum, frame
+    self.has_fired = True
+    raise base.OutOfTime
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+  floats = {name: float(value) for name, value in values.items()}
+  for name, value in floats.items():
+    if not math.isfinite(value):
+      raise ValueError(f"{name} is {value}")
+  return floats
+
+
+def _answer(
+  task: types.ModuleType, options: dict[str, Any], item: dict[str, Any]
+) -> dict[str, Any]:
+  completion, fields = item["completion"], item["fields"]
+  return {
+    "parts": _floats(task.reward(completion, fields, options)),
+    "grades": _floats(task.grade(completion, fields, options)),
+  }
+
+
+def _bounded_answer(
+  task: types.ModuleType,
+  options: dict[str, Any],
+  item: dict[str, Any],
+  *,
+  timer: _Timer,
+  seconds: float,
+) -> dict[str, Any]:
+  """`_answer` within `seconds`, whatever it raises.
+
+  A task that catches OutOfTime itself keeps what it has by then; the reply
+  says all the same that time was up.
+  """
+  try:
+    try:
+      timer.start(seconds)
+      reply = _answer(task, options, item)
+    finally:
+      timer.stop()
+  except base.OutOfTime:
+    timer.stop()
+    reply = {}
+  except (Exception, SystemExit) as error:
+    return {"error": f"raised {type(error).__name__}: {error}"[:500]}
+  return {**reply, "timed_out": True} if timer.has_fired else reply
+
+
+def serve(connection: socket.socket) -> None:
+  """Answers every line until the other side closes."""
+  lines = connection.makefile("r", encoding="utf-8", newline="\n")
+
+  def send(reply: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(reply).encode() + b"\n")
+
+  timer = _Timer()
+  start = json.loads(lines.readline())
+  task = tasks.get(start["task"], start["path"])
+  if not start["path"]:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, hard))
+  send({"ready": True})
+  for line in lines:
+    send(
+      _bounded_answer(
+        task,
+        start["options"],
+        json.loads(line),
+        timer=timer,
+        seconds=start["timeout_seconds"],
+      )
+    )
+
+
+def main(argv: list[str]) -> None:
+  # Ctrl-C in the terminal is for the parent; it ends us by closing the socket.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with socket.socket(fileno=int(argv[1])) as connection:
+    try:
+      serve(connection)
+    except ConnectionError:
+      pass  # the parent is gone, and with it anyone to tell
+
+
+if __name__ == "__main__":
+  main(sys.argv)
