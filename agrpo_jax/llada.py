@@ -68,7 +68,7 @@ class Projection(nn.Module):
       y += self.lora_scale * outer
     if "bias" in self.specs:
       bias = self.param("bias", self.specs["bias"].initial)
-      y += bias.astype(jnp.float32)
+      y += ops.last_axis(bias, y.ndim)
     y = y.astype(out_dtype or dtype)
     return ad_checkpoint.checkpoint_name(y, _PROJECTION)
 
@@ -121,13 +121,13 @@ class Layer(nn.Module):
 
     with jax.named_scope("attention"):
       normed = norm("attn_norm", x_BxLxD)
-      cos, sin = (one[:, None, :] for one in rope)
+      cos, sin = (one[None, :, None, :] for one in rope)
       k = ops.rotate(heads(project("k", normed)), cos, sin)
       v = heads(project("v", normed))
       if positions_BxS is not None:
         x_BxLxD = take_positions(x_BxLxD, positions_BxS)
         normed = take_positions(normed, positions_BxS)
-        cos, sin = cos[positions_BxS], sin[positions_BxS]
+        cos, sin = (one[positions_BxS][:, :, None, :] for one in rope)
       q = ops.rotate(heads(project("q", normed)), cos, sin)
       how = _attention(config, num_queries=q.shape[1])
       mixed = ops.attend(q, k, v, length_B, how)

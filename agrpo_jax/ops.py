@@ -71,8 +71,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: jax.Array) -> jax.Array:
   """scale * x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
   x32 = x.astype(jnp.float32)
   square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-  y = x32 * jax.lax.rsqrt(square + eps) * scale.astype(jnp.float32)
+  y = x32 * jax.lax.rsqrt(square + eps) * last_axis(scale, x.ndim)
   return y.astype(x.dtype)
+
+
+def last_axis(vector: jax.Array, rank: int) -> jax.Array:
+  """A float32 vector along the last axis of an array of `rank` dimensions."""
+  return vector.astype(jnp.float32).reshape((1,) * (rank - 1) + (-1,))
 
 
 def rope_tables(
@@ -96,7 +101,7 @@ def rotate(x_BxLxHxDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   Pairs are (i, i + Dh / 2), as in Llama.
 
-  cos, sin: float32, [L, 1, Dh / 2] or [B, L, 1, Dh / 2].
+  cos, sin: float32, [1 or B, L, 1, Dh / 2].
   """
   first, second = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
@@ -134,7 +139,8 @@ def attend(
   q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, size)
   k = k_BxLxHxDh.transpose(0, 2, 1, 3)
   v = v_BxLxHxDh.transpose(0, 2, 1, 3)
-  bias = jnp.where(jnp.arange(keys) < length_B[:, None], 0.0, _NEVER)
+  is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
+  bias = jnp.where(is_key_BxL, 0.0, _NEVER)
   mixed = _attend(q, k, v, bias[:, None, None, :])
   mixed = mixed.reshape(rows, groups, heads // groups, queries, size)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size)
