@@ -1,0 +1,293 @@
+"""From a config to the objects of a run; beyond here there is no ConfigDict."""
+
+import dataclasses
+import functools
+import random
+import types as python_types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import checkpoint_meta
+from agrpo_jax import config as config_lib
+from agrpo_jax import data
+from agrpo_jax import demonstrations
+from agrpo_jax import errors
+from agrpo_jax import grading
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import llada
+from agrpo_jax import lora as lora_lib
+from agrpo_jax import mc_steps
+from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import objective
+from agrpo_jax import optimizer
+from agrpo_jax import port
+from agrpo_jax import sampler
+from agrpo_jax import tasks
+from agrpo_jax import tokens
+from agrpo_jax import types
+from agrpo_jax import unmask
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A network with its parameters, and what reads and writes its text.
+
+  Attributes:
+    mesh: where it lives.
+    network: the network's shape and compute settings.
+    params: its parameters: frozen when there are adapters.
+    lora: adapters, or None when all parameters are trained.
+    lora_settings: of the adapters, or None.
+    tokenizer: text <-> ids.
+    base_model: JSON that names the checkpoint the parameters came from.
+  """
+
+  mesh: mesh_lib.Mesh
+  network: llada.Config
+  params: types.Tree
+  lora: types.Tree | None
+  lora_settings: lora_lib.Lora | None
+  tokenizer: tokens.Tokenizer
+  base_model: dict[str, Any]
+
+  @property
+  def logits_fn(self) -> learner_lib.PolicyFn:
+    scale = self.lora_settings.scale if self.lora_settings else 1.0
+    return functools.partial(_bind, self.network, scale)
+
+
+def _bind(network, lora_scale, params, lora):
+  return llada.logits_fn(network, params, lora, lora_scale)
+
+
+def policy(c: config_lib.ConfigDict) -> Policy:
+  """Loads the model that a config names onto the mesh it asks for."""
+  mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+  network, params = port.load(
+    c.model.path,
+    # What is trained is float32; what is only read has the dtype it is read in.
+    dtype=c.model.dtype if c.lora.rank else "float32",
+    shardings=lambda network: mesh_lib.shardings(
+      mesh, llada.logical_axes(network), llada.abstract_params(network)
+    ),
+    revision=c.model.revision or None,
+    compute_dtype=c.model.dtype,
+    remat=c.model.remat,
+    attention=c.model.attention,
+  )
+  return from_params(c, mesh, network, params)
+
+
+def from_params(
+  c: config_lib.ConfigDict,
+  mesh: mesh_lib.Mesh,
+  network: llada.Config,
+  params: types.Tree,
+) -> Policy:
+  """Adds adapters and tokenizer to a network whose parameters are there."""
+  settings = adapters = None
+  if c.lora.rank:
+    settings = lora_lib.Lora(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
+    adapters = lora_lib.init(
+      settings, params, jax.random.fold_in(jax.random.key(c.seed), 1)
+    )
+    adapters = jax.device_put(adapters, mesh_lib.replicated(mesh))
+  return Policy(
+    mesh=mesh,
+    network=network,
+    params=params,
+    lora=adapters,
+    lora_settings=settings,
+    tokenizer=tokens.load(c.model.tokenizer or c.model.path, network),
+    base_model={
+      "path": c.model.path,
+      "revision": c.model.revision,
+      "checksums": checkpoint_meta.checksums(params),
+    },
+  )
+
+
+def task(c: config_lib.ConfigDict) -> python_types.ModuleType:
+  return tasks.get(c.task.name, c.task.path or None)
+
+
+def dataset(
+  c: config_lib.ConfigDict, tokenizer: tokens.Tokenizer, split: str
+) -> data.Dataset:
+  """The task's problems of a split, tokenized."""
+  examples = task(c).examples(
+    split, path=c.data.path or None, options=c.task.options.to_dict()
+  )
+  return data.Dataset(examples, tokenizer, c.data.max_prompt_length)
+
+
+def held_out(
+  c: config_lib.ConfigDict, tokenizer: tokens.Tokenizer
+) -> list[tuple[tasks.Example, list[int]]]:
+  """(example, prompt's ids) of the problems that an evaluation looks at."""
+  rows = dataset(c, tokenizer, c.evaluate.split).rows
+  return rows[: c.evaluate.num_examples or None]
+
+
+def reference(c: config_lib.ConfigDict, policy: Policy) -> types.Tree | None:
+  """The reference policy's parameters where training would change them."""
+  if c.objective.kl_coef == 0 or policy.lora is not None:
+    return None
+  return jax.tree.map(jnp.copy, policy.params)
+
+
+def pairs(
+  c: config_lib.ConfigDict, tokenizer: tokens.Tokenizer
+) -> demonstrations.Demonstrations:
+  """Demonstrations for SFT: the task's own, or those of a JSONL file.
+
+  Raises:
+    UserError: a task that cannot make demonstrations.
+  """
+  if c.task.name or c.task.path:
+    if not hasattr(task(c), "demonstration"):
+      raise errors.UserError(
+        f"The task {c.task.name or c.task.path!r} makes no demonstrations; "
+        "give a JSONL file of prompt and completion as config.data.path and "
+        "leave config.task.name empty."
+      )
+    rows = dataset(c, tokenizer, "train")
+    options = c.task.options.to_dict()
+
+    def completion_fn(example: tasks.Example, rng: random.Random) -> str:
+      return task(c).demonstration(example, rng, options)
+
+  else:
+    rows = data.Dataset(
+      demonstrations.from_jsonl(c.data.path),
+      tokenizer,
+      c.data.max_prompt_length,
+    )
+    completion_fn = demonstrations.recorded
+  return demonstrations.Demonstrations(
+    rows,
+    completion_fn,
+    tokenizer,
+    completion_length=c.sft.completion_length,
+    batch_size=c.sft.batch_size,
+    bucket=c.data.bucket,
+    seed=c.seed,
+  )
+
+
+def grader(c: config_lib.ConfigDict) -> grading.Grader:
+  return grading.Grader(
+    c.task.name,
+    c.task.options.to_dict(),
+    c.task.reward_weights.to_dict() or None,
+    c.grading.num_workers,
+    c.grading.timeout_seconds,
+    task_path=c.task.path or None,
+  )
+
+
+def sampling(
+  sub: config_lib.ConfigDict, tokenizer: tokens.Tokenizer
+) -> unmask.Sampling:
+  return unmask.Sampling(
+    mask_id=tokenizer.mask_id,
+    eos_id=tokenizer.eos_id,
+    **config_lib.sampling_settings(sub),
+  )
+
+
+def make_sampler(
+  c: config_lib.ConfigDict, sub: config_lib.ConfigDict, policy: Policy
+) -> sampler.Sampler:
+  """Draws completions under the settings of a sub-tree of the config.
+
+  Raises:
+    UserError: rows that do not divide over the mesh, or that are longer than
+      the network was made for.
+  """
+  shards = mesh_lib.num_row_shards(policy.mesh)
+  if sub.batch_size % shards:
+    raise errors.UserError(
+      f"batch_size={sub.batch_size} completions do not divide over the "
+      f"{shards} devices of the mesh axes data and fsdp; make it a multiple."
+    )
+  longest = c.data.max_prompt_length + sub.completion_length
+  if longest > policy.network.max_length:
+    raise errors.UserError(
+      f"config.data.max_prompt_length={c.data.max_prompt_length} and "
+      f"completion_length={sub.completion_length} make {longest} tokens, more "
+      f"than the model's {policy.network.max_length}; lower one of them."
+    )
+  return sampler.Sampler(
+    policy=policy.logits_fn,
+    sampling=sampling(sub, policy.tokenizer),
+    mesh=policy.mesh,
+    batch_size=sub.batch_size,
+    bucket=c.data.bucket,
+  )
+
+
+def make_learner(
+  c: config_lib.ConfigDict, policy: Policy
+) -> learner_lib.Learner:
+  """The train step that a config asks for.
+
+  Raises:
+    UserError: a microbatch that does not divide over the mesh.
+  """
+  o = c.objective
+  shards = mesh_lib.num_row_shards(policy.mesh)
+  if o.microbatch % shards:
+    raise errors.UserError(
+      f"config.objective.microbatch={o.microbatch} does not divide over the "
+      f"{shards} devices of the mesh axes data and fsdp; make it a multiple."
+    )
+  return learner_lib.Learner(
+    policy=policy.logits_fn,
+    optimizer=optimizer.make(config_lib.optimizer_settings(c)),
+    sampling=sampling(c.rollout, policy.tokenizer),
+    objective=_settings(objective.Objective, o),
+    steps=_settings(mc_steps.McSteps, o),
+    baseline=o.baseline,
+    group_size=c.rollout.group_size,
+    updates_per_batch=o.updates_per_batch,
+    microbatch=o.microbatch,
+    shard_rows=shard_rows(policy.mesh),
+  )
+
+
+def _settings(record: type, sub: config_lib.ConfigDict) -> Any:
+  """A frozen dataclass from the keys of a sub-tree that are its fields."""
+  names = [field.name for field in dataclasses.fields(record)]
+  return record(**{name: sub[name] for name in names})
+
+
+def shard_rows(mesh: mesh_lib.Mesh) -> Any:
+  """Puts the leading axis of the arrays of a tree on the mesh, inside jit."""
+  if mesh_lib.num_row_shards(mesh) == 1:
+    return lambda tree: tree
+  rows = mesh_lib.rows(mesh)
+  return lambda tree: jax.lax.with_sharding_constraint(tree, rows)
+
+
+def init_state(policy: Policy, transformation: Any) -> types.TrainState:
+  """The state before the first train step, placed on the mesh."""
+  trainable = policy.params if policy.lora is None else policy.lora
+  replicated = mesh_lib.replicated(policy.mesh)
+  opt_state = jax.jit(
+    transformation.init,
+    out_shardings=optimizer.state_shardings(
+      transformation,
+      trainable,
+      jax.tree.map(lambda x: x.sharding, trainable),
+      replicated,
+    ),
+  )(trainable)
+  return types.TrainState(
+    train_step=jax.device_put(jnp.int32(0), replicated),
+    params=policy.params,
+    lora=policy.lora,
+    opt_state=opt_state,
+  )

@@ -1,0 +1,347 @@
+"""Every setting of a run, with its unit and legal values, and their check.
+
+Files in `configs/` start from `rl()` or `sft()` and change what differs. On the
+command line a key is changed by `--config.rollout.temperature=0.6`. Beyond
+`build.py`, nothing sees a ConfigDict.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from agrpo_jax import advantage
+from agrpo_jax import errors
+from agrpo_jax import mc_steps
+from agrpo_jax import objective
+from agrpo_jax import optimizer
+from agrpo_jax import unmask
+
+ConfigDict = ml_collections.ConfigDict
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+ATTENTION = ("auto", "xla", "cudnn")
+LORA_TARGETS = ("q", "k", "v", "attn_out", "gate", "up", "down", "head")
+
+
+def _common() -> ConfigDict:
+  c = ConfigDict()
+  c.workdir = ""  # folder of logs and checkpoints; a run there is continued
+  c.seed = 0  # all randomness of the run comes from it
+  # A work directory remembers its config; go on under a changed one?
+  c.accept_changed_config = False
+
+  c.model = m = ConfigDict()
+  m.path = ""  # folder of a LLaDA checkpoint, or its hub id
+  m.revision = ""  # of the hub id; "": the newest
+  m.tokenizer = ""  # another folder or hub id, "bytes", or "": the model's own
+  m.dtype = "bfloat16"  # of activations (and of a frozen base): DTYPES
+  m.remat = "none"  # what the backward pass recomputes: REMAT
+  m.attention = "auto"  # auto, xla, cudnn
+
+  c.lora = lora = ConfigDict()
+  lora.rank = 0  # R; 0: train all parameters
+  lora.alpha = 64.0  # adapters are scaled by alpha / rank
+  lora.targets = LORA_TARGETS  # projections that get an adapter
+
+  c.mesh = mesh = ConfigDict()  # devices per axis; -1: what the others leave
+  mesh.data = 1  # copies of the parameters
+  mesh.fsdp = -1  # parameters and rows split
+  mesh.tensor = 1  # heads, MLP and vocabulary split
+
+  c.task = task = ConfigDict()
+  task.name = ""  # gsm8k, math, countdown, sudoku
+  task.path = ""  # a task of your own: its Python file
+  task.options = _free()  # see the task's module
+
+  c.data = data = ConfigDict()
+  data.path = ""  # local file of problems; "": generated or from the hub
+  data.max_prompt_length = 512  # tokens; longer prompts are skipped, counted
+  data.bucket = 64  # prompts are padded to a multiple of this many tokens
+
+  c.optimizer = opt = ConfigDict()
+  opt.learning_rate = 1e-5
+  opt.schedule = "cosine"  # cosine (to zero at the end) or constant
+  opt.warmup_steps = 0  # optimizer updates
+  opt.b1 = 0.9
+  opt.b2 = 0.99
+  opt.eps = 1e-8
+  opt.weight_decay = 0.01
+  opt.clip_norm = 1.0  # global norm
+
+  c.train = train = ConfigDict()
+  train.num_steps = 100  # train steps
+  train.checkpoint_every = 20  # train steps; the last is always saved
+  train.keep = 3  # newest checkpoints kept
+  train.log_samples = 2  # completions per train step written to samples.jsonl
+
+  c.wandb = wandb = ConfigDict()
+  wandb.project = ""  # "": not used
+  wandb.name = ""
+  return c
+
+
+def _free() -> ConfigDict:
+  """A sub-tree whose keys belong to the task."""
+  return ConfigDict(type_safe=False)
+
+
+def _sampling(sub: ConfigDict) -> None:
+  sub.completion_length = 256  # C, tokens
+  sub.block_length = 32  # T, divides completion_length
+  sub.num_denoise_steps = 128  # K, a multiple of the number of blocks
+  sub.unmask_rule = "confidence"  # random, confidence, entropy
+  sub.temperature = 0.0  # 0: the most probable token
+  sub.top_k = 0  # 0: off
+  sub.top_p = 1.0  # 1: off
+  sub.top_p_rule = "keep"  # keep or drop the token that crosses top_p
+  sub.confidence = "policy"  # policy or model: what `confidence` ranks by
+  sub.batch_size = 32  # completions drawn at once
+
+
+def rl() -> ConfigDict:
+  """Defaults of `agrpo_jax.main`: the exact estimator."""
+  c = _common()
+  c.task.reward_weights = _free()  # per part; empty: the task's own
+
+  c.rollout = rollout = ConfigDict()
+  _sampling(rollout)
+  rollout.num_prompts = 16  # N per train step
+  rollout.group_size = 8  # G completions per prompt
+  rollout.unmask_rule = "random"
+  rollout.temperature = 1.0
+
+  c.objective = o = ConfigDict()
+  o.num_mc_steps = 24  # M denoising steps drawn per completion
+  o.step_rule = "entropy"  # uniform or entropy
+  o.stratified = "row"  # row, batch, none
+  o.steps = "executed"  # executed, or content: up to the last non-EOS token
+  o.normalize = "sum"  # sum or mean over steps
+  o.likelihood = "exact"  # exact or product (matters for rule confidence)
+  o.baseline = "leave_one_out"  # or group_mean
+  o.clip_low = 0.2
+  o.clip_high = 0.2
+  o.kl_coef = 0.0
+  o.kl_estimator = "k3"  # k3 or k3_ratio
+  o.updates_per_batch = 1  # optimizer updates per rollout; divides num_mc_steps
+  o.microbatch = 8  # (completion, step) pairs per forward and backward pass
+
+  c.grading = grading = ConfigDict()
+  grading.num_workers = 2  # processes
+  grading.timeout_seconds = 10.0  # per completion
+
+  c.evaluate = e = ConfigDict()
+  _sampling(e)
+  e.every = 0  # train steps between evaluations; 0: never
+  e.split = "test"
+  e.num_examples = 256  # the first ones; 0: all
+  return c
+
+
+def sft() -> ConfigDict:
+  """Defaults of `agrpo_jax.sft`."""
+  c = _common()
+  # A LLaDA config.json to start from random parameters; empty: model.path.
+  c.model.network = _free()
+  c.sft = s = ConfigDict()
+  s.completion_length = 256  # tokens; what is shorter ends in EOS, all targets
+  s.batch_size = 32  # demonstrations per train step
+  s.microbatch = 32  # of them at once
+  s.output = ""  # folder for the checkpoint in Hugging Face's layout
+  return c
+
+
+def paper(c: ConfigDict) -> None:
+  """AGRPO's estimator as released (arXiv:2510.04019), in one optimizer update.
+
+  The released launcher takes `updates_per_batch = num_mc_steps` (24) updates.
+  """
+  c.rollout.top_p_rule = "drop"
+  c.objective.update(
+    likelihood="product",
+    step_rule="entropy",
+    stratified="batch",
+    steps="content",
+    normalize="mean",
+    baseline="group_mean",
+    kl_estimator="k3_ratio",
+  )
+
+
+def sampling_settings(sub: ConfigDict) -> dict[str, Any]:
+  """The keys of `unmask.Sampling` that a config's sub-tree holds."""
+  names = {field.name for field in dataclasses.fields(unmask.Sampling)}
+  return {name: sub[name] for name in sub if name in names}
+
+
+def check(c: ConfigDict) -> None:
+  """Raises UserError naming everything that is wrong with a config.
+
+  Cheap: nothing is loaded, downloaded or compiled.
+  """
+  found = list(_common_problems(c))
+  if "rollout" in c:
+    found += _rl_problems(c)
+  if "sft" in c:
+    found += _sft_problems(c)
+  if found:
+    raise errors.UserError(
+      "The config has "
+      + (f"{len(found)} problems" if len(found) > 1 else "a problem")
+      + ":\n"
+      + "\n".join(f"  config.{problem}" for problem in found)
+    )
+
+
+class _Checks(list):
+  """Problems found so far."""
+
+  def want(self, is_fine: bool, key: str, value: Any, legal: str) -> None:
+    if not is_fine:
+      self.append(f"{key}={value!r} must be {legal}")
+
+  def known(self, key: str, value: Any, choices: tuple[str, ...]) -> None:
+    self.want(value in choices, key, value, f"one of {', '.join(choices)}")
+
+  def positive(self, key: str, sub: ConfigDict, *names: str) -> None:
+    for name in names:
+      self.want(sub[name] >= 1, f"{key}.{name}", sub[name], "at least 1")
+
+
+def _common_problems(c: ConfigDict) -> _Checks:
+  found = _Checks()
+  found.want(bool(c.workdir), "workdir", c.workdir, "the folder of this run")
+  found.known("model.dtype", c.model.dtype, DTYPES)
+  found.known("model.remat", c.model.remat, REMAT)
+  found.known("model.attention", c.model.attention, ATTENTION)
+  lora = c.lora
+  found.want(lora.rank >= 0, "lora.rank", lora.rank, "0 (off) or more")
+  if lora.rank:
+    found.want(lora.alpha > 0, "lora.alpha", lora.alpha, "positive")
+    found.want(bool(lora.targets), "lora.targets", lora.targets, "not empty")
+    for target in lora.targets:
+      found.known("lora.targets", target, LORA_TARGETS)
+  if "sft" not in c or not c.data.path:
+    found.want(
+      bool(c.task.name) != bool(c.task.path),
+      "task.name",
+      c.task.name,
+      f"set, or task.path ({c.task.path!r}), and not both",
+    )
+  found.positive("data", c.data, "max_prompt_length", "bucket")
+  found.positive("train", c.train, "num_steps", "checkpoint_every", "keep")
+  found.want(
+    c.train.log_samples >= 0, "train.log_samples", c.train.log_samples, ">= 0"
+  )
+  if c.data.path:
+    found.want(
+      pathlib.Path(c.data.path).expanduser().exists(),
+      "data.path",
+      c.data.path,
+      "an existing file or folder",
+    )
+  return found
+
+
+def _sampling_problems(key: str, sub: ConfigDict) -> list[str]:
+  settings = unmask.Sampling(mask_id=0, eos_id=0, **sampling_settings(sub))
+  return [f"{key}.{problem}" for problem in unmask.problems(settings)]
+
+
+def _rl_problems(c: ConfigDict) -> list[str]:
+  found = _Checks()
+  found.want(bool(c.model.path), "model.path", "", "a checkpoint to train")
+  rollout, o = c.rollout, c.objective
+  sampling_found = _sampling_problems("rollout", rollout)
+  found += sampling_found
+  found.want(
+    rollout.temperature > 0,
+    "rollout.temperature",
+    rollout.temperature,
+    "positive: without chance there is no policy gradient",
+  )
+  if not sampling_found:
+    num_blocks = rollout.completion_length // rollout.block_length
+    steps = rollout.num_denoise_steps // num_blocks
+    found.want(
+      rollout.block_length % steps == 0,
+      "rollout.num_denoise_steps",
+      rollout.num_denoise_steps,
+      f"such that its {steps} steps a block divide "
+      f"block_length={rollout.block_length}: training wants the same number "
+      "of tokens at every step",
+    )
+  found.positive("rollout", rollout, "num_prompts", "batch_size")
+  found.want(
+    rollout.group_size >= 2,
+    "rollout.group_size",
+    rollout.group_size,
+    "at least 2: a completion is compared with the rest of its group",
+  )
+  rows = rollout.num_prompts * rollout.group_size
+  found.want(
+    rollout.batch_size < 1 or rows % rollout.batch_size == 0,
+    "rollout.batch_size",
+    rollout.batch_size,
+    f"a divisor of num_prompts * group_size = {rows}",
+  )
+  found.positive(
+    "objective", o, "num_mc_steps", "updates_per_batch", "microbatch"
+  )
+  found.known("objective.step_rule", o.step_rule, mc_steps.STEP_RULES)
+  found.known("objective.stratified", o.stratified, mc_steps.STRATA)
+  found.known("objective.steps", o.steps, mc_steps.STEPS)
+  found.known("objective.normalize", o.normalize, mc_steps.NORMALIZE)
+  found.known("objective.likelihood", o.likelihood, objective.LIKELIHOODS)
+  found.known("objective.baseline", o.baseline, advantage.BASELINES)
+  found.known("objective.kl_estimator", o.kl_estimator, objective.KL_ESTIMATORS)
+  for name in ("clip_low", "clip_high"):
+    found.want(o[name] > 0, f"objective.{name}", o[name], "positive")
+  found.want(o.kl_coef >= 0, "objective.kl_coef", o.kl_coef, "0 or more")
+  if o.updates_per_batch >= 1:
+    found.want(
+      o.num_mc_steps % o.updates_per_batch == 0,
+      "objective.updates_per_batch",
+      o.updates_per_batch,
+      f"a divisor of num_mc_steps={o.num_mc_steps}",
+    )
+    found += optimizer.problems(optimizer_settings(c))
+  found += _sampling_problems("evaluate", c.evaluate)
+  found.positive("evaluate", c.evaluate, "batch_size")
+  found.want(c.evaluate.every >= 0, "evaluate.every", c.evaluate.every, ">= 0")
+  found.positive("grading", c.grading, "num_workers")
+  found.want(
+    c.grading.timeout_seconds > 0,
+    "grading.timeout_seconds",
+    c.grading.timeout_seconds,
+    "positive",
+  )
+  return list(found)
+
+
+def _sft_problems(c: ConfigDict) -> list[str]:
+  found = _Checks()
+  found.want(
+    bool(c.model.path) != bool(len(c.model.network)),
+    "model.path",
+    c.model.path,
+    "set, or model.network for random parameters, and not both",
+  )
+  found.positive("sft", c.sft, "completion_length", "batch_size", "microbatch")
+  found.want(
+    c.sft.microbatch < 1 or c.sft.batch_size % c.sft.microbatch == 0,
+    "sft.microbatch",
+    c.sft.microbatch,
+    f"a divisor of batch_size={c.sft.batch_size}",
+  )
+  found += optimizer.problems(optimizer_settings(c))
+  return list(found)
+
+
+def optimizer_settings(c: ConfigDict) -> optimizer.Optimizer:
+  updates = c.objective.updates_per_batch if "objective" in c else 1
+  return optimizer.Optimizer(
+    num_updates=c.train.num_steps * updates, **c.optimizer.to_dict()
+  )

@@ -1,0 +1,155 @@
+"""What RL and SFT runs share: a claimed work directory that can be continued.
+
+with run_lib.start(config) as run:
+  state = run.restore(state, base_model)
+  for train_step in range(run.first_step, num_steps):
+    ...
+    run.finish_step(state, scalars, samples)
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from agrpo_jax import checkpoint
+from agrpo_jax import config as config_lib
+from agrpo_jax import errors
+from agrpo_jax import metrics
+from agrpo_jax import types
+from agrpo_jax import workdir
+
+# Keys that say where and how to log, not what to compute.
+_FREE_KEYS = ("workdir", "accept_changed_config", "wandb")
+
+
+class Run:
+  """One run in its work directory."""
+
+  def __init__(self, c: config_lib.ConfigDict, folder: pathlib.Path):
+    self._config = c
+    self.folder = folder
+    self._checkpoints = checkpoint.Checkpoints(
+      folder, keep=c.train.keep, every=c.train.checkpoint_every
+    )
+    self._writer: metrics.Writer | None = None
+    self._base_model: Mapping[str, Any] = {}
+    self.first_step = 0
+
+  def restore(
+    self, state: types.TrainState, base_model: Mapping[str, Any]
+  ) -> types.TrainState:
+    """The state to go on from: the newest checkpoint's, or `state` itself."""
+    self._base_model = base_model
+    found = self._checkpoints.restore(state, base_model=base_model)
+    if found is not None:
+      state, _ = found
+      self.first_step = int(state.train_step)
+      print(
+        f"Continuing {self.folder} after train step {self.first_step} of "
+        f"{self._config.train.num_steps}.",
+        flush=True,
+      )
+    self._writer = metrics.Writer(
+      self.folder, self.first_step, wandb_settings=self._wandb()
+    )
+    return state
+
+  def _wandb(self) -> dict[str, Any] | None:
+    c = self._config
+    if not c.wandb.project:
+      return None
+    return {**c.wandb.to_dict(), "config": c.to_dict()}
+
+  @property
+  def writer(self) -> metrics.Writer:
+    if self._writer is None:
+      raise RuntimeError("restore() comes before the first train step")
+    return self._writer
+
+  def finish_step(
+    self,
+    state: types.TrainState,
+    train_step: int,
+    scalars: Mapping[str, float],
+    samples: Sequence[Mapping[str, Any]] = (),
+  ) -> None:
+    """Logs a train step and saves when it is time.
+
+    A value that is not finite stops the run here, before it can be saved: the
+    last checkpoint is from before it.
+
+    Raises:
+      FloatingPointError: naming the metric, the step and the value.
+    """
+    self.writer.scalars(train_step, scalars)
+    if samples:
+      self.writer.texts(train_step, samples)
+    metrics.check_finite(train_step, scalars)
+    self._checkpoints.save(
+      state,
+      {"config": self._config.to_dict(), "base_model": dict(self._base_model)},
+      force=train_step + 1 == self._config.train.num_steps,
+    )
+
+  def close(self) -> None:
+    self._checkpoints.close()
+    if self._writer is not None:
+      self._writer.close()
+
+
+@contextlib.contextmanager
+def start(c: config_lib.ConfigDict) -> Iterator[Run]:
+  """Checks the config, claims its work directory, and ends both cleanly.
+
+  Raises:
+    UserError: a config with mistakes; a directory that cannot be used, is in
+      use, or holds a run of another config.
+  """
+  config_lib.check(c)
+  with workdir.claim(c.workdir) as folder:
+    _remember(c, folder / "config.json")
+    run = Run(c, folder)
+    try:
+      yield run
+    finally:
+      run.close()
+
+
+def _remember(c: config_lib.ConfigDict, file: pathlib.Path) -> None:
+  """Writes the config; refuses one that differs from what is there."""
+  text = c.to_json(indent=2, sort_keys=True) + "\n"
+  if file.exists() and not c.accept_changed_config:
+    old = dict(_leaves(json.loads(file.read_text())))
+    new = dict(_leaves(json.loads(text)))
+    changes = [
+      f"  config.{key}: {old.get(key)!r} before, {new.get(key)!r} now"
+      for key in sorted(old | new)
+      if key.split(".")[0] not in _FREE_KEYS and old.get(key) != new.get(key)
+    ]
+    if changes:
+      raise errors.UserError(
+        f"The work directory {str(file.parent)!r} holds a run of another "
+        "config:\n" + "\n".join(changes) + "\nChoose another with "
+        "--config.workdir=..., undo the changes, or go on under them with "
+        "--config.accept_changed_config=true."
+      )
+  temporary = file.with_suffix(".tmp")
+  temporary.write_text(text)
+  temporary.replace(file)
+  logging.info("config:\n%s", text)
+
+
+def _leaves(
+  tree: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+  for name, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value

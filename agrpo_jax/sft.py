@@ -1,0 +1,230 @@
+"""Supervised fine-tuning of a masked diffusion language model.
+
+    python -m agrpo_jax.sft --config=configs/sft_sudoku.py \
+      --config.workdir=runs/sft_sudoku
+
+Demonstrations come from the task's own generator, or from a JSONL file with
+`prompt` and `completion` (`config.data.path`). A completion shorter than
+`completion_length` is filled up with EOS, and those EOS are targets like the
+rest: this is how the model learns to stop (arXiv:2502.09992, section 2.3).
+"""
+
+import pathlib
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import config_flags
+
+from agrpo_jax import build
+from agrpo_jax import command
+from agrpo_jax import config as config_lib
+from agrpo_jax import llada
+from agrpo_jax import lora as lora_lib
+from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import metrics
+from agrpo_jax import optimizer
+from agrpo_jax import port
+from agrpo_jax import progress
+from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import run as run_lib
+from agrpo_jax import tokens
+from agrpo_jax import types
+
+_MIN_MASK_RATIO = 1e-3
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
+
+
+@flax.struct.dataclass
+class Batch:
+  """B demonstrations and the noise that hides parts of them.
+
+  Attributes:
+    tokens: int32 [B, P], the prompts, padded on the right.
+    length: int32 [B], their lengths.
+    completion: int32 [B, C], filled up with EOS.
+    is_masked: bool [B, C], hidden from the network.
+    ratio: float32 [B], the mask ratio t of each row.
+  """
+
+  tokens: jax.Array
+  length: jax.Array
+  completion: jax.Array
+  is_masked: jax.Array
+  ratio: jax.Array
+
+
+def noise(
+  key: jax.Array, num_rows: int, num_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+  """Mask ratios t in (0.001, 1) and masks, each position masked with chance t.
+
+  The ratios are one to each of B equal slices, in random order: uniform for
+  every row, and of less variance in the mean than independent ones.
+
+  Returns:
+    is_masked bool [B, C], ratio float32 [B].
+  """
+  order_key, ratio_key, mask_key = jax.random.split(key, 3)
+  stratum_B = jax.random.permutation(order_key, num_rows)
+  uniform_B = (
+    stratum_B + jax.random.uniform(ratio_key, (num_rows,))
+  ) / num_rows
+  ratio_B = _MIN_MASK_RATIO + (1 - _MIN_MASK_RATIO) * uniform_B
+  uniform_BxC = jax.random.uniform(mask_key, (num_rows, num_tokens))
+  return uniform_BxC < ratio_B[:, None], ratio_B
+
+
+def loss(logits_fn: types.LogitsFn, batch: Batch, mask_id: int) -> jax.Array:
+  """LLaDA's SFT loss (arXiv:2502.09992, equation 5), mean over rows.
+
+    1 / (t C) sum over masked positions of -log p(token | prompt, partial)
+
+  where C counts the EOS that fill a completion up. Its expectation over the
+  noise bounds the negative log-likelihood per token, in nats.
+
+  Args:
+    logits_fn: the network.
+    batch: B demonstrations.
+    mask_id: id of [MASK].
+
+  Returns:
+    float32 scalar.
+  """
+  num_tokens = batch.completion.shape[1]
+  tokens_BxL = jax.vmap(rollout_lib.place, (0, 0, 0, 0, None))(
+    batch.tokens,
+    batch.length,
+    batch.completion,
+    batch.is_masked,
+    mask_id,
+  )
+  logits_BxCxV = logits_fn(
+    tokens_BxL,
+    batch.length + num_tokens,
+    batch.length[:, None] + jnp.arange(num_tokens)[None, :],
+  )
+  cross_entropy_BxC = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BxCxV, batch.completion
+  )
+  return (cross_entropy_BxC * batch.is_masked / batch.ratio[:, None]).mean()
+
+
+def make_train_step(
+  policy: build.Policy,
+  transformation: optax.GradientTransformation,
+  microbatch: int,
+) -> Callable[..., tuple[types.TrainState, dict[str, jax.Array]]]:
+  """(state, batch) -> (state, metrics): one optimizer update."""
+  shard = build.shard_rows(policy.mesh)
+  mask_id = policy.tokenizer.mask_id
+
+  def train_step(
+    state: types.TrainState, batch: Batch
+  ) -> tuple[types.TrainState, dict[str, jax.Array]]:
+    def microbatch_loss(trainable: types.Tree, part: Batch) -> jax.Array:
+      now = state.with_trainable(trainable)
+      logits_fn = policy.logits_fn(now.params, now.lora)
+      return loss(logits_fn, shard(part), mask_id)
+
+    def accumulate(carry, part: Batch):
+      value, gradient = jax.value_and_grad(microbatch_loss)(
+        state.trainable, part
+      )
+      return jax.tree.map(jnp.add, carry, (value, gradient)), None
+
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, microbatch, *x.shape[1:]), batch
+    )
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    total, _ = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), parts)
+    num_parts = batch.ratio.shape[0] // microbatch
+    value, gradient = jax.tree.map(lambda x: x / num_parts, total)
+    updates, opt_state = transformation.update(
+      gradient, state.opt_state, state.trainable
+    )
+    state = state.with_trainable(
+      optax.apply_updates(state.trainable, updates)
+    ).replace(opt_state=opt_state, train_step=state.train_step + 1)
+    return state, {"loss": value, "grad_norm": optax.tree.norm(gradient)}
+
+  return train_step
+
+
+def fine_tune(c: config_lib.ConfigDict) -> None:
+  """Runs until `config.train.num_steps`, from where the work directory is.
+
+  Raises:
+    UserError: anything that the user has to change.
+    FloatingPointError: a loss or gradient that is not finite.
+  """
+  with run_lib.start(c) as run:
+    if len(c.model.network):
+      c = c.copy_and_resolve_references()
+      c.model.path = str(scratch(c, run.folder / "initial"))
+    policy = build.policy(c)
+    pairs = build.pairs(c, policy.tokenizer)
+    transformation = optimizer.make(config_lib.optimizer_settings(c))
+    state = build.init_state(policy, transformation)
+    state = run.restore(state, policy.base_model)
+    learn = jax.jit(
+      make_train_step(policy, transformation, c.sft.microbatch),
+      donate_argnames="state",
+    )
+    report = progress.Progress(c.train.num_steps, run.first_step)
+    for train_step in range(run.first_step, c.train.num_steps):
+      clock = progress.Clock()
+      tokens_BxP, length_B, completion_BxC = pairs.batch(train_step)
+      key = jax.random.fold_in(jax.random.key(c.seed), train_step)
+      is_masked_BxC, ratio_B = noise(key, *completion_BxC.shape)
+      batch = Batch(
+        tokens=tokens_BxP,
+        length=length_B,
+        completion=completion_BxC,
+        is_masked=is_masked_BxC,
+        ratio=ratio_B,
+      )
+      state, learned = learn(
+        state, jax.device_put(batch, mesh_lib.rows(policy.mesh))
+      )
+      scalars = metrics.to_floats(learned)
+      clock.lap("update")
+      run.finish_step(state, train_step, scalars)
+      report.step(train_step, scalars, clock.seconds, completion_BxC.size)
+    if c.sft.output:
+      export(c, policy, state)
+
+
+def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
+  """A checkpoint of random parameters and the byte tokenizer; made once."""
+  if not (folder / "config.json").exists():
+    ids = tokens.write_byte_tokenizer(folder)
+    network = llada.Config.from_json(ids | c.model.network.to_dict())
+    params = llada.init(network, jax.random.key(c.seed))
+    port.save(folder, network, params, source=folder)
+  return folder
+
+
+def export(
+  c: config_lib.ConfigDict, policy: build.Policy, state: types.TrainState
+) -> None:
+  """Writes what was trained as a checkpoint in Hugging Face's layout."""
+  params = state.params
+  if state.lora is not None:
+    params = lora_lib.merge(params, state.lora, policy.lora_settings.scale)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  port.save(c.sft.output, policy.network, params, source=c.model.path)
+  print(f"Wrote {c.sft.output}")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  fine_tune(_CONFIG.value)
+
+
+if __name__ == "__main__":
+  command.main(main, required=["config"])

@@ -1,0 +1,158 @@
+"""The recipe: sample, grade, learn, repeat."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agrpo_jax import build
+from agrpo_jax import config as config_lib
+from agrpo_jax import data
+from agrpo_jax import evaluate
+from agrpo_jax import grading
+from agrpo_jax import metrics
+from agrpo_jax import progress
+from agrpo_jax import run as run_lib
+from agrpo_jax import sampler as sampler_lib
+from agrpo_jax import types
+
+
+def train(c: config_lib.ConfigDict) -> None:
+  """Trains until `config.train.num_steps`, from where the work directory is.
+
+  Raises:
+    UserError: anything that the user has to change.
+    FloatingPointError: a loss or gradient that is not finite.
+  """
+  with run_lib.start(c) as run, build.grader(c) as grader:
+    policy = build.policy(c)
+    dataset = build.dataset(c, policy.tokenizer, "train")
+    held_out = build.held_out(c, policy.tokenizer)
+    learner = build.make_learner(c, policy)
+    sampler = build.make_sampler(c, c.rollout, policy)
+    evaluation_sampler = build.make_sampler(c, c.evaluate, policy)
+    reference = build.reference(c, policy)
+    state = build.init_state(policy, learner.optimizer)
+    state = run.restore(state, policy.base_model)
+    learn = jax.jit(learner.train_step, donate_argnames="state")
+    report = progress.Progress(c.train.num_steps, run.first_step)
+
+    for train_step in range(run.first_step, c.train.num_steps):
+      clock = progress.Clock()
+      step_key = jax.random.fold_in(jax.random.key(c.seed), train_step)
+      rollout_key, draw_key, batch_key = jax.random.split(step_key, 3)
+      batch = data.batch_examples(
+        dataset, train_step, c.rollout.num_prompts, c.seed
+      )
+      rows = Rows(batch, c.rollout.group_size)
+
+      pending, chunks = [], []
+      for chunk in sampler.sample(
+        state.params, state.lora, rows.prompts, rows.keys(rollout_key)
+      ):
+        texts = policy.tokenizer.decode_batch(np.asarray(chunk.completion))
+        fields = rows.fields[len(pending) * len(texts) :][: len(texts)]
+        pending.append((texts, grader.submit(texts, fields)))
+        chunks.append(chunk)
+      rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
+      clock.lap("rollout")
+      graded = grading.concatenate([future.result() for _, future in pending])
+      clock.lap("grade")
+
+      state, learned = learn(
+        state,
+        rollout,
+        jnp.asarray(graded.reward_B, jnp.float32),
+        batch_key,
+        rows.keys(draw_key),
+        reference,
+      )
+      scalars = metrics.to_floats(learned)
+      clock.lap("update")
+
+      scalars |= reward_scalars(graded, c.rollout.group_size)
+      scalars |= length_scalars(rollout, policy.tokenizer.eos_id)
+      if c.evaluate.every and (train_step + 1) % c.evaluate.every == 0:
+        result = evaluate.evaluate(
+          evaluation_sampler,
+          state.params,
+          state.lora,
+          held_out,
+          policy.tokenizer,
+          grader,
+          seed=c.seed,
+        )
+        scalars |= result.scalars("eval/")
+        clock.lap("evaluate")
+      scalars |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
+      completions = [text for texts, _ in pending for text in texts]
+      run.finish_step(
+        state,
+        train_step,
+        scalars,
+        samples(rows, completions, graded, c.train.log_samples),
+      )
+      report.step(train_step, scalars, clock.seconds, rollout.completion.size)
+
+
+class Rows:
+  """The B = N * G rows of a batch: each prompt, G times, side by side."""
+
+  def __init__(
+    self, batch: Sequence[tuple[Any, Sequence[int]]], group_size: int
+  ):
+    self.examples = [e for e, _ in batch for _ in range(group_size)]
+    self.prompts = [ids for _, ids in batch for _ in range(group_size)]
+    self.fields = [example.fields for example in self.examples]
+    self._index_B = np.tile(np.arange(group_size), len(batch))
+
+  def keys(self, key: jax.Array) -> jax.Array:
+    """A random key per row, from its prompt's id and its place in the group."""
+    prompt_id_B = np.array([example.id for example in self.examples])
+    return sampler_lib.row_keys(key, prompt_id_B, self._index_B)
+
+
+def reward_scalars(graded: grading.Graded, group_size: int) -> dict[str, float]:
+  """Rewards and grades of a batch, under the names TRL gives them."""
+  reward_NxG = graded.reward_B.reshape(-1, group_size)
+  scalars = {
+    "reward": reward_NxG.mean(),
+    "reward_std": reward_NxG.std(axis=1, ddof=1).mean(),
+    "grading/num_failed": graded.num_failed,
+    "grading/num_timed_out": graded.num_timed_out,
+  }
+  for name, part_B in graded.parts.items():
+    scalars[f"rewards/{name}/mean"] = part_B.mean()
+  for name, grade_B in graded.grades.items():
+    scalars[name] = grade_B.mean()
+  return {name: float(value) for name, value in scalars.items()}
+
+
+def length_scalars(rollout: types.Rollout, eos_id: int) -> dict[str, float]:
+  """How long completions are: tokens up to the last that is not EOS."""
+  is_content_BxC = np.asarray(rollout.completion) != eos_id
+  place_C = np.arange(1, is_content_BxC.shape[1] + 1)
+  length_B = (is_content_BxC * place_C).max(axis=1)
+  return {
+    "completions/mean_length": float(length_B.mean()),
+    "completions/max_length": float(length_B.max()),
+    "completions/clipped_ratio": float(is_content_BxC.all(axis=1).mean()),
+    "completions/mean_denoise_steps": float(np.mean(rollout.num_steps)),
+  }
+
+
+def samples(
+  rows: Rows, completions: Sequence[str], graded: grading.Graded, count: int
+) -> list[dict[str, Any]]:
+  """The first completions of a batch, for a person to read."""
+  return [
+    {
+      "prompt": rows.examples[row].messages[-1]["content"],
+      "completion": completions[row],
+      "reward": float(graded.reward_B[row]),
+      "accuracy": float(graded.grade_B[row]),
+    }
+    for row in range(min(count, len(completions)))
+  ]
