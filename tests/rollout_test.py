@@ -1,6 +1,5 @@
 """Rollouts against recordings of the released code, and what must hold."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 
 import fixtures
 from agrpo_jax import rollout as rollout_lib
-from agrpo_jax import types
 from agrpo_jax import unmask
 
 AGRPO = sorted(p.stem for p in fixtures.GOLDEN.glob("rollout/*.npz"))
