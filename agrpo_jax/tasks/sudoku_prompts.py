@@ -10,6 +10,8 @@ bare: the 16 characters of the puzzle and nothing else; the completion is the
   16 characters of the solution. For the bundled tiny model.
 """
 
+import functools
+
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks import sudoku_grids
 
@@ -52,14 +54,18 @@ def messages(
       f"{_RULES}\nPuzzle: {puzzle}\nEnd with the complete grid as one string "
       "of 16 digits."
     )
-  tag = THINK_TAG[protocol]
-  parts = [_RULES, _format(tag)]
+  instructions = _instructions(protocol, shots)
+  if protocol == "agrpo":
+    return base.user_turn(f"Puzzle: {puzzle}", system=instructions)
+  return base.user_turn(f"{instructions}\nPuzzle: {puzzle}")
+
+
+@functools.cache
+def _instructions(protocol: str, shots: int) -> str:
+  parts = [_RULES, _format(THINK_TAG[protocol])]
   for shot, grid in SHOTS[:shots]:
     parts.append(f"\nPuzzle: {shot}\n\n{completion(shot, grid, protocol)}")
-  instructions = "\n".join(parts)
-  if protocol == "agrpo":
-    return base.user_turn(f"Puzzle: {puzzle}", system=f"{instructions}\n")
-  return base.user_turn(f"{instructions}\n\nPuzzle: {puzzle}")
+  return "\n".join(parts) + "\n"
 
 
 def completion(puzzle: str, grid: str, protocol: str) -> str:
