@@ -59,7 +59,6 @@ class Checkpoints:
         ]
       ),
       preservation_policy=checkpoint_managers.LatestN(keep),
-      create=not read_only,
       cleanup_tmp_directories=not read_only,
       read_only=read_only,
     )

@@ -158,29 +158,25 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
   """
   if path.exists():
     shorter = path.with_suffix(".tmp")
+    num_dropped = 0
     with open(path, "rb") as old, open(shorter, "wb") as new:
-      num_dropped = 0
       for line in old:
         if _is_before(line, resume_step):
-          new.write(line)
+          new.write(line.removesuffix(b"\n") + b"\n")
         else:
           num_dropped += 1
+    os.replace(shorter, path)
     if num_dropped:
-      os.replace(shorter, path)
       logging.info(
         "Dropped %d lines of %s: the run goes on at train step %d.",
         num_dropped,
         path,
         resume_step,
       )
-    else:
-      shorter.unlink()
   return open(path, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def _is_before(line: bytes, resume_step: int) -> bool:
-  if not line.endswith(b"\n"):
-    return False
   try:
     return json.loads(line)["train_step"] < resume_step
   except (ValueError, KeyError, TypeError):

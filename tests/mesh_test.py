@@ -77,7 +77,8 @@ def test_eight_devices(run_in_subprocess):
     m = mesh.make(data=2, fsdp=-1, tensor=2)
     assert dict(m.shape) == {"data": 2, "fsdp": 2, "tensor": 2}, m
     assert mesh.num_row_shards(m) == 4
-    half = mesh.make(data=1, devices=jax.devices()[:4])
+    half = mesh.make(data=1, devices=jax.devices()[4:])
+    assert [d.id for d in half.devices.flat] == [4, 5, 6, 7]
     assert dict(half.shape) == {"data": 1, "fsdp": 4, "tensor": 1}, half
 
     axes = {"up": ("embed", "mlp"), "down": ("mlp", "embed"), "n": ("norm",)}
@@ -107,10 +108,12 @@ def test_eight_devices(run_in_subprocess):
     assert "up: dimension 'embed' of size 5 over mesh.fsdp=2" in message
     assert "down: dimension 'mlp' of size 7 over mesh.tensor=2" in message
 
-    try:
-      mesh.make(data=3)
-    except errors.UserError as error:
-      assert "multiple of 3 devices, but there are 8 (cpu)" in str(error)
-    else:
-      raise AssertionError("3 does not divide 8")
+    for sizes, needed in (
+      ({"data": 3}, "a multiple of 3"), ({"data": 2, "fsdp": 2}, "4")):
+      try:
+        mesh.make(**sizes)
+      except errors.UserError as error:
+        assert f"needs {needed} devices, but there are 8 (cpu)" in str(error)
+      else:
+        raise AssertionError(f"{sizes} does not fit 8 devices")
   """)

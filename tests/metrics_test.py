@@ -143,6 +143,14 @@ def test_a_resumed_run_has_every_train_step_once(tmp_path):
   ]
 
 
+def test_a_line_that_only_lacks_its_end_is_kept(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"train_step": 0, "reward": 1}')
+  with metrics.Writer(tmp_path, resume_step=1) as writer:
+    writer.scalars(1, {"reward": 2})
+  records = _lines(tmp_path / "metrics.jsonl")
+  assert [record["reward"] for record in records] == [1, 2]
+
+
 def test_a_fresh_start_leaves_no_old_line(tmp_path):
   with metrics.Writer(tmp_path) as writer:
     writer.scalars(0, {"reward": 1})

@@ -1,6 +1,7 @@
 """Tests of agrpo_jax.workdir: one run at a time, whatever it dies of."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
     finally:
       first.kill()  # SIGKILL: the process cleans nothing up
   with workdir.claim(tmp_path):
-    assert f'"pid": {os.getpid()},' in (tmp_path / "lock.json").read_text()
+    owner = json.loads((tmp_path / "lock.json").read_text())
+    assert owner["pid"] == os.getpid()
 
 
 def test_only_process_0_holds_the_claim(tmp_path, monkeypatch):
