@@ -8,6 +8,11 @@ import huggingface_hub
 
 from agrpo_jax import errors
 
+# What a checkpoint consists of, as shell patterns.
+TOKENIZER = ("tokenizer*", "*token*.json", "chat_template*", "vocab*", "*.txt")
+ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+CHECKPOINT = (*ALL_BUT_WEIGHTS, "*.safetensors")
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agrpo_jax import errors, types
+from agrpo_jax import errors
+from agrpo_jax import types
 
 LAYER_TARGETS = ("q", "k", "v", "attn_out", "gate", "up", "down")
 TARGETS = (*LAYER_TARGETS, "head")
@@ -90,7 +91,7 @@ def init(
       a_key, (*stack, fan_in, settings.rank), jnp.float32, -bound, bound
     )
     b = jnp.zeros((*stack, settings.rank, fan_out), jnp.float32)
-    _put(adapter, path, {"a": a, "b": b})
+    put(adapter, path, {"a": a, "b": b})
   return adapter
 
 
@@ -105,7 +106,7 @@ def logical_axes(settings: Lora, params_axes: types.Tree) -> types.Tree:
   for path, kernel_axes in _kernels(params_axes, settings.targets):
     *stack, fan_in, fan_out = kernel_axes
     ab = {"a": (*stack, fan_in, "rank"), "b": (*stack, "rank", fan_out)}
-    _put(axes, path, ab)
+    put(axes, path, ab)
   return axes
 
 
@@ -153,7 +154,8 @@ def _kernels(
       yield from _kernels(node, targets, (*path, name))
 
 
-def _put(tree: types.Tree, path: tuple[str, ...], value: types.Tree) -> None:
+def put(tree: types.Tree, path: tuple[str, ...], value: types.Tree) -> None:
+  """Sets tree[path[0]][path[1]]... = value, making the dicts between."""
   for name in path[:-1]:
     tree = tree.setdefault(name, {})
   tree[path[-1]] = value

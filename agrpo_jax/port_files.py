@@ -15,9 +15,9 @@ import safetensors
 
 from agrpo_jax import errors
 
-INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
-DTYPES = ("F32", "BF16", "F16")
+INDEX = "model.safetensors.index.json"
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -35,19 +35,23 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 class Tensors:
-  """The tensors of a checkpoint by name, read lazily.
+  """The tensors of a folder by name, read lazily.
+
+  Args:
+    folder: of the checkpoint.
+    single: the file that holds everything when there is no index of shards.
 
   Raises:
     UserError: naming every file that is missing, truncated or not safetensors,
       and every tensor that the index and the files disagree about.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, single: str = SINGLE):
     self._files: dict[str, Any] = {}
     self._where: dict[str, str] = {}
     problems: list[str] = []
-    listed = _listed(folder, problems)
-    for name in sorted(set(listed.values())) or [SINGLE]:
+    listed = _listed(folder, single, problems)
+    for name in sorted(set(listed.values())) or [single]:
       path = folder / name
       if not path.is_file():
         problems.append(f"{name} is missing")
@@ -92,10 +96,12 @@ class Tensors:
     return self._files[self._where[name]].get_slice(name)
 
 
-def _listed(folder: pathlib.Path, problems: list[str]) -> dict[str, str]:
+def _listed(
+  folder: pathlib.Path, single: str, problems: list[str]
+) -> dict[str, str]:
   """Tensor -> file as the index lists them; empty without an index."""
   if not (folder / INDEX).exists():
-    if not (folder / SINGLE).exists():
+    if not (folder / single).exists():
       unsafe = sorted(f.name for one in _UNSAFE for f in folder.glob(one))
       if unsafe:
         problems.append(

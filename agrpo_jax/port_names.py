@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from agrpo_jax import llada_config, llada_params
+from agrpo_jax import llada_config
+from agrpo_jax import llada_params
 
 _ROOT = "model.transformer."
 
@@ -61,6 +62,14 @@ def module_name(path: tuple[str, ...], layer: int | None = None) -> str:
   if path[0] in ("layers", "last_layer"):
     return f"{_ROOT}blocks.{layer}.{_IN_BLOCK[path[1]]}"
   return _ROOT + _OUTSIDE[path[0]]
+
+
+def order(name: str) -> tuple[int, int, str]:
+  """Sorts tensors as the network uses them: embedding, layers, the rest."""
+  rest = name.removeprefix(_ROOT)
+  if rest.startswith("blocks."):
+    return (1, int(rest.split(".")[1]), name)
+  return (0 if rest.startswith("wte") else 2, 0, name)
 
 
 def table(config: llada_config.Config) -> Any:
