@@ -279,7 +279,9 @@ def logits_fn(
   def logits(
     tokens_BxL: jax.Array, length_B: jax.Array, positions_BxS: jax.Array
   ) -> jax.Array:
-    logits_BxSxE = network.apply(variables, tokens_BxL, length_B, positions_BxS)
+    logits_BxSxE: Any = network.apply(
+      variables, tokens_BxL, length_B, positions_BxS
+    )
     return logits_BxSxE[..., : config.vocab_size]
 
   return logits

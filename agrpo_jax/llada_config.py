@@ -156,7 +156,7 @@ class Config:
       if not any(_same(value, one) for one in accepted):
         absent = "" if key in raw else " (what the original takes if absent)"
         found.append(f"{key}={value!r}{absent}: only {accepted[0]!r} works")
-    values = {name: raw.get(key) for name, key in _KEYS.items()}
+    values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
     for name in _REQUIRED:
       if values[name] is None:
         found.append(f"{_KEYS[name]} is missing")

@@ -119,7 +119,8 @@ def load(
     for key, accepted in _ONLY.items()
     if key in raw and raw[key] not in accepted
   ]
-  rank, alpha = raw.get("r"), raw.get("lora_alpha")
+  rank: Any = raw.get("r")
+  alpha: Any = raw.get("lora_alpha")
   if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
     problems.append(f"r={rank!r} is not a whole number above 0")
   if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -143,7 +144,7 @@ def load(
     expected |= names
     for path, entry in slots:
       fan_out, fan_in = entry.stored_shape
-      shapes = {"a": (rank, fan_in), "b": (fan_out, rank)}
+      shapes: Any = {"a": (rank, fan_in), "b": (fan_out, rank)}
       pair = {}
       for letter, shape in shapes.items():
         layers = [

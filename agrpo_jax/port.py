@@ -140,16 +140,17 @@ def save(
   origin = None
   if source is not None:
     origin = hub.folder(str(source), hub.ALL_BUT_WEIGHTS)
-  leaves, treedef = jax.tree.flatten(port_names.table(config))
-  arrays = treedef.flatten_up_to(params)
-  where = {}
-  for entry, array in zip(leaves, arrays, strict=True):
+  where: dict[str, tuple[jax.Array, port_names.Entry, int]] = {}
+
+  def locate(entry: port_names.Entry, array: jax.Array) -> None:
     if array.shape != entry.spec.shape:
       raise ValueError(
         f"{entry.names[0]}: {array.shape=}, expected {entry.spec.shape}"
       )
     for layer, name in enumerate(entry.names):
       where[name] = (array, entry, layer)
+
+  jax.tree.map(locate, port_names.table(config), params)
   sizes = {
     name: math.prod(entry.stored_shape) * array.dtype.itemsize
     for name, (array, entry, _) in where.items()

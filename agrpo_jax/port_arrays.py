@@ -18,9 +18,13 @@ from agrpo_jax import port_files
 from agrpo_jax import port_names
 from agrpo_jax import types
 
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+DTYPES: dict[str, Any] = {
+  "F32": jnp.float32,
+  "BF16": jnp.bfloat16,
+  "F16": jnp.float16,
+}
 # The bits of the exponent: all ones mean infinite or not a number.
-_EXPONENT = {
+_EXPONENT: dict[str, Any] = {
   "F32": np.uint32(0x7F800000),
   "BF16": np.uint16(0x7F80),
   "F16": np.uint16(0x7C00),
@@ -88,7 +92,7 @@ def place(
   shape = entry.spec.shape
   done: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-  def read(index: tuple[slice, ...]) -> np.ndarray:
+  def read(index: Any) -> np.ndarray:
     bounds = tuple(
       one.indices(size) for one, size in zip(index, shape, strict=True)
     )
@@ -146,10 +150,10 @@ def _transpose(x: np.ndarray, target: np.ndarray) -> None:
 
 def stored(array: jax.Array, entry: port_names.Entry, layer: int) -> np.ndarray:
   """The tensor that a checkpoint stores for (a layer of) one of our arrays."""
-  x = array[layer] if entry.stacked else array
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    x = multihost_utils.process_allgather(x, tiled=True)
-  x = np.asarray(x)
+  one = array[layer] if entry.stacked else array
+  if isinstance(one, jax.Array) and not one.is_fully_addressable:
+    one = multihost_utils.process_allgather(one, tiled=True)
+  x = np.asarray(one)
   if not entry.transposed:
     return np.ascontiguousarray(x)
   tensor = np.empty(x.shape[::-1], x.dtype)

@@ -161,9 +161,9 @@ def _finish(
   if source is None or source.resolve() == folder.resolve():
     return
   for pattern in _COPIED:
-    for file in sorted(source.glob(pattern)):
-      if file.is_file() and file.name not in _NOT_COPIED:
-        shutil.copyfile(file, folder / file.name)
+    for found in sorted(source.glob(pattern)):
+      if found.is_file() and found.name not in _NOT_COPIED:
+        shutil.copyfile(found, folder / found.name)
 
 
 def _json(value: Any) -> str:
