@@ -127,8 +127,11 @@ def held_out(
   c: config_lib.ConfigDict, tokenizer: tokens.Tokenizer
 ) -> list[tuple[tasks.Example, list[int]]]:
   """(example, prompt's ids) of the problems that an evaluation looks at."""
-  rows = dataset(c, tokenizer, c.evaluate.split).rows
-  return rows[: c.evaluate.num_examples or None]
+  prompts = dataset(c, tokenizer, c.evaluate.split).prompts
+  return [
+    (prompt.example, prompt.tokens)
+    for prompt in prompts[: c.evaluate.num_examples or None]
+  ]
 
 
 def reference(c: config_lib.ConfigDict, policy: Policy) -> types.Tree | None:

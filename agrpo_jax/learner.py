@@ -172,7 +172,7 @@ class Learner:
     return learned, (
       terms,
       {
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "is_update": is_update.astype(jnp.int32),
         "num_pairs": num_pairs,
       },

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from agrpo_jax import build
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
+from agrpo_jax import errors
 from agrpo_jax import llada
 from agrpo_jax import lora as lora_lib
 from agrpo_jax import mesh as mesh_lib
@@ -203,9 +204,22 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
   """A checkpoint of random parameters and the byte tokenizer; made once."""
   if not (folder / "config.json").exists():
     ids = tokens.write_byte_tokenizer(folder)
-    network = llada.Config.from_json(ids | c.model.network.to_dict())
+    asked = c.model.network.to_dict()
+    defaults = dict(
+      embedding_size=ids["vocab_size"],
+      num_kv_heads=asked.get("num_heads"),
+      rope_theta=500_000.0,
+      norm_eps=1e-5,
+      qkv_bias=False,
+      tied_head=False,
+      max_length=4096,
+    )
+    try:
+      network = llada.Config(**(ids | defaults | asked))
+    except TypeError as error:
+      raise errors.UserError(f"config.model.network: {error}") from error
     params = llada.init(network, jax.random.key(c.seed))
-    port.save(folder, network, params, source=folder)
+    port.save(folder, network, params)
   return folder
 
 

@@ -42,7 +42,7 @@ from agrpo_jax import unmask
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """A shape to time. `network` is what a LLaDA config.json would say."""
+  """A shape to time. `network` holds fields of `llada.Config`."""
 
   network: dict
   dtype: str
@@ -60,18 +60,24 @@ class Preset:
   top_p: float = 1.0
 
 
-def network(layers, width, heads, mlp, vocab, **more):
-  ids = dict(mask_token_id=vocab - 1, eos_token_id=vocab - 2)
+def network(layers, width, heads, mlp, vocab):
+  """Fields of `llada.Config`."""
   return dict(
-    n_layers=layers,
-    d_model=width,
-    n_heads=heads,
-    mlp_hidden_size=mlp,
+    num_layers=layers,
+    width=width,
+    num_heads=heads,
+    num_kv_heads=heads,
+    mlp_width=mlp,
     vocab_size=vocab,
     embedding_size=vocab,
-    pad_token_id=vocab - 2,
-    **ids,
-    **more,
+    mask_id=vocab - 1,
+    eos_id=vocab - 2,
+    pad_id=vocab - 2,
+    rope_theta=500_000.0,
+    norm_eps=1e-5,
+    qkv_bias=False,
+    tied_head=False,
+    max_length=4096,
   )
 
 
@@ -133,9 +139,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
   """The table of one preset, as a dict."""
   mesh = mesh_lib.make()
-  config = llada.Config.from_json(
-    preset.network, dtype=preset.dtype, remat=remat
-  )
+  config = llada.Config(**preset.network, dtype=preset.dtype, remat=remat)
   axes = mesh_lib.shardings(
     mesh, llada.logical_axes(config), llada.abstract_params(config)
   )

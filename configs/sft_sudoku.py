@@ -29,9 +29,7 @@ def get_config(arg: str = "clean") -> config_lib.ConfigDict:
   c.train.keep = 1
   if arg == "clean":
     c.workdir = "runs/sft_sudoku_clean"
-    c.model.network = dict(
-      d_model=64, n_layers=4, n_heads=4, mlp_hidden_size=192
-    )
+    c.model.network = dict(num_layers=4, width=64, num_heads=4, mlp_width=192)
     c.optimizer.learning_rate = 2e-3
     c.train.num_steps = 1500
     c.sft.output = "runs/tiny_sudoku_clean"

@@ -1,11 +1,11 @@
 """The gradient is unbiased: proved by enumeration on a toy.
 
 The toy's network is a table: every partial completion has its own logits at
-every position. A slow float64 program, independent of the package, walks through
-everything that can happen in a rollout, down to the tokens drawn and discarded,
-and knows the expected reward and its gradient. The package's estimator, summed
-over all rollouts and all drawn steps with their probabilities, must give the
-same gradient.
+every position. A slow float64 program, independent of the package, walks
+through everything that can happen in a rollout, down to the tokens drawn and
+discarded, and knows the expected reward and its gradient. The package's
+estimator, summed over all rollouts and all drawn steps with their
+probabilities, must give the same gradient.
 """
 
 import dataclasses

@@ -131,7 +131,7 @@ def test_equals_the_released_loss(name, microbatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_released_log_probabilities(name):
-  rollout, recorded, config, params, sampling = recorded_rollout()
+  rollout, _, config, params, sampling = recorded_rollout()
   golden, meta = fixtures.golden(f"agrpo_loss/{name}")
   if meta["policy"].endswith(".safetensors"):
     params = fixtures.tree_of(config, f"agrpo_loss/{meta['policy']}")

@@ -1,4 +1,4 @@
-"""The draw against recordings; the order of unmasking; the step's likelihood."""
+"""The draw against recordings, the order, the likelihood of a step."""
 
 import itertools
 

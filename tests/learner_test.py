@@ -1,0 +1,200 @@
+"""The train step: what it skips, what it adds up, what it must not change."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fixtures
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import llada
+from agrpo_jax import mc_steps
+from agrpo_jax import objective as objective_lib
+from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import types
+from agrpo_jax import unmask
+
+NUM_ROWS, GROUP_SIZE = 8, 4
+
+
+def setting(rule="random", **changes):
+  """(learner, state, rollout, keys) on a recorded tiny network."""
+  config, params, _ = fixtures.network("tiny_loss")
+  sampling = unmask.Sampling(
+    mask_id=config.mask_id,
+    eos_id=config.eos_id,
+    completion_length=8,
+    block_length=4,
+    num_denoise_steps=4,
+    unmask_rule=rule,
+    temperature=0.8,
+    top_k=20,
+  )
+
+  def policy(params, lora):
+    return llada.logits_fn(config, params, lora)
+
+  options = dict(
+    policy=policy,
+    optimizer=optax.adamw(1e-3),
+    sampling=sampling,
+    objective=objective_lib.Objective(),
+    steps=mc_steps.McSteps(num_mc_steps=4),
+    baseline="leave_one_out",
+    group_size=GROUP_SIZE,
+    updates_per_batch=1,
+    microbatch=8,
+  )
+  learner = learner_lib.Learner(**(options | changes))
+  tokens = jax.random.randint(jax.random.key(1), (NUM_ROWS, 6), 0, 80)
+  prompts = types.Prompts(
+    tokens=tokens,
+    length=jnp.array([6, 3, 5, 4, 6, 2, 1, 6]),
+    key=jax.random.split(jax.random.key(2), NUM_ROWS),
+  )
+  rollout = jax.jit(
+    lambda prompts: rollout_lib.sample_rollout(
+      policy(params, None), prompts, sampling
+    )
+  )(prompts)
+  return learner, learner.init(params, None), rollout, prompts.key
+
+
+REWARD = jnp.array([1.0, 0.0, 0.0, 2.0, 0.5, 0.5, 0.25, 0.0])
+
+
+def step(learner, state, rollout, keys, reward=REWARD):
+  return jax.jit(learner.train_step)(
+    state, rollout, reward, jax.random.key(3), keys, None
+  )
+
+
+@pytest.mark.parametrize("rule", unmask.UNMASK_RULES)
+def test_the_first_policy_ratio_is_one(rule):
+  """Rollout and objective agree on every log-probability, also the order's."""
+  _, metrics = step(*setting(rule))
+  np.testing.assert_allclose(metrics["policy_ratio/mean"], 1.0, atol=1e-5)
+  assert metrics["policy_ratio/max_deviation"] < 1e-4
+  assert metrics["clip_ratio/region_mean"] == 0
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 32])
+def test_microbatches_do_not_change_the_gradient(microbatch):
+  learner, state, rollout, keys = setting()
+  other = dataclasses.replace(learner, microbatch=microbatch)
+  gradients, expected_loss = [], None
+  for one in (learner, other):
+    drawn = mc_steps.draw(
+      rollout,
+      mc_steps.uniforms(jax.random.key(0), keys, one.steps),
+      one.steps,
+      0,
+    )
+    gradient, terms, _ = jax.jit(one.gradient)(
+      state, rollout, REWARD - 0.5, drawn, None
+    )
+    gradients.append(gradient)
+    np.testing.assert_allclose(
+      terms.loss, expected_loss or terms.loss, rtol=1e-4
+    )
+    expected_loss = terms.loss
+  difference = jax.tree.map(jnp.subtract, *gradients)
+  assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(gradients[0])
+
+
+def test_equal_draws_run_once_with_their_weights_added():
+  learner, state, rollout, _ = setting()
+  once = mc_steps.Drawn(
+    step=jnp.tile(jnp.array([[0, 2, 1, 3]]), (NUM_ROWS, 1)),
+    weight=jnp.tile(jnp.array([[3.0, 1.0, 0.0, 0.0]]), (NUM_ROWS, 1)),
+  )
+  repeated = mc_steps.Drawn(
+    step=jnp.tile(jnp.array([[0, 2, 0, 0]]), (NUM_ROWS, 1)),
+    weight=jnp.ones((NUM_ROWS, 4)),
+  )
+  a, _, num_once = learner.gradient(state, rollout, REWARD, once, None)
+  b, _, num_repeated = learner.gradient(state, rollout, REWARD, repeated, None)
+  chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-7)
+  num_active = int((REWARD != 0).sum())
+  assert int(num_once) == int(num_repeated) == 2 * num_active
+
+
+def test_a_batch_without_spread_changes_nothing_but_the_count():
+  learner, state, rollout, keys = setting()
+  state, _ = step(learner, state, rollout, keys)  # Adam has momentum now
+  after, metrics = step(
+    learner, state, rollout, keys, reward=jnp.full((NUM_ROWS,), 0.7)
+  )
+  chex.assert_trees_all_equal(after.params, state.params)
+  chex.assert_trees_all_equal(after.opt_state, state.opt_state)
+  assert int(after.train_step) == int(state.train_step) + 1
+  assert int(metrics["updates"]) == 0
+  assert float(metrics["frac_reward_zero_std"]) == 1.0
+  assert np.isfinite([float(x) for x in metrics.values()]).all()
+
+
+def test_updates_per_batch_share_out_the_draws():
+  learner, state, rollout, keys = setting(updates_per_batch=4)
+  after, metrics = step(learner, state, rollout, keys)
+  assert int(metrics["updates"]) == 4
+  counts = [
+    int(x) for x in jax.tree.leaves(after.opt_state) if x.dtype == jnp.int32
+  ]
+  assert counts == [4]
+  # Only the first update is on the behaviour policy.
+  assert metrics["policy_ratio/max_deviation"] < 1e-4
+
+
+def test_kl_needs_every_row_and_vanishes_at_the_reference():
+  objective = objective_lib.Objective(kl_coef=0.1)
+  learner, state, rollout, keys = setting(objective=objective)
+  _, metrics = jax.jit(learner.train_step)(
+    state, rollout, jnp.ones(NUM_ROWS), jax.random.key(0), keys, state.params
+  )
+  assert int(metrics["draws/pairs"]) > 0
+  np.testing.assert_allclose(metrics["kl"], 0.0, atol=1e-8)
+  np.testing.assert_allclose(metrics["grad_norm"], 0.0, atol=1e-5)
+
+
+def test_one_compilation_per_shape():
+  learner, state, rollout, keys = setting()
+  traces = []
+
+  def counted(*args):
+    traces.append(1)
+    return learner.train_step(*args)
+
+  learn = jax.jit(counted)
+  for seed in range(3):
+    reward = jax.random.normal(jax.random.key(seed), (NUM_ROWS,))
+    state, _ = learn(state, rollout, reward, jax.random.key(seed), keys, None)
+  assert len(traces) == 1
+
+
+def test_a_completion_does_not_depend_on_its_batch():
+  """Batch mates, slot, batch size and padding width are all without effect."""
+  learner, state, rollout, keys = setting("confidence")
+  order = jnp.array([5, 0, 3])
+  alone = rollout_lib.sample_rollout(
+    learner.policy(state.params, None),
+    types.Prompts(
+      tokens=jnp.pad(
+        rollout.prompt[order], ((0, 0), (0, 7)), constant_values=17
+      ),
+      length=rollout.prompt_length[order],
+      key=keys[order],
+    ),
+    learner.sampling,
+  )
+  for field in ("completion", "unmask_step", "support", "num_steps"):
+    np.testing.assert_array_equal(
+      getattr(alone, field), getattr(rollout, field)[order]
+    )
+  for field in ("logprob", "entropy", "order_logprob"):
+    np.testing.assert_allclose(
+      getattr(alone, field), getattr(rollout, field)[order], atol=1e-4
+    )
