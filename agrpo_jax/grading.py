@@ -68,6 +68,32 @@ class Graded:
     return self.grades["accuracy"]
 
 
+def concatenate(batches: Sequence[Graded]) -> Graded:
+  """The completions of several `submit`s of one grader, in order.
+
+  A grade that a batch lacks, because all of its completions failed, is 0 there.
+  """
+  names = dict.fromkeys(name for batch in batches for name in batch.grades)
+  return Graded(
+    reward_B=np.concatenate([batch.reward_B for batch in batches]),
+    parts={
+      name: np.concatenate([batch.parts[name] for batch in batches])
+      for name in batches[0].parts
+    },
+    grades={
+      name: np.concatenate(
+        [
+          batch.grades.get(name, np.zeros_like(batch.reward_B))
+          for batch in batches
+        ]
+      )
+      for name in names
+    },
+    num_failed=sum(batch.num_failed for batch in batches),
+    num_timed_out=sum(batch.num_timed_out for batch in batches),
+  )
+
+
 class Grader:
   """A pool of grading workers for one task. Use as a context manager."""
 

@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import pathlib
 import types
+from collections.abc import Sequence
 
 from agrpo_jax import errors
 from agrpo_jax.tasks import base
@@ -51,6 +52,16 @@ def get(name: str, path: str | None = None) -> types.ModuleType:
       "For a task of your own give the path of its Python file."
     )
   return importlib.import_module(f"agrpo_jax.tasks.{name}")
+
+
+def provenance(task: types.ModuleType, examples: Sequence[Example]) -> str:
+  """Says whether `examples` are a published split, for tables and logs."""
+  fingerprint = base.fingerprint(examples)
+  published = getattr(task, "PUBLISHED", {}).get(fingerprint)
+  size = f"{len(examples)} problems, fingerprint {fingerprint}"
+  if published:
+    return f"the published {published} ({size})"
+  return f"not a published split ({size})"
 
 
 def _from_file(path: pathlib.Path) -> types.ModuleType:

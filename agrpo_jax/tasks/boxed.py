@@ -14,6 +14,7 @@ The required format is that of the released prompts; the wording is ours.
 
 from agrpo_jax.tasks import answers
 from agrpo_jax.tasks import base
+from agrpo_jax.tasks import equality
 
 PROTOCOLS = ("agrpo", "d1", "llada", "bare")
 PREFILL = {"agrpo": "", "d1": "<reasoning>", "llada": "", "bare": ""}
@@ -59,3 +60,8 @@ def tag_parts(completion: str, protocol: str) -> dict[str, float]:
     "think_tag": float(answers.in_tag(text, think) is not None),
     "answer_tag": float(answers.in_tag(text, "answer") is not None),
   }
+
+
+def released_correct(text: str, gold: str) -> bool:
+  """Whether math-verify finds the answer equal to `gold`, both as LaTeX."""
+  return equality.equal(f"${gold}$", f"${answers.released_answer(text)}$")

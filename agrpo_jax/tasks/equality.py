@@ -13,6 +13,7 @@ another signal handler.
 import functools
 import itertools
 import logging
+from typing import Any
 
 import math_verify
 import sympy
@@ -92,9 +93,9 @@ def equal(gold: str, text: str) -> bool:
 _PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
 
 
-def _is_percentage(expression) -> bool:
+def _is_percentage(expression: object) -> bool:
   return isinstance(expression, sympy.Mul) and _PERCENT in expression.args
 
 
-def _as_number(expression):
+def _as_number(expression: Any) -> Any:
   return expression.doit() if _is_percentage(expression) else expression

@@ -1,6 +1,7 @@
 """Rows of a data set: from JSONL, CSV or parquet files, or from the hub."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -114,15 +115,19 @@ def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
     yield f"{file}, row {number}", row
 
 
+@dataclasses.dataclass(frozen=True)
+class Hub:
+  """A data set on the Hugging Face hub, at one revision."""
+
+  repository: str
+  revision: str
+  config: str | None = None
+
+
 def from_hub(
-  repository: str,
-  *,
-  revision: str,
-  split: str,
-  columns: Sequence[str],
-  config: str | None = None,
+  hub: Hub, split: str, columns: Sequence[str]
 ) -> list[tuple[str, Row]]:
-  """The rows of one split of a hub data set at a pinned revision.
+  """The rows of one split of a hub data set.
 
   Raises UserError where the `datasets` package is missing, or the data set
   can neither be downloaded nor found in the local cache.
@@ -131,21 +136,21 @@ def from_hub(
     import datasets  # an optional extra
   except ImportError as error:
     raise errors.UserError(
-      f"loading {repository!r} from the hub needs the datasets package: pip "
-      "install 'agrpo_jax[hub]'; or give a local file by config.data.path."
+      f"loading {hub.repository!r} from the hub needs the datasets package: "
+      "pip install 'agrpo_jax[hub]'; or give a local file by config.data.path."
     ) from error
   try:
     table = datasets.load_dataset(
-      repository, config, split=split, revision=revision
+      hub.repository, hub.config, split=split, revision=hub.revision
     )
   except Exception as error:  # network, cache and format errors of many kinds
     raise errors.UserError(
-      f"data set {repository!r} (revision {revision}) could not be loaded from "
-      f"the hub: {type(error).__name__}: {error}. Without network give a local "
-      "JSONL file by config.data.path."
+      f"data set {hub.repository!r} (revision {hub.revision}) could not be "
+      f"loaded from the hub: {type(error).__name__}: {error}. Without network "
+      "give a local JSONL file by config.data.path."
     ) from error
   rows = [
-    (f"{repository}, split {split}, row {number}", row)
+    (f"{hub.repository}, split {split}, row {number}", row)
     for number, row in enumerate(table, start=1)
   ]
   check_columns(rows, columns)

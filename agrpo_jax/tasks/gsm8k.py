@@ -17,6 +17,7 @@ from agrpo_jax import errors
 from agrpo_jax.tasks import answers
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks import boxed
+from agrpo_jax.tasks import d1
 from agrpo_jax.tasks import equality
 from agrpo_jax.tasks import files
 from agrpo_jax.tasks import tolerant
@@ -27,19 +28,27 @@ DEFAULTS = {
   "source": "main",  # main or platinum: which test split the hub gives
   "num_examples": 0,  # only the first so many; 0: all
 }
-SOURCES = {
-  # Hub id, configuration, pinned revision.
-  "main": ("openai/gsm8k", "main", "main"),
-  "platinum": ("madrylab/gsm8k-platinum", "main", "main"),
+HUB = {
+  "main": files.Hub(
+    "openai/gsm8k",
+    config="main",
+    revision="740312add88f781978c0658806c59bc2815b9866",
+  ),
+  # Not pinned: no revision of it could be checked when this was written.
+  "platinum": files.Hub(
+    "madrylab/gsm8k-platinum", config="main", revision="main"
+  ),
 }
-GRADES = ("accuracy", "accuracy_tolerant")
-PUBLISHED: dict[str, str] = {}
+PUBLISHED = {  # `base.fingerprint` of all examples
+  "08a5785033078dc2": "GSM8K test split",
+  "cb8799da4c7c6dae": "GSM8K train split",
+}
 
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
   base.check_choice(NAME, "protocol", chosen["protocol"], boxed.PROTOCOLS)
-  base.check_choice(NAME, "source", chosen["source"], SOURCES)
+  base.check_choice(NAME, "source", chosen["source"], HUB)
   return chosen
 
 
@@ -61,14 +70,7 @@ def examples(
     rows = files.read(path, split, columns)
   else:
     source = chosen["source"] if split == "test" else "main"
-    repository, config, revision = SOURCES[source]
-    rows = files.from_hub(
-      repository,
-      config=config,
-      revision=revision,
-      split=split,
-      columns=columns,
-    )
+    rows = files.from_hub(HUB[source], split, columns)
   protocol = chosen["protocol"]
   return [
     base.Example(
@@ -102,10 +104,10 @@ def reward(
 ) -> dict[str, float]:
   """Parts think_tag, answer_tag, correct: 1 or 0 each."""
   text = answers.clip(completion)
-  parts = boxed.tag_parts(text, _settings(options)["protocol"])
-  answer = answers.released_answer(text)
-  correct = equality.equal(f"${fields['gold']}$", f"${answer}$")
-  return {**parts, "correct": float(correct)}
+  return {
+    **boxed.tag_parts(text, _settings(options)["protocol"]),
+    "correct": float(boxed.released_correct(text, fields["gold"])),
+  }
 
 
 def grade(
@@ -115,20 +117,23 @@ def grade(
 ) -> dict[str, float]:
   """Verdicts, 1 or 0.
 
-  accuracy: as the released evaluation: the first run of digits in the answer,
-    without sign, decimals or thousands separator, against the gold answer.
+  accuracy: as published. As in the released AGRPO evaluation, the first run of
+    digits in the answer, without sign, decimals or thousands separator,
+    against the gold answer; under the protocol d1 as in d1's evaluation.
   accuracy_tolerant: the number the completion means, however it is written.
   """
-  del options
   text = answers.clip(completion)
-  answer = answers.released_answer(text)
-  if digits := re.search(r"\d+", answer):
-    answer = digits.group()
-  strict = equality.equal(f"${fields['gold']}$", f"${answer}$")
-  found = tolerant.answer_number(text)
+  gold = tolerant.number(fields["gold"])
+  if _settings(options)["protocol"] == "d1":
+    found = d1.gsm8k_number(text)
+    strict = found is not None and gold is not None and found == float(gold)
+  else:
+    answer = answers.released_answer(text)
+    if digits := re.search(r"\d+", answer):
+      answer = digits.group()
+    strict = equality.equal(f"${fields['gold']}$", f"${answer}$")
+  number = tolerant.answer_number(text)
   return {
     "accuracy": float(strict),
-    "accuracy_tolerant": float(
-      found is not None and found == tolerant.number(fields["gold"])
-    ),
+    "accuracy_tolerant": float(number is not None and number == gold),
   }

@@ -16,6 +16,7 @@ from typing import Any
 from agrpo_jax import errors
 from agrpo_jax.tasks import answers
 from agrpo_jax.tasks import base
+from agrpo_jax.tasks import d1
 from agrpo_jax.tasks import files
 from agrpo_jax.tasks import sudoku_grids
 from agrpo_jax.tasks import sudoku_prompts
@@ -32,8 +33,10 @@ DEFAULTS = {
   "careless_probability": 0.6,  # share of careless demonstrations
 }
 DEMONSTRATIONS = ("clean", "careless")
-GRADES = ("accuracy", "accuracy_tolerant", "cells", "num_right", "num_blanks")
-PUBLISHED: dict[str, str] = {}
+PUBLISHED = {  # `base.fingerprint` of all examples
+  "4a5d75b73755f72b": "Sudoku test split of d1",
+  "e3900fcf31d75471": "Sudoku test split of SPG and AGRPO",
+}
 _GENERATED = {"train": 20_000, "test": 256}
 _RELEASED_WEIGHTS = {
   "length": 0.25,
@@ -155,29 +158,32 @@ def grade(
 ) -> dict[str, float]:
   """Verdicts on one completion.
 
-  accuracy: 1 if the grid, read as released, is solved and keeps the clues.
+  accuracy: 1 if the grid, read as published, is solved and keeps the clues.
+    As published: as in the released AGRPO evaluation, or, under the protocol
+    d1, as in d1's; under bare the whole completion.
   accuracy_tolerant: the same of the grid found however it is written.
-  cells: share of blanks right, read as released and clues not checked; its
-    mean over puzzles is the released score.
-  num_right, num_blanks: counts for the tolerant grid, 0 right unless the
-    clues are kept; the ratio of their means is the micro cell accuracy.
+  cells: share of blanks right, read as published, clues not checked. Its mean
+    over puzzles is AGRPO's published score.
+  num_right, num_blanks: counts of the same; the ratio of their means is the
+    micro cell accuracy, d1's published score.
   """
   text = answers.clip(completion)
-  is_bare = _settings(options)["protocol"] == "bare"
+  protocol = _settings(options)["protocol"]
   puzzle, gold = fields["puzzle"], fields["gold"]
-  answer = text.strip() if is_bare else answers.released_answer(text)
-  released = _released_grid(answer)
-  tolerant = sudoku_grids.find(text)
-  num_blanks = puzzle.count("0")
-  num_right = 0.0
-  if sudoku_grids.keeps_clues(tolerant, puzzle):
-    share = sudoku_grids.share_right(tolerant, puzzle, gold)
-    num_right = float(round(share * num_blanks))
+  if protocol == "bare":
+    strict = _released_grid(text.strip())
+  elif protocol == "d1":
+    strict = d1.sudoku_grid(text) or "0" * sudoku_grids.SIZE
+  else:
+    strict = _released_grid(answers.released_answer(text))
+  num_right, num_blanks = sudoku_grids.count_right(strict, puzzle, gold)
+  tagged = answers.after_tag(text, "answer")
+  tolerant = sudoku_grids.find(tagged or text)
   return {
-    "accuracy": float(sudoku_grids.solves(released, puzzle)),
+    "accuracy": float(sudoku_grids.solves(strict, puzzle)),
     "accuracy_tolerant": float(sudoku_grids.solves(tolerant, puzzle)),
-    "cells": sudoku_grids.share_right(released, puzzle, gold),
-    "num_right": num_right,
+    "cells": num_right / num_blanks if num_blanks else 0.0,
+    "num_right": float(num_right),
     "num_blanks": float(num_blanks),
   }
 
@@ -205,4 +211,5 @@ def demonstration(
     grid = sudoku_grids.fill_rows(puzzle)
   if chosen["protocol"] == "bare":
     return grid
-  return sudoku_prompts.completion(puzzle, grid, chosen["protocol"])
+  text = sudoku_prompts.completion(puzzle, grid, chosen["protocol"])
+  return text.removeprefix(example.prefill)

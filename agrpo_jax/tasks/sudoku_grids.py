@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import random
 import re
+from collections.abc import Callable
+from collections.abc import Sequence
 
 from agrpo_jax import errors
 
@@ -39,14 +41,19 @@ def solves(grid: str, puzzle: str) -> bool:
   return len(puzzle) == SIZE and is_solved(grid) and keeps_clues(grid, puzzle)
 
 
+def count_right(grid: str, puzzle: str, gold: str) -> tuple[int, int]:
+  """How many blanks are filled as in `gold`, and how many there are."""
+  blanks = [cell for cell in range(SIZE) if puzzle[cell] == "0"]
+  return sum(grid[cell] == gold[cell] for cell in blanks), len(blanks)
+
+
 def share_right(grid: str, puzzle: str, gold: str) -> float:
-  """Share of the blanks of `puzzle` where `grid` equals `gold`.
+  """Share of the blanks filled as in `gold`.
 
   A puzzle without blanks gives 0 (the released code divides by zero there).
   """
-  blanks = [cell for cell in range(SIZE) if puzzle[cell] == "0"]
-  right = sum(grid[cell] == gold[cell] for cell in blanks)
-  return right / len(blanks) if blanks else 0.0
+  num_right, num_blanks = count_right(grid, puzzle, gold)
+  return num_right / num_blanks if num_blanks else 0.0
 
 
 def fill_rows(puzzle: str) -> str:
@@ -140,7 +147,9 @@ def puzzles(
   return list(found.items())
 
 
-def _unique_puzzle(grids, num_blanks, draw) -> tuple[str, str]:
+def _unique_puzzle(
+  grids: Sequence[str], num_blanks: int, draw: Callable[[], float]
+) -> tuple[str, str]:
   while True:
     grid = grids[int(draw() * len(grids))]
     order = sorted(range(SIZE), key=lambda _: draw())

@@ -101,15 +101,31 @@ def number(span: str) -> fractions.Fraction | None:
   an equals sign is evaluated.
   """
   for side in reversed(_plain(span).split("=")):
-    expression = _THOUSANDS.sub("", side.strip().rstrip("."))
-    try:
-      return arithmetic.value(expression.replace("^", "**").replace("×", "*"))
-    except ValueError:
-      pass
+    value = _arithmetic(side)
+    if value is not None:
+      return value
     found = set(_numbers(side))
-    if found:
-      return found.pop() if len(found) == 1 else None
+    if found:  # what is left of LaTeX may be a root or a constant
+      return found.pop() if len(found) == 1 and "\\" not in side else None
   return None
+
+
+def plain_number(span: str) -> fractions.Fraction | None:
+  """The number that `span` is, all of it: no units and no equals sign."""
+  plain = _plain(span)
+  value = _arithmetic(plain)
+  match = _NUMBER.fullmatch(plain)
+  return _read(match) if value is None and match else value
+
+
+def _arithmetic(plain: str) -> fractions.Fraction | None:
+  if "(" in plain and "," in plain:  # a point or an interval
+    return None
+  text = _THOUSANDS.sub("", plain.strip().rstrip("."))
+  try:
+    return arithmetic.value(text.replace("^", "**").replace("×", "*"))
+  except ValueError:
+    return None
 
 
 def _last_number(text: str) -> fractions.Fraction | None:

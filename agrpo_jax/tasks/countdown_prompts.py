@@ -1,0 +1,70 @@
+"""Prompts for Countdown, by protocol.
+
+agrpo: system and user turn, <think> and <answer>; the answer is an equation,
+  "expression = target", as the released reward wants it.
+d1: one user turn, <reasoning> and <answer>, the completion prefilled with
+  <reasoning>; the answer is the expression alone, in \\boxed{}.
+llada: the problem and one sentence that asks for a boxed expression.
+bare: "30,100,93=23", and the completion is the expression and nothing else.
+  For tiny models.
+
+The required format is that of the published prompts; the wording is ours.
+"""
+
+from collections.abc import Sequence
+
+from agrpo_jax.tasks import base
+
+PROTOCOLS = ("agrpo", "d1", "llada", "bare")
+PREFILL = {"agrpo": "", "d1": "<reasoning>", "llada": "", "bare": ""}
+
+_RULES = (
+  "You are given a target and a list of numbers. Combine the numbers with +, "
+  "-, * and / (parentheses are allowed) so that the result is exactly the "
+  "target. Every number of the list must be used, and used only once."
+)
+_AGRPO = (
+  f"{_RULES}\nTry combinations in an orderly way, writing your reasoning "
+  "inside <think> tags. Then give the equation inside <answer> tags: the "
+  "expression, an equals sign, the target. Use exactly this format:\n<think>\n"
+  "your reasoning\n</think>\n<answer>\nexpression = target\n</answer>\nFor "
+  "instance, with the target 44 and the numbers [6, 9, 10] a right answer is:\n"
+  "<answer>\n6 * 9 - 10 = 44\n</answer>\n"
+)
+_D1 = (
+  f"{_RULES}\nThink step by step, then give the final expression alone, "
+  "without equals sign and target, in \\boxed{}, for instance "
+  "\\boxed{6 * 9 - 10}. Use exactly this format:\n<reasoning>\n"
+  "your reasoning\n</reasoning>\n<answer>\n"
+  "\\boxed{...}\n</answer>\n"
+)
+
+
+def messages(
+  numbers: Sequence[int], target: int, protocol: str
+) -> tuple[dict[str, str], ...]:
+  """The chat turns that pose the problem."""
+  if protocol == "bare":
+    return base.user_turn(f"{','.join(map(str, numbers))}={target}")
+  problem = f"Target: {target}\nNumbers: {list(numbers)}"
+  if protocol == "agrpo":
+    return base.user_turn(problem, system=_AGRPO)
+  if protocol == "d1":
+    return base.user_turn(f"{_D1}\n{problem}")
+  return base.user_turn(
+    f"{_RULES}\n{problem}\nPut the final expression in \\boxed{{}}."
+  )
+
+
+def completion(expression: str, target: int, protocol: str) -> str:
+  """An answer in the format the protocol asks for, after what is prefilled."""
+  if protocol == "bare":
+    return expression
+  reasoning = f"{expression} gives {target}."
+  box = f"\\boxed{{{expression}}}"
+  if protocol == "llada":
+    return f"{reasoning}\n{box}"
+  if protocol == "d1":
+    return f"\n{reasoning}\n</reasoning>\n<answer>\n{box}\n</answer>"
+  equation = f"{expression} = {target}"
+  return f"<think>\n{reasoning}\n</think>\n<answer>\n{equation}\n</answer>"
