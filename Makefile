@@ -21,7 +21,7 @@ env:
 	@PYTHON="$(PYTHON)" sh tools/env.sh
 
 demo: env
-	@$(BIN)/python -m agrpo_jax.demo --seed=$(SEED)
+	@$(BIN)/python -m agrpo_jax.demo --config=configs/sudoku_tiny.py --seed=$(SEED)
 
 test: env
 	$(BIN)/ruff check .

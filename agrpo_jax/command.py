@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from absl import app
 from absl import flags
 from absl import logging
+from ml_collections import config_flags
 
 from agrpo_jax import errors
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/; --config.KEY=VALUE changes a key."
+)
 
 
 def main(

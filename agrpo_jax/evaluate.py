@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from agrpo_jax import build
 from agrpo_jax import checkpoint
@@ -138,7 +137,6 @@ def evaluate(
   )
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
 )
@@ -188,7 +186,7 @@ def _restore(
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  result = run(_CONFIG.value, _CHECKPOINT.value, _OUTPUT.value)
+  result = run(command.CONFIG.value, _CHECKPOINT.value, _OUTPUT.value)
   print(
     f"accuracy {100 * result.accuracy:.1f} % "
     f"± {100 * result.standard_error:.1f} (standard error, "

@@ -10,12 +10,9 @@ same command in the same work directory goes on where it stopped.
 from collections.abc import Sequence
 
 import jax
-from ml_collections import config_flags
 
 from agrpo_jax import command
 from agrpo_jax import train
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     f"JAX {jax.__version__}",
     flush=True,
   )
-  train.train(_CONFIG.value)
+  train.train(command.CONFIG.value)
 
 
 if __name__ == "__main__":

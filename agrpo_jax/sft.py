@@ -17,7 +17,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import config_flags
 
 from agrpo_jax import build
 from agrpo_jax import command
@@ -36,8 +35,6 @@ from agrpo_jax import tokens
 from agrpo_jax import types
 
 _MIN_MASK_RATIO = 1e-3
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
 
 
 @flax.struct.dataclass
@@ -203,10 +200,10 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
 def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
   """A checkpoint of random parameters and the byte tokenizer; made once."""
   if not (folder / "config.json").exists():
-    ids = tokens.write_byte_tokenizer(folder)
+    vocab = tokens.write_byte_tokenizer(folder)
     asked = c.model.network.to_dict()
     defaults = dict(
-      embedding_size=ids["vocab_size"],
+      embedding_size=vocab["vocab_size"],
       num_kv_heads=asked.get("num_heads"),
       rope_theta=500_000.0,
       norm_eps=1e-5,
@@ -215,7 +212,7 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
       max_length=4096,
     )
     try:
-      network = llada.Config(**(ids | defaults | asked))
+      network = llada.Config(**(vocab | defaults | asked))
     except TypeError as error:
       raise errors.UserError(f"config.model.network: {error}") from error
     params = llada.init(network, jax.random.key(c.seed))
@@ -237,7 +234,7 @@ def export(
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  fine_tune(_CONFIG.value)
+  fine_tune(command.CONFIG.value)
 
 
 if __name__ == "__main__":
