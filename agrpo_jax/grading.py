@@ -15,12 +15,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-import os
-import pathlib
 import queue
-import socket
-import subprocess
-import sys
 import threading
 import types
 from collections.abc import Iterable
@@ -33,10 +28,9 @@ from absl import logging
 
 from agrpo_jax import errors
 from agrpo_jax import tasks
+from agrpo_jax import worker_process
 
 MAX_CHARS = 100_000  # of a completion; the rest is not looked at
-START_SECONDS = 120.0
-MAX_STARTS = 3  # failed starts in a row before grading gives up
 # What a worker is sent at once. Fits the socket's buffer, so that sending
 # never waits for an answer.
 _BATCH_ITEMS = 16
@@ -132,7 +126,8 @@ class Grader:
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._closed = threading.Event()
     self._workers = [
-      _Worker(start, 2 * timeout_seconds + 1) for _ in range(num_workers)
+      worker_process.WorkerProcess(start, 2 * timeout_seconds + 1)
+      for _ in range(num_workers)
     ]
     self._threads = [
       threading.Thread(target=self._serve, args=(worker,), daemon=True)
@@ -184,7 +179,7 @@ class Grader:
       for item in self._queue.get() or ():
         item.job.cancel()
 
-  def _serve(self, worker: "_Worker") -> None:
+  def _serve(self, worker: worker_process.WorkerProcess) -> None:
     """The life of one thread: takes batches to its worker."""
     while (batch := self._queue.get()) is not None:
       items = collections.deque(batch)
@@ -201,7 +196,9 @@ class Grader:
         item.job.cancel()
 
   def _grade(
-    self, worker: "_Worker", items: "collections.deque[_Item]"
+    self,
+    worker: worker_process.WorkerProcess,
+    items: "collections.deque[_Item]",
   ) -> None:
     """Takes items off as they are answered; a bad worker costs one at most."""
     try:
@@ -319,81 +316,3 @@ def _batches(items: Sequence[_Item], max_items: int) -> Iterable[list[_Item]]:
     num_bytes += len(item.line)
   if batch:
     yield batch
-
-
-class _Worker:
-  """One worker process and the socket to it; replaced when it goes bad."""
-
-  def __init__(self, start: Mapping[str, Any], seconds: float):
-    self._start = json.dumps(start).encode() + b"\n"
-    self._seconds = seconds
-    self._spawn()
-
-  def _spawn(self) -> None:
-    self._socket, theirs = socket.socketpair()
-    self._received = b""
-    self._is_ready = False
-    root = str(pathlib.Path(__file__).parents[1])
-    paths = [root, os.environ.get("PYTHONPATH", "")]
-    with theirs:
-      self._process = subprocess.Popen(
-        [sys.executable, "-m", "agrpo_jax.tasks.worker", str(theirs.fileno())],
-        stdin=subprocess.DEVNULL,
-        stdout=2,  # what a task prints goes where the log goes
-        pass_fds=[theirs.fileno()],
-        env={
-          **os.environ,
-          "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-          "OPENBLAS_NUM_THREADS": "1",  # the cores are for the workers
-        },
-        start_new_session=True,  # Ctrl-C reaches the parent alone
-      )
-
-  def ensure_ready(self) -> None:
-    """Waits until the worker has loaded its task, replacing it if need be.
-
-    Raises ConnectionError if that fails again and again.
-    """
-    for _ in range(MAX_STARTS):
-      if self._is_ready:
-        return
-      if self._process.returncode is not None:
-        self._spawn()
-      try:
-        self.send([self._start])
-        self._is_ready = "ready" in self.receive(START_SECONDS)
-      except OSError:  # closed, or TimeoutError
-        self.kill()
-    raise ConnectionError(
-      f"the grading worker failed to start {MAX_STARTS} times; see the log "
-      "above for its own message."
-    )
-
-  def send(self, lines: Iterable[bytes]) -> None:
-    self._socket.settimeout(self._seconds)
-    self._socket.sendall(b"".join(lines))
-
-  def receive(self, seconds: float | None = None) -> dict[str, Any]:
-    """The next reply. Raises TimeoutError or ConnectionError."""
-    self._socket.settimeout(seconds or self._seconds)
-    while b"\n" not in self._received:
-      chunk = self._socket.recv(65_536)
-      if not chunk:
-        raise ConnectionError("the worker closed its socket")
-      self._received += chunk
-    line, _, self._received = self._received.partition(b"\n")
-    return json.loads(line)
-
-  def hang_up(self) -> None:
-    """Makes a `receive` that waits in another thread end."""
-    try:
-      self._socket.shutdown(socket.SHUT_RDWR)
-    except OSError:
-      pass  # closed already
-
-  def kill(self) -> None:
-    """Ends the process at once and leaves no zombie."""
-    self._is_ready = False
-    self._socket.close()
-    self._process.kill()
-    self._process.wait()

@@ -36,6 +36,8 @@ def is_tame(expression: object) -> bool:
 
 
 def _is_tame_node(node: sympy.Basic) -> bool:
+  if isinstance(node, sympy.Integral):
+    return False  # nothing bounds the search for an antiderivative
   if isinstance(node, sympy.Pow):
     limit = MAX_SUM_EXPONENT if isinstance(node.base, sympy.Add) else None
     return _size(node.exp) <= (limit or MAX_EXPONENT)

@@ -21,7 +21,10 @@ _FRACTION = re.compile(
   r"(\d?)\s?\\[dt]?frac\s?\{([^{}]{1,40})\}\{([^{}]{1,40})\}"
 )
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boxed|mbox)\s?\{")
-_NOISE = re.compile(r"\\[!,;: ()\[\]%]|\\(?:left|right|displaystyle)\b|\*\*")
+_DEGREES = r"\^\s?\{?\s?\\circ\b\s?\}?"
+_NOISE = re.compile(
+  rf"{_DEGREES}|\\[!,;: ()\[\]%]|\\(?:left|right|displaystyle)\b|\*\*"
+)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BRACES = str.maketrans("{}", "  ")
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
