@@ -29,7 +29,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BRACES = str.maketrans("{}", "  ")
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
-  r"(?<![\w.,^])"
+  r"(?<![\w.,^])(?<!\d:)"
   rf"(?P<sign>(?<![\w)\]] )(?<![)\]])[-+])?"
   rf"(?:(?P<whole>\d+) (?=\d+/\d))?"
   rf"(?P<top>{_UNSIGNED})"
@@ -44,9 +44,11 @@ _SCALES = {
   "billion": 10**9,
 }
 # After a number: a variable, a clock time or an exponent changes what it is.
-_SPOILED = re.compile(r"[xyz](?![a-z])|:\d|\^|[²³¹⁰-₟]|,\d")
+_SPOILED = re.compile(r"[xyz](?![a-z])|[eE][-+]?\d|:\d|\^|[²³¹⁰-₟]|,\d")
 _MINUS = str.maketrans({"−": "-", "–": "-", "‒": "-", "﹣": "-", "－": "-"})
 _CUE = re.compile(r"####|answer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
+_SHORT = 40  # characters of a tag that holds nothing but the answer
+_MAX_SPAN = 200
 _CHOICE = re.compile(r"\bor\b|±|\\pm\b", re.IGNORECASE)
 
 
@@ -141,11 +143,12 @@ def _last_number(text: str) -> fractions.Fraction | None:
 
 
 def answer_span(text: str) -> tuple[str, bool]:
-  """Where the answer stands, and whether that is a box.
+  """Where the answer stands, and whether it stands there alone.
 
   The last box inside the last <answer> (closed or not), else that tag's text,
   else the last box of the text, else what follows the last "answer is" or
-  "####", else the last line that holds a digit.
+  "####", else the last line that holds a digit. A box and a short tag hold the
+  answer alone; elsewhere it is part of a sentence.
   """
   tagged = answers.after_tag(text, "answer")
   scope = tagged if tagged else text
@@ -153,7 +156,7 @@ def answer_span(text: str) -> tuple[str, bool]:
   if boxed is not None and boxed.strip():
     return boxed, True
   if tagged:
-    return tagged, False
+    return tagged, len(tagged) <= _SHORT
   cues = list(_CUE.finditer(text))
   if cues and re.search(r"\d", text[cues[-1].end() :]):
     return text[cues[-1].end() :], False
@@ -163,7 +166,6 @@ def answer_span(text: str) -> tuple[str, bool]:
 
 def answer_number(text: str) -> fractions.Fraction | None:
   """The number that a completion answers with; None if it gives none."""
-  span, is_box = answer_span(text)
-  if is_box or len(span) <= 40:
-    return number(span)
-  return _last_number(span)
+  span, is_alone = answer_span(text)
+  found = number(span) if len(span) <= _MAX_SPAN else None
+  return found if is_alone or found is not None else _last_number(span)
