@@ -170,7 +170,8 @@ class Config:
   def to_json(self) -> dict[str, Any]:
     """A config.json with every key that the original code reads."""
     raw = {key: getattr(self, name) for name, key in _KEYS.items()}
-    raw.update({key: accepted[0] for key, (accepted, _) in _ONLY.items()})
+    only = {key: accepted[0] for key, (accepted, _) in _ONLY.items()}
+    raw.update({key: one for key, one in only.items() if one is not None})
     raw.update(
       model_type="llada",
       architectures=["LLaDAModelLM"],

@@ -112,8 +112,8 @@ def write(folder: str | pathlib.Path) -> dict[str, int]:
   """Writes the tokenizer's files into a folder, made if need be.
 
   Returns:
-    What a `config.json` must say of it: `vocab_size`, `mask_token_id`,
-    `eos_token_id`, `pad_token_id`.
+    The fields of `llada.Config` that follow from it: `vocab_size`, `mask_id`,
+    `eos_id`, `pad_id`.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -138,9 +138,9 @@ def write(folder: str | pathlib.Path) -> dict[str, int]:
   vocab = tokenizer.get_vocab()
   return {
     "vocab_size": len(vocab),
-    "mask_token_id": vocab[MASK],
-    "eos_token_id": vocab[EOS],
-    "pad_token_id": vocab[EOS],
+    "mask_id": vocab[MASK],
+    "eos_id": vocab[EOS],
+    "pad_id": vocab[EOS],
   }
 
 
