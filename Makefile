@@ -13,6 +13,7 @@ help:
 	@echo "make demo    train a tiny model on Sudoku (minutes, CPU); SEED=$(SEED)"
 	@echo "make test    lint, types and tests; JOBS=$(JOBS) test processes"
 	@echo "make bench   seconds and FLOP/s of a train step; PRESET=$(PRESET)"
+	@echo "make tiny-sudoku  make the demo's base model again"
 	@echo "make format  let ruff format the code and fix what it can"
 	@echo "make env     only make or update .venv"
 	@echo "make clean   remove .venv and caches"
@@ -29,6 +30,12 @@ test: env
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
+# The bundled base model (CPU, minutes): learn Sudoku, then a bad habit.
+tiny-sudoku: env
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_sudoku.py:clean
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_sudoku.py:careless \
+	  --config.sft.output=agrpo_jax/assets/tiny-sudoku
+
 bench: env
 	@$(BIN)/python benchmarks/step.py --preset=$(PRESET)
 
@@ -40,4 +47,4 @@ clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help env demo test bench format clean
+.PHONY: help env demo test tiny-sudoku bench format clean

@@ -184,7 +184,7 @@ def grader(c: config_lib.ConfigDict) -> grading.Grader:
   return grading.Grader(
     c.task.name,
     c.task.options.to_dict(),
-    c.task.reward_weights.to_dict() or None,
+    {k: w for k, w in c.task.reward_weights.items() if w is not None},
     c.grading.num_workers,
     c.grading.timeout_seconds,
     task_path=c.task.path or None,

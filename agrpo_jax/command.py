@@ -4,6 +4,7 @@ import logging as python_logging
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app
 from absl import flags
@@ -26,7 +27,25 @@ def main(
   130, a value that is not finite with code 3. Everything else is our mistake
   and shows its traceback.
   """
-  flags.mark_flags_as_required(required)
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      rest = flags.FLAGS(argv)
+      missing = [name for name in required if flags.FLAGS[name].value is None]
+      if CONFIG.value is not None:
+        _ = CONFIG.value.workdir  # raises what went wrong in the config file
+    except (AttributeError, KeyError) as error:
+      _fail(
+        f"A --config.KEY flag names a key that the config lacks: {error}. "
+        "The keys are in agrpo_jax/config.py and in the config file."
+      )
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+      # What goes wrong inside a config file comes with its whole traceback.
+      _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
+    if missing:
+      listed = ", ".join(f"--{name}=..." for name in missing)
+      _fail(f"Missing: {listed} (--help lists all flags).")
+    return rest
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
@@ -43,11 +62,15 @@ def main(
       )
 
   logging.set_verbosity(logging.WARNING)
+  # Orbax warns of options that it fills in by itself.
+  logging.get_absl_logger().addFilter(
+    lambda record: "orbax" not in record.pathname
+  )
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-  app.run(guarded)
+  app.run(guarded, flags_parser=parse)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _fail(message: str, code: int = 2) -> NoReturn:
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
   sys.exit(code)

@@ -16,6 +16,7 @@ from agrpo_jax import errors
 from agrpo_jax import mc_steps
 from agrpo_jax import objective
 from agrpo_jax import optimizer
+from agrpo_jax import tasks
 from agrpo_jax import unmask
 
 ConfigDict = ml_collections.ConfigDict
@@ -54,7 +55,7 @@ def _common() -> ConfigDict:
   c.task = task = ConfigDict()
   task.name = ""  # gsm8k, math, countdown, sudoku
   task.path = ""  # a task of your own: its Python file
-  task.options = _free()  # see the task's module
+  task.options = _free()  # filled by `use_task`; explained in its module
 
   c.data = data = ConfigDict()
   data.path = ""  # local file of problems; "": generated or from the hub
@@ -88,6 +89,18 @@ def _free() -> ConfigDict:
   return ConfigDict(type_safe=False)
 
 
+def use_task(c: ConfigDict, name: str, **options: Any) -> None:
+  """Sets the task, with all its options so that each can be overridden."""
+  module = tasks.get(name)
+  c.task.name = name
+  c.task.options.update(module.DEFAULTS | options)
+  if "reward_weights" in c.task:
+    for part in module.reward_weights(options):
+      c.task.reward_weights[part] = ml_collections.config_dict.placeholder(
+        float
+      )
+
+
 def _sampling(sub: ConfigDict) -> None:
   sub.completion_length = 256  # C, tokens
   sub.block_length = 32  # T, divides completion_length
@@ -104,7 +117,7 @@ def _sampling(sub: ConfigDict) -> None:
 def rl() -> ConfigDict:
   """Defaults of `agrpo_jax.main`: the exact estimator."""
   c = _common()
-  c.task.reward_weights = _free()  # per part; empty: the task's own
+  c.task.reward_weights = _free()  # per part; None: the task's own weight
 
   c.rollout = rollout = ConfigDict()
   _sampling(rollout)

@@ -131,7 +131,11 @@ class Learner:
       "updates": norms["is_update"].sum(),
       # On the first update after a rollout the policy is the behaviour policy:
       # both must be what rounding leaves of 1 and 0.
-      "policy_ratio/mean": first.ratio / jnp.maximum(first.num_factors, 1),
+      "policy_ratio/mean": jnp.where(
+        first.num_factors > 0,
+        first.ratio / jnp.maximum(first.num_factors, 1),
+        1.0,
+      ),
       "policy_ratio/max_deviation": first.ratio_deviation,
       "clip_ratio/low_mean": terms.clip_low.sum() / num_factors,
       "clip_ratio/high_mean": terms.clip_high.sum() / num_factors,

@@ -18,8 +18,7 @@ def get_config() -> config_lib.ConfigDict:
   c.workdir = "runs/countdown"
   c.model.path = "GSAI-ML/LLaDA-8B-Instruct"
   c.lora.rank = 64
-  c.task.name = "countdown"
-  c.task.options.protocol = "agrpo"
+  config_lib.use_task(c, "countdown", protocol="agrpo")
   c.data.bucket = 128
   c.rollout.batch_size = 64
   c.rollout.completion_length = 252

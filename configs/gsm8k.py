@@ -29,8 +29,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   c.model.path = "GSAI-ML/LLaDA-8B-Instruct"
   c.lora.rank = 64
   c.lora.alpha = 64.0
-  c.task.name = "gsm8k"
-  c.task.options.protocol = "agrpo"
+  config_lib.use_task(c, "gsm8k", protocol="agrpo")
   c.data.bucket = 128
 
   c.rollout.num_prompts = 16

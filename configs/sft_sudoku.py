@@ -16,8 +16,7 @@ from agrpo_jax import config as config_lib
 
 def get_config(arg: str = "clean") -> config_lib.ConfigDict:
   c = config_lib.sft()
-  c.task.name = "sudoku"
-  c.task.options.protocol = "bare"
+  config_lib.use_task(c, "sudoku", protocol="bare")
   c.data.max_prompt_length = 64
   c.data.bucket = 8
   c.model.dtype = "float32"

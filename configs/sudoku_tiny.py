@@ -21,8 +21,7 @@ def get_config() -> config_lib.ConfigDict:
   c.workdir = "runs/sudoku_tiny"
   c.model.path = str(_ASSETS / "tiny-sudoku")
   c.model.dtype = "float32"
-  c.task.name = "sudoku"
-  c.task.options.protocol = "bare"
+  config_lib.use_task(c, "sudoku", protocol="bare", num_examples=20_000)
   c.data.max_prompt_length = 64
   c.data.bucket = 8
 
