@@ -7,6 +7,7 @@ checkpoints read it. Layers are stacked along a leading axis, except the last.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -115,6 +116,7 @@ def abstract_params(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
   )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def init(
   config: Config, key: jax.Array, dtype: Any = jnp.float32
 ) -> dict[str, Any]:

@@ -82,17 +82,21 @@ def init(
       f"LoRA targets {sorted(missing)} match no projection of this "
       f"network{why}. Remove them from the targets."
     )
-  adapter: types.Tree = {}
-  keys = jax.random.split(key, len(kernels))
-  for (path, kernel), a_key in zip(kernels.items(), keys, strict=True):
-    *stack, fan_in, fan_out = kernel.shape
-    bound = 1 / math.sqrt(fan_in)
-    a = jax.random.uniform(
-      a_key, (*stack, fan_in, settings.rank), jnp.float32, -bound, bound
-    )
-    b = jnp.zeros((*stack, settings.rank, fan_out), jnp.float32)
-    put(adapter, path, {"a": a, "b": b})
-  return adapter
+
+  def draw(key: jax.Array) -> types.Tree:
+    adapter: types.Tree = {}
+    keys = jax.random.split(key, len(kernels))
+    for (path, kernel), a_key in zip(kernels.items(), keys, strict=True):
+      *stack, fan_in, fan_out = kernel.shape
+      bound = 1 / math.sqrt(fan_in)
+      a = jax.random.uniform(
+        a_key, (*stack, fan_in, settings.rank), jnp.float32, -bound, bound
+      )
+      b = jnp.zeros((*stack, settings.rank, fan_out), jnp.float32)
+      put(adapter, path, {"a": a, "b": b})
+    return adapter
+
+  return jax.jit(draw)(key)
 
 
 def logical_axes(settings: Lora, params_axes: types.Tree) -> types.Tree:

@@ -84,15 +84,13 @@ def random_network(**changes):
       **changes,
     }
   )
-  params = llada.init(config, jax.random.key(0))
-  # Biases and scales start constant; draw them, so that they can be wrong.
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  leaves = [
-    leaf + 0.3 * jax.random.normal(key, leaf.shape)
-    for leaf, key in zip(leaves, keys, strict=True)
-  ]
-  return config, jax.tree.unflatten(treedef, leaves)
+  rng = np.random.default_rng(0)
+  # Biases and scales too, so that they can be wrong.
+  params = jax.tree.map(
+    lambda one: jnp.asarray(rng.normal(0.2, 0.3, one.shape), one.dtype),
+    llada.abstract_params(config),
+  )
+  return config, params
 
 
 class TestInvariance:
@@ -375,9 +373,8 @@ class TestLora:
 
     before = logits(params, None)
     chex.assert_trees_all_close(logits(params, adapter), before, atol=1e-5)
-    adapter = jax.tree.map(
-      lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), adapter
-    )
+    rng = np.random.default_rng(3)
+    adapter = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape), adapter)
     adapted = logits(params, adapter)
     merged = lora_lib.merge(params, adapter, settings.scale)
     expected = logits(merged, None)
