@@ -192,6 +192,12 @@ def _define_flags() -> None:
     ["float32", "bfloat16", "float16"],
     "Of the tensors written; as they are if not given.",
   )
+  flags.DEFINE_integer(
+    "max_shard_bytes",
+    MAX_SHARD_BYTES,
+    "A file of tensors is at most this long, unless one tensor is longer.",
+    lower_bound=1,
+  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -207,7 +213,13 @@ def main(argv: Sequence[str]) -> None:
   if asked["merge_adapter"]:
     adapter, settings = peft.load(pathlib.Path(asked["merge_adapter"]), config)
     params = lora_lib.merge(params, adapter, settings.scale)
-  save(asked["to"], config, params, source=asked["from"])
+  save(
+    asked["to"],
+    config,
+    params,
+    source=asked["from"],
+    max_shard_bytes=asked["max_shard_bytes"],
+  )
   print(f"Wrote {asked['to']}: {lora_lib.count(params):,} parameters.")
 
 
