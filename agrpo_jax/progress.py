@@ -85,7 +85,8 @@ def progress_line(
   """`step  12/400  reward 0.512  ...  1480 tok/s  ETA 0:18:22`."""
   width = len(str(num_train_steps))
   parts = [f"step {train_step + 1:>{width}}/{num_train_steps}"]
-  for name in ("reward", "accuracy"):
+  shown = ("reward", "accuracy") if "reward" in scalars else ("loss",)
+  for name in shown:
     if name in scalars:
       parts.append(f"{name} {scalars[name]:.3f}")
   parts += [f"{phase} {value:.2f}s" for phase, value in seconds.items()]
@@ -110,3 +111,16 @@ def bar(total: int, description: str) -> Any:
   `with bar(10, "evaluate") as b: b.update()`.
   """
   return tqdm.tqdm(total=total, desc=description, disable=None, leave=False)
+
+
+class Clock:
+  """Seconds of the phases of a train step: `lap` ends one, begins another."""
+
+  def __init__(self) -> None:
+    self.seconds: dict[str, float] = {}
+    self._last = time.monotonic()
+
+  def lap(self, phase: str) -> None:
+    now = time.monotonic()
+    self.seconds[phase] = now - self._last
+    self._last = now

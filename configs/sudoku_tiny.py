@@ -40,7 +40,7 @@ def get_config() -> config_lib.ConfigDict:
   c.train.num_steps = 120
   c.train.checkpoint_every = 40
 
-  c.evaluate.every = 20
+  c.evaluate.every = 10
   c.evaluate.num_examples = 512
   c.evaluate.batch_size = 128
   c.evaluate.completion_length = 16

@@ -26,9 +26,12 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
 
 def network(name: str):
   """(config, params, logits_fn) of a recorded checkpoint, in float32."""
-  config, params = port.load(
-    str(GOLDEN / "ckpt" / name), dtype="float32", attention="xla"
-  )
+  return network_at(GOLDEN / "ckpt" / name)
+
+
+def network_at(folder):
+  """(config, params, logits_fn) of the checkpoint in a folder, in float32."""
+  config, params = port.load(str(folder), dtype="float32", attention="xla")
   return config, params, llada.logits_fn(config, params)
 
 
