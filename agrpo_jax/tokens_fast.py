@@ -38,9 +38,9 @@ class FastTokenizer:
   """`tokenizer.json` and chat template of a folder; no code of it is run."""
 
   def __init__(self, folder: pathlib.Path, network: llada.Config):
+    self._tokenizer = _read(folder / "tokenizer.json")
     settings = _settings(folder)
     template = _chat_template(folder, settings)
-    self._tokenizer = _read(folder / "tokenizer.json")
     _check_ids(folder, self._tokenizer, settings, network)
     self.mask_id = network.mask_id
     self.eos_id = network.eos_id
