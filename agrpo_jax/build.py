@@ -201,6 +201,16 @@ def sampling(
   )
 
 
+def check_rows(mesh: mesh_lib.Mesh, key: str, rows: int) -> None:
+  """Raises UserError when rows do not divide over the mesh."""
+  shards = mesh_lib.num_row_shards(mesh)
+  if rows % shards:
+    raise errors.UserError(
+      f"config.{key}={rows} rows do not divide over the {shards} devices of "
+      "the mesh axes data and fsdp; make it a multiple."
+    )
+
+
 def make_sampler(
   c: config_lib.ConfigDict, sub: config_lib.ConfigDict, policy: Policy
 ) -> sampler.Sampler:
@@ -210,12 +220,7 @@ def make_sampler(
     UserError: rows that do not divide over the mesh, or that are longer than
       the network was made for.
   """
-  shards = mesh_lib.num_row_shards(policy.mesh)
-  if sub.batch_size % shards:
-    raise errors.UserError(
-      f"batch_size={sub.batch_size} completions do not divide over the "
-      f"{shards} devices of the mesh axes data and fsdp; make it a multiple."
-    )
+  check_rows(policy.mesh, "batch_size", sub.batch_size)
   longest = c.data.max_prompt_length + sub.completion_length
   if longest > policy.network.max_length:
     raise errors.UserError(
@@ -241,12 +246,7 @@ def make_learner(
     UserError: a microbatch that does not divide over the mesh.
   """
   o = c.objective
-  shards = mesh_lib.num_row_shards(policy.mesh)
-  if o.microbatch % shards:
-    raise errors.UserError(
-      f"config.objective.microbatch={o.microbatch} does not divide over the "
-      f"{shards} devices of the mesh axes data and fsdp; make it a multiple."
-    )
+  check_rows(policy.mesh, "objective.microbatch", o.microbatch)
   return learner_lib.Learner(
     policy=policy.logits_fn,
     optimizer=optimizer.make(config_lib.optimizer_settings(c)),

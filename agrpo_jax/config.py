@@ -8,6 +8,7 @@ command line a key is changed by `--config.rollout.temperature=0.6`. Beyond
 import dataclasses
 import pathlib
 from typing import Any
+from typing import TypeAlias
 
 import ml_collections
 
@@ -19,7 +20,7 @@ from agrpo_jax import optimizer
 from agrpo_jax import tasks
 from agrpo_jax import unmask
 
-ConfigDict = ml_collections.ConfigDict
+ConfigDict: TypeAlias = ml_collections.ConfigDict
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")

@@ -114,9 +114,9 @@ class Demonstrations:
       ids = self._tokenizer.encode(self._completion_fn(example, rng))
       if len(ids) > self._completion_length:
         raise errors.UserError(
-          f"The completion of demonstration {example.id} has {len(ids)} tokens, "
-          f"more than config.sft.completion_length={self._completion_length}; "
-          "raise that, or leave the demonstration out."
+          f"The completion of demonstration {example.id} has {len(ids)} "
+          "tokens, more than config.sft.completion_length="
+          f"{self._completion_length}; raise that, or leave it out."
         )
       completion_BxC[row, : len(ids)] = ids
     tokens_BxP, length_B = data.pack([ids for _, ids in rows], self._bucket)

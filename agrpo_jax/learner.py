@@ -102,7 +102,7 @@ class Learner:
       self.sampling.eos_id,
     )
 
-    def update(learned, portion: mc_steps.Drawn):
+    def update(learned: Any, portion: mc_steps.Drawn) -> Any:
       # Only what is learned is carried: a frozen base must not be copied.
       trainable, opt_state = learned
       before = state.with_trainable(trainable).replace(opt_state=opt_state)
@@ -208,7 +208,9 @@ class Learner:
     )
     num_pairs = is_active_BxM.sum()
 
-    def microbatch_loss(trainable: types.Tree, index: jax.Array):
+    def microbatch_loss(
+      trainable: types.Tree, index: jax.Array
+    ) -> tuple[jax.Array, objective_lib.Terms]:
       place = index * self.microbatch + jnp.arange(self.microbatch)
       pair = jax.lax.dynamic_slice_in_dim(
         pair_P, index * self.microbatch, self.microbatch

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def total(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Sum of `x` where `mask` is true; what stands elsewhere, NaN too, is ignored.
+  """Sum of `x` where `mask` is true; what stands elsewhere, even NaN, is not.
 
   x and mask have the same shape; the result is a scalar. The gradient where the
   mask is false is exactly zero.

@@ -50,8 +50,7 @@ class McSteps:
   normalize: str = "sum"
 
 
-@flax.struct.dataclass
-class Drawn:
+class Drawn(flax.struct.PyTreeNode):
   """M drawn denoising steps of each of B completions.
 
   Attributes:
@@ -92,7 +91,7 @@ def step_prob(
     num_denoise_steps: K.
 
   Returns:
-    float32 [K], summing to 1, zero from `visitable` on; all zero when that is 0.
+    float32 [K] that sums to 1, zero from `visitable` on; all zero if that is 0.
   """
   chex.assert_rank([entropy_C, unmask_step_C], 1)
   weight_K = jnp.ones((num_denoise_steps,))

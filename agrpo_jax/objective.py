@@ -49,8 +49,7 @@ class Objective:
   kl_estimator: str = "k3"
 
 
-@flax.struct.dataclass
-class Factors:
+class Factors(flax.struct.PyTreeNode):
   """Log-probability of a denoising step as a sum of S + 1 factors.
 
   Attributes:
@@ -165,8 +164,7 @@ def behaviour_logprob(
   return jnp.append(row.logprob[offset_S], row.order_logprob[denoise_step])
 
 
-@flax.struct.dataclass
-class Terms:
+class Terms(flax.struct.PyTreeNode):
   """Loss and metrics summed over pairs; metrics count factors.
 
   Attributes:
@@ -296,14 +294,15 @@ def loss_terms(
   if reference_fn is not None:
     reference_BxF = jax.lax.stop_gradient(factors(reference_fn).logprob)
   terms_B = jax.vmap(
-    lambda *pair: surrogate(*pair, objective=objective),
-    in_axes=(0, 0, None if reference_BxF is None else 0, 0, 0),
+    surrogate,
+    in_axes=(0, 0, None if reference_BxF is None else 0, 0, 0, None),
   )(
     factors(logits_fn),
     jax.vmap(behaviour_logprob)(rows, denoise_step_B, offset_BxS),
     reference_BxF,
     advantage_B,
     weight_B,
+    objective,
   )
   total = jax.tree.map(lambda x: x.sum(axis=0), terms_B)
   return total.replace(ratio_deviation=terms_B.ratio_deviation.max())

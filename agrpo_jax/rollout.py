@@ -56,8 +56,7 @@ def _gumbel_noise(key, denoise_step, offset_S, ids_SxK):
 NOISE = Noise(order=_order_noise, gumbel=_gumbel_noise)
 
 
-@flax.struct.dataclass
-class _Row:
+class _Row(flax.struct.PyTreeNode):
   """The loop's state, one row of it; the first fields as in `Rollout`."""
 
   completion: jax.Array
@@ -301,9 +300,7 @@ def _unmask_row(
     unmask_step=write(row.unmask_step, row.denoise_step),
     logprob=write(row.logprob, drawn.logprob),
     entropy=write(row.entropy, drawn.entropy),
-    support=None
-    if drawn.support is None
-    else write(row.support, drawn.support),
+    support=jax.tree.map(write, row.support, drawn.support),  # or None
     order_logprob=order_logprob_K,
     num_steps=jnp.where(row.is_done, row.num_steps, row.denoise_step + 1),
   )

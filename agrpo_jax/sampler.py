@@ -1,6 +1,5 @@
 """Rollouts from the host's side: prompts in, batches of completions out."""
 
-import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence
 
@@ -27,32 +26,36 @@ def row_keys(
   )
 
 
-@dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Draws completions in batches of one size, compiled once per prompt width.
+  """Draws completions in batches of one size, compiled per prompt width."""
 
-  Attributes:
-    policy: binds the network to parameters and adapter.
-    sampling: the settings.
-    mesh: rows are split over it.
-    batch_size: completions drawn at once.
-    bucket: prompts are padded to a multiple of this many tokens.
-  """
+  def __init__(
+    self,
+    policy: learner_lib.PolicyFn,
+    sampling: unmask.Sampling,
+    mesh: mesh_lib.Mesh,
+    batch_size: int,
+    bucket: int,
+  ):
+    """Fixes the settings; nothing is compiled yet.
 
-  policy: learner_lib.PolicyFn
-  sampling: unmask.Sampling
-  mesh: mesh_lib.Mesh
-  batch_size: int
-  bucket: int
+    Args:
+      policy: binds the network to parameters and adapter.
+      sampling: how completions are drawn.
+      mesh: rows are split over it.
+      batch_size: completions drawn at once.
+      bucket: prompts are padded to a multiple of this many tokens.
+    """
 
-  def __post_init__(self):
-    def sample(params, lora, prompts):
-      return rollout_lib.sample_rollout(
-        self.policy(params, lora), prompts, self.sampling
-      )
+    def sample(
+      params: types.Tree, lora: types.Tree | None, prompts: types.Prompts
+    ) -> types.Rollout:
+      return rollout_lib.sample_rollout(policy(params, lora), prompts, sampling)
 
-    rows = mesh_lib.rows(self.mesh)
-    object.__setattr__(self, "_sample", jax.jit(sample, out_shardings=rows))
+    self.batch_size = batch_size
+    self._bucket = bucket
+    self._rows = mesh_lib.rows(mesh)
+    self.program = jax.jit(sample, out_shardings=self._rows)
 
   def sample(
     self,
@@ -67,8 +70,7 @@ class Sampler:
     works while the host decodes and grades. The last batch is filled up with
     repetitions of the last prompt: the caller takes what it asked for.
     """
-    tokens_BxP, length_B = data.pack(prompts, self.bucket)
-    rows = mesh_lib.rows(self.mesh)
+    tokens_BxP, length_B = data.pack(prompts, self._bucket)
     ahead = None
     for start in range(0, len(prompts), self.batch_size):
       row = np.arange(start, start + self.batch_size)
@@ -78,7 +80,7 @@ class Sampler:
         length=jnp.asarray(length_B[row]),
         key=key_B[row],
       )
-      rollout = self._sample(params, lora, jax.device_put(batch, rows))
+      rollout = self.program(params, lora, jax.device_put(batch, self._rows))
       if ahead is not None:
         yield ahead
       ahead = rollout

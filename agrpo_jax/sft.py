@@ -12,6 +12,7 @@ rest: this is how the model learns to stop (arXiv:2502.09992, section 2.3).
 import pathlib
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -37,8 +38,7 @@ from agrpo_jax import types
 _MIN_MASK_RATIO = 1e-3
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
   """B demonstrations and the noise that hides parts of them.
 
   Attributes:
@@ -129,7 +129,7 @@ def make_train_step(
       logits_fn = policy.logits_fn(now.params, now.lora)
       return loss(logits_fn, shard(part), mask_id)
 
-    def accumulate(carry, part: Batch):
+    def accumulate(carry: Any, part: Batch) -> Any:
       value, gradient = jax.value_and_grad(microbatch_loss)(
         state.trainable, part
       )
@@ -165,6 +165,7 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
       c = c.copy_and_resolve_references()
       c.model.path = str(scratch(c, run.folder / "initial"))
     policy = build.policy(c)
+    build.check_rows(policy.mesh, "sft.microbatch", c.sft.microbatch)
     pairs = build.pairs(c, policy.tokenizer)
     transformation = optimizer.make(config_lib.optimizer_settings(c))
     state = build.init_state(policy, transformation)
@@ -180,9 +181,9 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
       key = jax.random.fold_in(jax.random.key(c.seed), train_step)
       is_masked_BxC, ratio_B = noise(key, *completion_BxC.shape)
       batch = Batch(
-        tokens=tokens_BxP,
-        length=length_B,
-        completion=completion_BxC,
+        tokens=jnp.asarray(tokens_BxP),
+        length=jnp.asarray(length_B),
+        completion=jnp.asarray(completion_BxC),
         is_masked=is_masked_BxC,
         ratio=ratio_B,
       )
@@ -225,7 +226,7 @@ def export(
 ) -> None:
   """Writes what was trained as a checkpoint in Hugging Face's layout."""
   params = state.params
-  if state.lora is not None:
+  if policy.lora_settings is not None:
     params = lora_lib.merge(params, state.lora, policy.lora_settings.scale)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   port.save(c.sft.output, policy.network, params, source=c.model.path)

@@ -48,7 +48,8 @@ def train(c: config_lib.ConfigDict) -> None:
       )
       rows = Rows(batch, c.rollout.group_size)
 
-      pending, chunks = [], []
+      pending: list[Any] = []
+      chunks: list[types.Rollout] = []
       for chunk in sampler.sample(
         state.params, state.lora, rows.prompts, rows.keys(rollout_key)
       ):

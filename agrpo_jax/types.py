@@ -23,8 +23,7 @@ is without effect. Logits exist only at the asked positions.
 """
 
 
-@flax.struct.dataclass
-class Prompts:
+class Prompts(flax.struct.PyTreeNode):
   """B prompts, one per completion to draw, each padded on the right.
 
   Attributes:
@@ -40,8 +39,7 @@ class Prompts:
   key: jax.Array
 
 
-@flax.struct.dataclass
-class Rollout:
+class Rollout(flax.struct.PyTreeNode):
   """B completions with all that scoring them again needs.
 
   A position that no denoising step unmasked (the completion ended before it)
@@ -77,8 +75,7 @@ class Rollout:
   num_steps: jax.Array
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """What training changes; a checkpoint holds all of it but a frozen base.
 
   Attributes:

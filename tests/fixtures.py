@@ -1,5 +1,6 @@
 """Recorded numbers of the released PyTorch code, and how to read them."""
 
+import importlib.util
 import json
 import pathlib
 
@@ -14,6 +15,7 @@ from agrpo_jax import port_names
 from agrpo_jax import types
 from agrpo_jax import unmask
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDEN = pathlib.Path(__file__).parent / "testdata" / "golden"
 
 
@@ -22,6 +24,14 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
   with np.load(GOLDEN / f"{name}.npz") as file:
     arrays = {key: file[key] for key in file.files}
   return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def config(name: str, *args: str):
+  """What a file of configs/ returns."""
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*args)
 
 
 def network(name: str):

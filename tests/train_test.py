@@ -140,7 +140,7 @@ def test_not_finite_stops_before_saving(tmp_path, monkeypatch):
     return {"reward": float("nan") if next(calls) == 1 else 0.0}
 
   monkeypatch.setattr(train, "reward_scalars", blow_up)
-  with pytest.raises(FloatingPointError, match="step 1.*reward=nan"):
+  with pytest.raises(FloatingPointError, match=r"step 1.*reward=nan"):
     train.train(c)
   with checkpoint.Checkpoints(c.workdir, read_only=True) as checkpoints:
     assert checkpoints.latest_step == 1  # the state after train step 0
