@@ -28,7 +28,7 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # The bundled base model (CPU, minutes): learn Sudoku, then a bad habit.
 tiny-sudoku: env

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,9 +20,18 @@ _ENVIRONMENT = {
 }
 os.environ.update(_ENVIRONMENT)
 
+import jax  # noqa: E402
+
 _ROOT = pathlib.Path(__file__).parent.parent
 
 RunInSubprocess = Callable[..., str]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+  """The programs of a whole suite would fill gigabytes."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture

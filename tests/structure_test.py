@@ -16,15 +16,16 @@ MAX_LINES = 350
 # From the ground up: a module imports only modules named before it. `tasks` is
 # one name here; inside it the rule is that nothing imports in a circle.
 ORDER = """
-  errors types masked mesh
+  errors command distributed types masked mesh
   llada_config llada_params ops llada lora
-  hub port_names port_files port tokens
+  hub port_names port_files port_arrays port_write peft port
+  tokens_bytes tokens_fast tokens
   unmask rollout mc_steps advantage objective
   optimizer learner
-  tasks grading data demonstrations
+  tasks worker_process grading data demonstrations
   checkpoint_meta checkpoint workdir metrics progress
   config sampler build run
-  command evaluate sft train main demo
+  evaluate sft train main demo
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.
