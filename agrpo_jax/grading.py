@@ -187,11 +187,11 @@ class Grader:
         try:
           worker.ensure_ready()
         except ConnectionError as error:
-          for item in items:
-            item.job.fail(RuntimeError(str(error)))
-          items.clear()
-        else:
-          self._grade(worker, items)
+          if not self._closed.is_set():
+            for item in items:
+              item.job.fail(RuntimeError(str(error)))
+          break
+        self._grade(worker, items)
       for item in items:
         item.job.cancel()
 
@@ -291,8 +291,10 @@ class _Item:
 
   def finish(self, reply: dict[str, Any]) -> None:
     if "error" in reply or "timed_out" in reply:
-      logging.warning(
+      logging.log_every_n_seconds(
+        logging.WARNING,
         "A grader %s, and what it could not decide is 0: %r",
+        1.0,  # all are counted; that many are shown
         reply.get("error", "took too long"),
         self.completion[:200],
       )

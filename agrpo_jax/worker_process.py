@@ -25,6 +25,7 @@ class WorkerProcess:
     """
     self._start = json.dumps(start).encode() + b"\n"
     self._seconds = seconds
+    self._is_hung_up = False
     self._spawn()
 
   def _spawn(self) -> None:
@@ -46,6 +47,7 @@ class WorkerProcess:
         },
         start_new_session=True,  # Ctrl-C reaches the parent alone
       )
+      self.send([self._start])  # it loads its task while nobody waits
 
   def ensure_ready(self) -> None:
     """Waits until the worker has loaded its task, replacing it if need be.
@@ -53,19 +55,24 @@ class WorkerProcess:
     Raises ConnectionError if that fails again and again.
     """
     for _ in range(MAX_STARTS):
-      if self._is_ready:
+      if self._is_hung_up or (self._is_ready and not self._has_ended()):
         return
-      if self._process.returncode is not None:
+      if self._has_ended():
+        self.kill()
         self._spawn()
       try:
-        self.send([self._start])
         self._is_ready = "ready" in self.receive(START_SECONDS)
       except OSError:  # closed, or TimeoutError
         self.kill()
+    if self._is_ready:
+      return
     raise ConnectionError(
       f"the grading worker failed to start {MAX_STARTS} times; see the log "
       "above for its own message."
     )
+
+  def _has_ended(self) -> bool:
+    return self._process.poll() is not None
 
   def send(self, lines: Iterable[bytes]) -> None:
     self._socket.settimeout(self._seconds)
@@ -83,7 +90,8 @@ class WorkerProcess:
     return json.loads(line)
 
   def hang_up(self) -> None:
-    """Makes a `receive` that waits in another thread end."""
+    """Makes a `receive` that waits in another thread end, for good."""
+    self._is_hung_up = True
     try:
       self._socket.shutdown(socket.SHUT_RDWR)
     except OSError:

@@ -1,10 +1,9 @@
 """10,000 hostile completions: graded fast, nothing executed, nothing hung."""
 
 import random
-import time
+import resource
 
 import numpy as np
-import pytest
 
 from agrpo_jax import grading
 
@@ -123,21 +122,31 @@ def _completion(rng, bombs):
   return wrap.format(text)
 
 
-@pytest.mark.parametrize("task", _TASKS)
-def test_hostile_completions(task, tmp_path):
+def _children_seconds():
+  """Processor time of all child processes that ended and were waited for."""
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
+
+
+def test_10_000_hostile_completions(tmp_path):
+  """In less than the two processor minutes that two cores have in one.
+
+  Processor time, not the clock: what else runs on the machine must not decide.
+  """
   marker = tmp_path / "executed"
-  rng = random.Random(task)
   bombs = _bombs(marker)
-  completions = [
-    _completion(rng, bombs) for _ in range(_COMPLETIONS // len(_TASKS))
-  ]
-  begin = time.monotonic()
-  with grading.Grader(task, num_workers=2, timeout_seconds=1.0) as grader:
-    pending = grader.submit(completions, [_TASKS[task]] * len(completions))
-    graded = pending.result(timeout=_SECONDS)
-  seconds = time.monotonic() - begin
-  print(task, f"{seconds:.1f} s", graded.num_failed, graded.num_timed_out)
-  assert seconds < _SECONDS / len(_TASKS)
-  assert graded.reward_B.shape == (len(completions),)
-  assert np.isfinite(graded.reward_B).all()
+  begin = _children_seconds()
+  for task, fields in _TASKS.items():
+    rng = random.Random(task)
+    completions = [
+      _completion(rng, bombs) for _ in range(_COMPLETIONS // len(_TASKS))
+    ]
+    with grading.Grader(task, num_workers=2, timeout_seconds=1.0) as grader:
+      pending = grader.submit(completions, [fields] * len(completions))
+      graded = pending.result(timeout=600)
+    assert graded.reward_B.shape == (len(completions),)
+    assert np.isfinite(graded.reward_B).all()
+    assert graded.num_failed == 0
+    assert graded.num_timed_out <= len(completions) // 100
   assert not marker.exists()
+  assert _children_seconds() - begin < 2 * _SECONDS

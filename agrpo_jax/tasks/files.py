@@ -27,7 +27,7 @@ def read(
   Raises UserError for a missing or empty file, an unknown suffix, a malformed
   line (file and line named) and missing columns (found and expected named).
   """
-  file = _find(pathlib.Path(path), split)
+  file = _find(pathlib.Path(path).expanduser(), split)
   readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
   try:
     rows = list(readers[file.suffix](file))

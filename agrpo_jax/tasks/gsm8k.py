@@ -128,12 +128,19 @@ def grade(
     found = d1.gsm8k_number(text)
     strict = found is not None and gold is not None and found == float(gold)
   else:
-    answer = answers.released_answer(text)
-    if digits := re.search(r"\d+", answer):
-      answer = digits.group()
-    strict = equality.equal(f"${fields['gold']}$", f"${answer}$")
+    strict = _released_grade(answers.released_answer(text), fields["gold"])
   number = tolerant.answer_number(text)
   return {
     "accuracy": float(strict),
     "accuracy_tolerant": float(number is not None and number == gold),
   }
+
+
+def _released_grade(answer: str, gold: str) -> bool:
+  """Whether the first run of digits, by math-verify, equals the gold number."""
+  if digits := re.search(r"\d+", answer):
+    answer = digits.group()
+  plain_gold = gold.replace(",", "")
+  if re.fullmatch("[0-9]{1,99}", answer) and re.fullmatch("[0-9]+", plain_gold):
+    return int(answer) == int(plain_gold)  # the same verdict in no time
+  return equality.equal(f"${gold}$", f"${answer}$")

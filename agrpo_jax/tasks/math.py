@@ -10,6 +10,7 @@ Reward as there: 0.5 for a <think> pair, 0.5 for an <answer> pair, 3 for an
 answer that math-verify finds equal.
 """
 
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -105,7 +106,9 @@ def _train(
     held_out = _test(chosen["exclude"] or None, chosen)
   else:
     rows = files.read(path, "train", columns)
-    held_out = _test(chosen["exclude"], chosen) if chosen["exclude"] else []
+    # A folder brings its own test split.
+    exclude = chosen["exclude"] or (path if pathlib.Path(path).is_dir() else "")
+    held_out = _test(exclude, chosen) if exclude else []
     if not held_out:
       logging.warning(
         "Training on %s with all its problems; name a MATH-500 file in the "

@@ -107,7 +107,10 @@ def serve(connection: socket.socket) -> None:
     connection.sendall(json.dumps(reply).encode() + b"\n")
 
   timer = _Timer()
-  start = json.loads(lines.readline())
+  first = lines.readline()
+  if not first:
+    return
+  start = json.loads(first)
   task = tasks.get(start["task"], start["path"])
   if not start["path"]:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,0 +1,117 @@
+"""files: rows with their places, and messages that name them."""
+
+import builtins
+import sys
+import types
+
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.tasks import files
+
+_HUB = files.Hub("owner/name", revision="abc", config="main")
+
+
+def test_jsonl_rows_carry_their_line(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"a": 1}\n\n{"a": 2}\n')
+  rows = files.read(str(path), "test", ["a"])
+  assert rows == [(f"{path}, line 1", {"a": 1}), (f"{path}, line 3", {"a": 2})]
+
+
+def test_folder_holds_a_file_per_split(tmp_path):
+  (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
+  (tmp_path / "test.csv").write_text("a\n2\n")
+  assert files.read(str(tmp_path), "train", ["a"])[0][1] == {"a": 1}
+  assert files.read(str(tmp_path), "test", ["a"])[0][1] == {"a": "2"}
+  (tmp_path / "test.csv").unlink()
+  with pytest.raises(errors.UserError, match=r"split 'test': expected test\.j"):
+    files.read(str(tmp_path), "test", ["a"])
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
+    ("a.jsonl", b"", "holds no rows"),
+    ("a.jsonl", b"\n\n", "holds no rows"),
+    ("a.csv", b"a,b\n", "holds no rows"),
+    ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2 is not JSON"),
+    ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl, line 2 is no JSON object"),
+    ("a.jsonl", b"[" * 100_000, r"line 1 is not JSON"),
+    ("a.jsonl", b'{"b": 1}\n', r"line 1: column a is missing.*found b, expec"),
+    ("a.jsonl", b'{"a": 1}\n{"a": null}\n', r"line 2: column a is missing"),
+    ("a.csv", b"b,c\n1,2\n", r"column a is missing or empty; found b, c"),
+    ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+    ("a.json", b"{}", r"must end in \.jsonl, \.csv, \.parquet"),
+  ],
+)
+def test_bad_file(tmp_path, name, content, message):
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(errors.UserError, match=message):
+    files.read(str(path), "test", ["a"])
+
+
+def test_missing_file(tmp_path):
+  with pytest.raises(errors.UserError, match="nowhere does not exist"):
+    files.read(str(tmp_path / "nowhere"), "test", ["a"])
+
+
+def _forbid(monkeypatch, package):
+  original = builtins.__import__
+
+  def missing(name, *args, **kwargs):
+    if name.partition(".")[0] == package:
+      raise ImportError(name)
+    return original(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, "__import__", missing)
+
+
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+  _forbid(monkeypatch, "pyarrow")
+  path = tmp_path / "a.parquet"
+  path.write_bytes(b"PAR1")
+  with pytest.raises(errors.UserError, match=r"pyarrow.*agrpo_jax\[hub\]"):
+    files.read(str(path), "test", ["a"])
+
+
+def test_hub_needs_datasets(monkeypatch):
+  _forbid(monkeypatch, "datasets")
+  with pytest.raises(errors.UserError, match="needs the datasets package"):
+    files.from_hub(_HUB, "test", ["a"])
+
+
+def _fake_datasets(monkeypatch, load_dataset):
+  module = types.ModuleType("datasets")
+  module.load_dataset = load_dataset
+  monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
+  asked = []
+
+  def load_dataset(*args, **kwargs):
+    asked.append((args, kwargs))
+    return [{"a": 1}]
+
+  _fake_datasets(monkeypatch, load_dataset)
+  rows = files.from_hub(_HUB, "test", ["a"])
+  assert rows == [("owner/name, split test, row 1", {"a": 1})]
+  expected = (("owner/name", "main"), {"split": "test", "revision": "abc"})
+  assert asked == [expected]
+
+
+def test_offline_hub_is_a_user_error(monkeypatch):
+  def load_dataset(*unused_args, **unused_kwargs):
+    raise ConnectionError("no network")
+
+  _fake_datasets(monkeypatch, load_dataset)
+  with pytest.raises(errors.UserError, match=r"no network.*config\.data\.path"):
+    files.from_hub(_HUB, "test", ["a"])
+
+
+def test_hub_data_of_other_columns(monkeypatch):
+  _fake_datasets(monkeypatch, lambda *unused, **unused_too: [{"b": 1}])
+  with pytest.raises(errors.UserError, match="row 1: column a is missing"):
+    files.from_hub(_HUB, "test", ["a"])
