@@ -63,7 +63,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], Any]] = {
   "bias_for_layer_norm": ((False, None), None),
   "attention_layer_norm": ((False,), False),
   "input_emb_norm": ((False,), False),
-  "include_bias": ((False,), True),
+  "include_bias": ((False,), False),
   "clip_qkv": ((None,), None),
   "attention_dropout": ((0.0,), 0.1),
   "residual_dropout": ((0.0,), 0.1),

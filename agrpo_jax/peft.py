@@ -40,6 +40,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
   "rank_pattern": ({}, None),
   "alpha_pattern": ({}, None),
   "modules_to_save": ([], None),
+  "layer_replication": (None,),
+  "alora_invocation_tokens": (None,),
 }
 
 # (path of the module in our tree, its kernel in the table).
