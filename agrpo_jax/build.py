@@ -113,14 +113,18 @@ def task(c: config_lib.ConfigDict) -> python_types.ModuleType:
   return tasks.get(c.task.name, c.task.path or None)
 
 
+def examples(c: config_lib.ConfigDict, split: str) -> list[tasks.Example]:
+  """The task's problems of a split."""
+  return task(c).examples(
+    split, path=c.data.path or None, options=c.task.options.to_dict()
+  )
+
+
 def dataset(
   c: config_lib.ConfigDict, tokenizer: tokens.Tokenizer, split: str
 ) -> data.Dataset:
   """The task's problems of a split, tokenized."""
-  examples = task(c).examples(
-    split, path=c.data.path or None, options=c.task.options.to_dict()
-  )
-  return data.Dataset(examples, tokenizer, c.data.max_prompt_length)
+  return data.Dataset(examples(c, split), tokenizer, c.data.max_prompt_length)
 
 
 def held_out(

@@ -4,6 +4,7 @@ import logging as python_logging
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 from typing import NoReturn
 
 from absl import app
@@ -68,6 +69,23 @@ def main(
   )
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
   app.run(guarded, flags_parser=parse)
+
+
+def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
+  """What a flag lists, as int or float.
+
+  Raises:
+    UserError: naming what is no number.
+  """
+  found = []
+  for text in texts:
+    try:
+      found.append(kind(text))
+    except ValueError:
+      raise errors.UserError(
+        f"--{flag}={','.join(texts)}: {text!r} is no {kind.__name__}."
+      ) from None
+  return found
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

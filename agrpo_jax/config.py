@@ -151,6 +151,10 @@ def rl() -> ConfigDict:
   e.every = 0  # train steps between evaluations; 0: never
   e.split = "test"
   e.num_examples = 256  # the first ones; 0: all
+  # Unmask all positions this probable at once (Fast-dLLM); None: off.
+  e.threshold = ml_collections.config_dict.placeholder(float)
+  e.guidance = 0.0  # scale of classifier-free guidance; 0: off
+  e.stop_at_eos = True  # a block of nothing but EOS ends the completion
   return c
 
 

@@ -47,6 +47,7 @@ class Graded:
   num_failed: completions whose grader raised or crashed.
   num_timed_out: completions whose grader was stopped. Parts that it had decided
     by then are kept: an answer too hard to check can still have its tags.
+  answers: the extracted answer of each completion, "" where there is none.
   Whatever a grader could not decide is 0.
   """
 
@@ -55,6 +56,7 @@ class Graded:
   grades: dict[str, np.ndarray]
   num_failed: int
   num_timed_out: int
+  answers: tuple[str, ...]
 
   @property
   def grade_B(self) -> np.ndarray:
@@ -85,6 +87,7 @@ def concatenate(batches: Sequence[Graded]) -> Graded:
     },
     num_failed=sum(batch.num_failed for batch in batches),
     num_timed_out=sum(batch.num_timed_out for batch in batches),
+    answers=tuple(answer for batch in batches for answer in batch.answers),
   )
 
 
@@ -279,6 +282,7 @@ class _Job:
       grades={name: column("grades", name) for name in names},
       num_failed=sum("error" in reply for reply in self._replies),
       num_timed_out=sum("timed_out" in reply for reply in self._replies),
+      answers=tuple(reply.get("answer", "") for reply in self._replies),
     )
 
 

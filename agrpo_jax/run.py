@@ -21,6 +21,7 @@ from agrpo_jax import checkpoint
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import metrics
+from agrpo_jax import records
 from agrpo_jax import types
 from agrpo_jax import workdir
 
@@ -125,17 +126,14 @@ def _remember(c: config_lib.ConfigDict, file: pathlib.Path) -> None:
   """Writes the config; refuses one that differs from what is there."""
   text = c.to_json(indent=2, sort_keys=True) + "\n"
   if file.exists() and not c.accept_changed_config:
-    old = dict(_leaves(json.loads(file.read_text())))
-    new = dict(_leaves(json.loads(text)))
-    changes = [
-      f"  config.{key}: {old.get(key)!r} before, {new.get(key)!r} now"
-      for key in sorted(old | new)
-      if key.split(".")[0] not in _FREE_KEYS and old.get(key) != new.get(key)
-    ]
+    before, now = json.loads(file.read_text()), json.loads(text)
+    for key in _FREE_KEYS:
+      before[key] = now[key]
+    changes = records.differences(before, now, "config")
     if changes:
       raise errors.UserError(
         f"The work directory {str(file.parent)!r} holds a run of another "
-        "config:\n" + "\n".join(changes) + "\nChoose another with "
+        "config:\n  " + "\n  ".join(changes) + "\nChoose another with "
         "--config.workdir=..., undo the changes, or go on under them with "
         "--config.accept_changed_config=true."
       )
@@ -143,13 +141,3 @@ def _remember(c: config_lib.ConfigDict, file: pathlib.Path) -> None:
   temporary.write_text(text)
   temporary.replace(file)
   logging.info("config:\n%s", text)
-
-
-def _leaves(
-  tree: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-  for name, value in tree.items():
-    if isinstance(value, Mapping) and value:
-      yield from _leaves(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value

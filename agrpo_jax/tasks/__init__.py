@@ -11,11 +11,17 @@ and, where demonstrations for SFT can be made,
 
     demonstration(example, rng, options) -> str
 
+and, for records and majority votes,
+
+    answer(completion, fields, options) -> str
+
 `reward` gives named parts, unweighted; the scalar reward is their sum under
 the weights. `reward_weights` names every part; a part of weight 0 is only
 logged. `grade` starts with "accuracy", the strict verdict in [0, 1], and may
-add others beside it. Both read the completion alone: text that was prefilled
-belongs to the prompt. `options` is a plain dict (`config.task.options`).
+add others beside it. `answer` is what a completion answers with, written so
+that equal answers are equal texts, "" for none. All read the completion alone:
+text that was prefilled belongs to the prompt. `options` is a plain dict
+(`config.task.options`).
 
 A task of your own is one Python file with these functions, given by its path.
 """

@@ -206,6 +206,17 @@ def grade(
   return {"accuracy": float(strict), "accuracy_tolerant": float(tolerant)}
 
 
+def answer(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """The expression the completion answers with, without spaces."""
+  del options
+  text = answers.clip(completion)
+  return "".join(countdown_answers.find(text, fields["numbers"]).split())
+
+
 def demonstration(
   example: base.Example,
   rng: random.Random,

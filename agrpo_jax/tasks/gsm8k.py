@@ -136,6 +136,17 @@ def grade(
   }
 
 
+def answer(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """The number the completion means, as an integer or fraction; "" if none."""
+  del fields, options
+  number = tolerant.answer_number(answers.clip(completion))
+  return "" if number is None else str(number)
+
+
 def _released_grade(answer: str, gold: str) -> bool:
   """Whether the first run of digits, by math-verify, equals the gold number."""
   if digits := re.search(r"\d+", answer):

@@ -182,3 +182,18 @@ def grade(
     ),
     "accuracy_string": float(as_string),
   }
+
+
+def answer(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """The answer: a number in one form however it is written, else the text.
+
+  Answers that only math-verify finds equal are different texts here.
+  """
+  del fields, options
+  span, _ = tolerant.answer_span(answers.clip(completion))
+  number = tolerant.plain_number(span)
+  return "".join(span.split()) if number is None else str(number)

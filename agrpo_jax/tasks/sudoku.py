@@ -177,8 +177,7 @@ def grade(
   else:
     strict = _released_grid(answers.released_answer(text))
   num_right, num_blanks = sudoku_grids.count_right(strict, puzzle, gold)
-  tagged = answers.after_tag(text, "answer")
-  tolerant = sudoku_grids.find(tagged or text)
+  tolerant = _found_grid(text)
   return {
     "accuracy": float(sudoku_grids.solves(strict, puzzle)),
     "accuracy_tolerant": float(sudoku_grids.solves(tolerant, puzzle)),
@@ -186,6 +185,20 @@ def grade(
     "num_right": float(num_right),
     "num_blanks": float(num_blanks),
   }
+
+
+def answer(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """The 16 digits of the grid, however it is written; "" if there is none."""
+  del fields, options
+  return _found_grid(answers.clip(completion))
+
+
+def _found_grid(text: str) -> str:
+  return sudoku_grids.find(answers.after_tag(text, "answer") or text)
 
 
 def _released_grid(answer: str) -> str:

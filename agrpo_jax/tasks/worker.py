@@ -5,7 +5,7 @@ process of its own that never imports jax: what a completion makes a grader do
 can then be bounded, and ended, from outside. Lines of JSON both ways:
 
   {"task", "path", "options", "timeout_seconds"}  ->  {"ready": true}
-  {"completion", "fields"}  ->  {"parts": {...}, "grades": {...}}
+  {"completion", "fields"}  ->  {"parts": {...}, "grades": {...}, "answer"}
                             or  {"error": text}
 
 A reply has "timed_out" in addition, or instead, where time was up.
@@ -27,6 +27,7 @@ from agrpo_jax import tasks
 from agrpo_jax.tasks import base
 
 MAX_BYTES = 4 << 30  # of memory, for the tasks of this package
+MAX_ANSWER_CHARS = 1000
 
 
 class _Timer:
@@ -69,7 +70,17 @@ def _answer(
   return {
     "parts": _floats(task.reward(completion, fields, options)),
     "grades": _floats(task.grade(completion, fields, options)),
+    "answer": _extracted(task, options, item),
   }
+
+
+def _extracted(
+  task: types.ModuleType, options: dict[str, Any], item: dict[str, Any]
+) -> str:
+  if not hasattr(task, "answer"):
+    return ""
+  found = task.answer(item["completion"], item["fields"], options)
+  return str(found)[:MAX_ANSWER_CHARS]
 
 
 def _bounded_answer(

@@ -1,0 +1,173 @@
+"""The records of an evaluation on disk, which a stopped one goes on from.
+
+An output is a folder, or a file whose name ends in .jsonl:
+
+  FOLDER/examples.jsonl   FILE.jsonl            a line per completion, in order
+  FOLDER/settings.json    FILE.settings.json    what the records depend on
+  FOLDER/timing.jsonl     FILE.timing.jsonl     seconds per batch
+  FOLDER/result.json      FILE.result.json      the figures, when complete
+
+Lines are appended as completions are graded, and a line without its end is cut
+off when the file is opened again. Records hold nothing that changes from one
+run of the same evaluation to the next: equal settings, equal bytes.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from agrpo_jax import errors
+
+
+class Records:
+  """What is done already; kept in memory only when there is no `output`.
+
+  Attributes:
+    done: the records so far.
+    seconds: that they took, over all runs.
+  """
+
+  def __init__(self, output: str = ""):
+    self._output = output
+    self.done: list[dict[str, Any]] = []
+    self.seconds = 0.0
+    if output:
+      _path(output, "examples.jsonl").touch()
+      self.done = _read_lines(_path(output, "examples.jsonl"))
+      timing = _read_lines(_path(output, "timing.jsonl"))
+      self.seconds = sum(line["seconds"] for line in timing)
+
+  def append(
+    self, records: Sequence[Mapping[str, Any]], seconds: float
+  ) -> None:
+    """Adds the records of a batch that took this long."""
+    # As if read from the file: a float is a float in both.
+    self.done += json.loads(json.dumps(list(records)))
+    self.seconds += seconds
+    if self._output:
+      _append(_path(self._output, "examples.jsonl"), records)
+      timing = {"num_records": len(records), "seconds": seconds}
+      _append(_path(self._output, "timing.jsonl"), [timing])
+
+  def finish(self, result: Mapping[str, Any]) -> None:
+    """Keeps the figures; they say that the evaluation is complete."""
+    if self._output:
+      _write(_path(self._output, "result.json"), result)
+
+
+@contextlib.contextmanager
+def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
+  """Opens an output, or a memory when it is "", for one process at a time.
+
+  Raises:
+    UserError: it cannot be written, is in use, or holds records made with
+      other settings.
+  """
+  if not output:
+    yield Records()
+    return
+  path = _path(output, "examples.jsonl")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "a", encoding="utf-8")
+  except OSError as error:
+    raise errors.UserError(
+      f"Cannot write to --output={output!r}: {error.strerror}."
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        raise errors.UserError(
+          f"Another evaluation is writing to --output={output!r}."
+        ) from None
+    check(output, settings)
+    _write(_path(output, "settings.json"), settings)
+    yield Records(output)
+
+
+def check(output: str, settings: Mapping[str, Any]) -> None:
+  """Refuses an output whose records were made with other settings.
+
+  Only the groups (first keys) that `settings` has are compared.
+
+  Raises:
+    UserError: with every difference.
+  """
+  file = _path(output, "settings.json")
+  if not output or not file.exists():
+    return
+  before = json.loads(file.read_text("utf-8"))
+  before = {group: before.get(group) for group in settings}
+  found = differences(before, json.loads(json.dumps(settings)))
+  if found:
+    raise errors.UserError(
+      f"--output={output!r} holds an evaluation with other settings:\n  "
+      + "\n  ".join(found)
+      + "\nGive another --output or undo the changes."
+    )
+
+
+def result(output: str) -> dict[str, Any] | None:
+  """The figures of an evaluation that is complete, or None."""
+  file = _path(output, "result.json")
+  return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+  """A line for every value that two trees of JSON values do not share."""
+  if isinstance(before, Mapping) and isinstance(now, Mapping):
+    return [
+      line
+      for key in sorted({*before, *now})
+      for line in differences(
+        before.get(key), now.get(key), f"{name}.{key}" if name else key
+      )
+    ]
+  return [] if before == now else [f"{name}: {before!r} before, {now!r} now"]
+
+
+def _path(output: str, name: str) -> pathlib.Path:
+  path = pathlib.Path(output).expanduser()
+  if path.suffix != ".jsonl":
+    return path / name
+  return path if name == "examples.jsonl" else path.with_suffix(f".{name}")
+
+
+def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+  """The complete lines; what follows the last is removed from the file."""
+  if not file.exists():
+    return []
+  content = file.read_bytes()
+  end = content.rfind(b"\n") + 1
+  if end < len(content):
+    with file.open("r+b") as opened:
+      opened.truncate(end)
+  lines = []
+  for number, line in enumerate(content[:end].splitlines(), 1):
+    try:
+      lines.append(json.loads(line))
+    except ValueError as error:
+      raise errors.UserError(
+        f"{file}, line {number} is damaged ({error}). Remove that line and "
+        "those after it; they are made again."
+      ) from error
+  return lines
+
+
+def _append(file: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
+  with file.open("a", encoding="utf-8") as opened:
+    opened.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+  temporary = file.with_name(file.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  temporary.replace(file)
