@@ -55,11 +55,13 @@ class Policy:
   @property
   def logits_fn(self) -> learner_lib.PolicyFn:
     scale = self.lora_settings.scale if self.lora_settings else 1.0
-    return functools.partial(_bind, self.network, scale)
+    is_split = mesh_lib.num_row_shards(self.mesh) > 1
+    rows = mesh_lib.rows(self.mesh) if is_split else None
+    return functools.partial(_bind, self.network, scale, rows)
 
 
-def _bind(network, lora_scale, params, lora):
-  return llada.logits_fn(network, params, lora, lora_scale)
+def _bind(network, lora_scale, rows, params, lora):
+  return llada.logits_fn(network, params, lora, lora_scale, rows)
 
 
 def policy(c: config_lib.ConfigDict) -> Policy:
