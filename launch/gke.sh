@@ -153,6 +153,9 @@ YAML
                 - name: main
                   image: "$image"
                   command: [$(yaml_list "${words[@]}")]
+                  env:
+                    - name: AGRPO_DISTRIBUTED
+                      value: auto
                   ports:
                     - containerPort: 8471
                     - containerPort: 8482
@@ -210,7 +213,8 @@ case $action-$tool in
   submit-xpk)
     run "submitting" xpk workload create --workload="$name" "${place[@]}" \
       --tpu-type="$tpu_type" --num-slices=1 --docker-image="$image" \
-      --max-restarts="$max_restarts" --command="$(quoted "${words[@]}")"
+      --max-restarts="$max_restarts" \
+      --command="$(quoted env AGRPO_DISTRIBUTED=auto "${words[@]}")"
     ;;
   status-kubectl)
     run "asking for the JobSet" kubectl get jobset "$name" \

@@ -13,6 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=runs/worker
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
+export AGRPO_DISTRIBUTED=auto # the hosts of a slice find each other
 
 alive() { [[ -s $folder/$1 ]] && kill -0 "$(<"$folder/$1")" 2>/dev/null; }
 
@@ -55,8 +56,9 @@ start() {
   fi
   mkdir -p "$folder"
   rm -f "$folder/pid" "$folder/exit"
+  : >"$folder/log" # follow may be faster than the command
   setsid bash launch/on_worker.sh supervise "$@" \
-    >"$folder/log" 2>&1 </dev/null &
+    >>"$folder/log" 2>&1 </dev/null &
   echo $! >"$folder/supervisor"
   follow
 }
