@@ -92,10 +92,15 @@ def from_params(
   settings = adapters = None
   if c.lora.rank:
     settings = lora_lib.Lora(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
-    adapters = lora_lib.init(
-      settings, params, jax.random.fold_in(jax.random.key(c.seed), 1)
+    init = functools.partial(
+      lora_lib.init, settings, llada.abstract_params(network)
     )
-    adapters = jax.device_put(adapters, mesh_lib.replicated(mesh))
+    key = jax.random.fold_in(jax.random.key(c.seed), 1)
+    axes = lora_lib.logical_axes(settings, llada.logical_axes(network))
+    adapters = jax.jit(
+      init,
+      out_shardings=mesh_lib.shardings(mesh, axes, jax.eval_shape(init, key)),
+    )(key)
   return Policy(
     mesh=mesh,
     network=network,
@@ -217,23 +222,32 @@ def check_rows(mesh: mesh_lib.Mesh, key: str, rows: int) -> None:
     )
 
 
+def check_sampler(
+  c: config_lib.ConfigDict,
+  sub: config_lib.ConfigDict,
+  mesh: mesh_lib.Mesh,
+  network: llada.Config,
+) -> None:
+  """Raises UserError for rows that do not fit the mesh or the network."""
+  check_rows(mesh, "batch_size", sub.batch_size)
+  longest = c.data.max_prompt_length + sub.completion_length
+  if longest > network.max_length:
+    raise errors.UserError(
+      f"config.data.max_prompt_length={c.data.max_prompt_length} and "
+      f"completion_length={sub.completion_length} make {longest} tokens, more "
+      f"than the model's {network.max_length}; lower one of them."
+    )
+
+
 def make_sampler(
   c: config_lib.ConfigDict, sub: config_lib.ConfigDict, policy: Policy
 ) -> sampler.Sampler:
   """Draws completions under the settings of a sub-tree of the config.
 
   Raises:
-    UserError: rows that do not divide over the mesh, or that are longer than
-      the network was made for.
+    UserError: see `check_sampler`.
   """
-  check_rows(policy.mesh, "batch_size", sub.batch_size)
-  longest = c.data.max_prompt_length + sub.completion_length
-  if longest > policy.network.max_length:
-    raise errors.UserError(
-      f"config.data.max_prompt_length={c.data.max_prompt_length} and "
-      f"completion_length={sub.completion_length} make {longest} tokens, more "
-      f"than the model's {policy.network.max_length}; lower one of them."
-    )
+  check_sampler(c, sub, policy.mesh, policy.network)
   return sampler.Sampler(
     policy=policy.logits_fn,
     sampling=sampling(sub, policy.tokenizer),

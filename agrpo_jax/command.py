@@ -1,6 +1,7 @@
 """How the commands start and how they end."""
 
 import logging as python_logging
+import os
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from agrpo_jax import distributed
 from agrpo_jax import errors
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -20,13 +22,21 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def main(
-  function: Callable[[Sequence[str]], None], required: Sequence[str] = ()
+  function: Callable[[Sequence[str]], None],
+  required: Sequence[str] = (),
+  num_words: int = 0,
 ) -> None:
   """Runs a command: flags, then `function`, then an exit code.
 
-  A mistake of the user ends it with one message and code 2, Ctrl-C with code
-  130, a value that is not finite with code 3. Everything else is our mistake
-  and shows its traceback.
+  Args:
+    function: given the command line's words that are no flags, the first of
+      them the program's name.
+    required: flags that must be given.
+    num_words: how many words besides flags it takes at most.
+
+  A mistake of the user ends it with one message and code 2, a value that is not
+  finite with code 3, a signal to stop with 128 plus its number. Everything else
+  is our mistake and shows its traceback. Of several processes the first speaks.
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
@@ -49,12 +59,18 @@ def main(
     return rest
 
   def guarded(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-      _fail(f"Unknown arguments {' '.join(argv[1:])}; settings start with --.")
+    if len(argv) > 1 + num_words:
+      unknown = " ".join(argv[1 + num_words :])
+      _fail(f"Unknown arguments {unknown}; settings start with --.")
     try:
+      distributed.initialize()
+      if not distributed.is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
       function(argv)
     except errors.UserError as error:
       _fail(str(error))
+    except errors.Stopped as stopped:
+      _fail(str(stopped), code=stopped.code)
     except FloatingPointError as error:
       _fail(str(error), code=3)
     except KeyboardInterrupt:

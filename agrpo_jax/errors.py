@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions that a person is meant to read."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,15 @@ class UserError(ValueError):
   Its message says what is wrong, with the value, and what to change. The
   commands print it without a traceback and exit with code 2.
   """
+
+
+class Stopped(Exception):
+  """A run that was asked to stop and has saved where it is.
+
+  Attributes:
+    code: the exit code, 128 plus the signal's number.
+  """
+
+  def __init__(self, message: str, code: int):
+    super().__init__(message)
+    self.code = code

@@ -20,6 +20,7 @@ import optax
 from agrpo_jax import advantage as advantage_lib
 from agrpo_jax import mc_steps
 from agrpo_jax import objective as objective_lib
+from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import types
 from agrpo_jax import unmask
 
@@ -73,7 +74,7 @@ class Learner:
     rollout: types.Rollout,
     reward_B: jax.Array,
     key: jax.Array,
-    key_B: jax.Array,
+    row_id_Bx2: jax.Array,
     reference: types.Tree | None,
   ) -> tuple[types.TrainState, dict[str, jax.Array]]:
     """Learns from one rollout batch. Pure; the caller jits and donates state.
@@ -82,8 +83,8 @@ class Learner:
       state: before.
       rollout: B completions, groups side by side.
       reward_B: float32 [B].
-      key: key of the batch, for strata over the batch.
-      key_B: a key per completion, for its own draws.
+      key: of the draw of denoising steps.
+      row_id_Bx2: uint32 [B, 2], see `rollout.row_keys`.
       reference: the reference policy's parameters when `kl_coef` > 0 and all
         parameters are trained; with adapters it is the network without them.
 
@@ -95,9 +96,11 @@ class Learner:
       lambda reward_G: advantage_lib.group_advantage(reward_G, self.baseline)
     )(reward_B.reshape(-1, self.group_size))
     advantage_B = advantage_NxG.reshape(-1)
+    batch_key, row_key = jax.random.split(key)
+    key_B = rollout_lib.row_keys(row_key, row_id_Bx2)
     drawn = mc_steps.draw(
       rollout,
-      mc_steps.uniforms(key, key_B, self.steps),
+      mc_steps.uniforms(batch_key, key_B, self.steps),
       self.steps,
       self.sampling.eos_id,
     )
@@ -146,6 +149,7 @@ class Learner:
       "draws/distinct_fraction": mc_steps.distinct_fraction(drawn.step),
       "draws/pairs": norms["num_pairs"].sum(),
       "draws/max_weight": drawn.weight.max(),
+      "completions/mean_denoise_steps": rollout.num_steps.mean(),
     }
     if self.objective.kl_coef > 0:
       metrics["kl"] = terms.kl.sum() / num_factors

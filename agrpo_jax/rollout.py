@@ -53,6 +53,21 @@ def _gumbel_noise(key, denoise_step, offset_S, ids_SxK):
   return jax.random.gumbel(_step_key(key, denoise_step, 1), ids_SxK.shape)
 
 
+def row_keys(key: jax.Array, row_id_Bx2: jax.Array) -> jax.Array:
+  """Keys [B], one per row, whatever batch, slot or device it has.
+
+  Args:
+    key: of the train step or the evaluation.
+    row_id_Bx2: uint32 [B, 2], the prompt's id and the completion's index among
+      those of its prompt.
+  """
+  return jax.vmap(
+    lambda row_id: jax.random.fold_in(
+      jax.random.fold_in(key, row_id[0]), row_id[1]
+    )
+  )(row_id_Bx2)
+
+
 NOISE = Noise(order=_order_noise, gumbel=_gumbel_noise)
 
 

@@ -10,6 +10,9 @@ with run_lib.start(config) as run:
 import contextlib
 import json
 import pathlib
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from absl import logging
 
 from agrpo_jax import checkpoint
 from agrpo_jax import config as config_lib
+from agrpo_jax import distributed
 from agrpo_jax import errors
 from agrpo_jax import metrics
 from agrpo_jax import records
@@ -32,8 +36,11 @@ _FREE_KEYS = ("workdir", "accept_changed_config", "wandb")
 class Run:
   """One run in its work directory."""
 
-  def __init__(self, c: config_lib.ConfigDict, folder: pathlib.Path):
+  def __init__(
+    self, c: config_lib.ConfigDict, folder: pathlib.Path, stop: "StopRequest"
+  ):
     self._config = c
+    self._stop = stop
     self.folder = folder
     self._checkpoints = checkpoint.Checkpoints(
       folder, keep=c.train.keep, every=c.train.checkpoint_every
@@ -85,18 +92,31 @@ class Run:
     A value that is not finite stops the run here, before it can be saved: the
     last checkpoint is from before it.
 
+    All processes of a run call this; when one was asked to stop, all do.
+
     Raises:
       FloatingPointError: naming the metric, the step and the value.
+      Stopped: the run was asked to stop; the step is saved.
     """
     self.writer.scalars(train_step, scalars)
     if samples:
       self.writer.texts(train_step, samples)
     metrics.check_finite(train_step, scalars)
+    is_last = train_step + 1 == self._config.train.num_steps
+    signals = distributed.exchange(self._stop.signal)
+    asked = max(signals)
     self._checkpoints.save(
       state,
       {"config": self._config.to_dict(), "base_model": dict(self._base_model)},
-      force=train_step + 1 == self._config.train.num_steps,
+      force=is_last or asked > 0,
     )
+    if asked and not is_last:
+      self._checkpoints.wait()
+      raise errors.Stopped(
+        f"Stopped after train step {train_step + 1}, which is saved in "
+        f"{self.folder}. The same command goes on from there.",
+        code=128 + asked,
+      )
 
   def close(self) -> None:
     self._checkpoints.close()
@@ -114,12 +134,56 @@ def start(c: config_lib.ConfigDict) -> Iterator[Run]:
   """
   config_lib.check(c)
   with workdir.claim(c.workdir) as folder:
-    _remember(c, folder / "config.json")
-    run = Run(c, folder)
-    try:
-      yield run
-    finally:
-      run.close()
+    if distributed.is_main():
+      _remember(c, folder / "config.json")
+    with stop_requests() as stop:
+      run = Run(c, folder, stop)
+      try:
+        yield run
+      finally:
+        run.close()
+
+
+class StopRequest:
+  """Whether somebody asked the process to stop.
+
+  Attributes:
+    signal: the signal's number, 0 if there was none.
+  """
+
+  signal = 0
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+  """Notes SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C kills.
+
+  SIGTERM is how a preempted machine and a job's time limit announce themselves.
+  Only a main thread can receive signals; elsewhere nothing is noted.
+  """
+  request = StopRequest()
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    if request.signal and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    request.signal = number
+    print(
+      "Stopping after this train step (Ctrl-C again: at once, unsaved).",
+      file=sys.stderr,
+      flush=True,
+    )
+
+  if threading.current_thread() is not threading.main_thread():
+    yield request
+    return
+  watched = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.signal(number, note) for number in watched]
+  try:
+    yield request
+  finally:
+    for number, handler in zip(watched, before, strict=True):
+      signal.signal(number, handler)
 
 
 def _remember(c: config_lib.ConfigDict, file: pathlib.Path) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from agrpo_jax import data
@@ -13,17 +12,6 @@ from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import types
 from agrpo_jax import unmask
-
-
-def row_keys(
-  key: jax.Array, prompt_id_B: np.ndarray, index_B: np.ndarray
-) -> jax.Array:
-  """Keys [B], each folded from the prompt's id and the completion's index."""
-  fold = jax.vmap(jax.random.fold_in, (None, 0))
-  return jax.vmap(jax.random.fold_in)(
-    fold(key, jnp.asarray(prompt_id_B, jnp.uint32)),
-    jnp.asarray(index_B, jnp.uint32),
-  )
 
 
 class Sampler:
@@ -48,8 +36,18 @@ class Sampler:
     """
 
     def sample(
-      params: types.Tree, lora: types.Tree | None, prompts: types.Prompts
+      params: types.Tree,
+      lora: types.Tree | None,
+      tokens_BxP: jax.Array,
+      length_B: jax.Array,
+      key: jax.Array,
+      row_id_Bx2: jax.Array,
     ) -> types.Rollout:
+      prompts = types.Prompts(
+        tokens=tokens_BxP,
+        length=length_B,
+        key=rollout_lib.row_keys(key, row_id_Bx2),
+      )
       return rollout_lib.sample_rollout(policy(params, lora), prompts, sampling)
 
     self.batch_size = batch_size
@@ -62,9 +60,15 @@ class Sampler:
     params: types.Tree,
     lora: types.Tree | None,
     prompts: Sequence[Sequence[int]],
-    key_B: jax.Array,
+    key: jax.Array,
+    row_id_Bx2: np.ndarray,
+    first: int = 0,
   ) -> Iterator[types.Rollout]:
     """Yields rollouts of `batch_size` rows, in the order of the prompts.
+
+    Row b draws from `rollout.row_keys(key, row_id_Bx2)[b]`.
+    Rows before `first` are passed over; the others are drawn exactly as with
+    them, in arrays of the same width.
 
     The next batch is dispatched before one is yielded, so that the device
     works while the host decodes and grades. The last batch is filled up with
@@ -72,15 +76,13 @@ class Sampler:
     """
     tokens_BxP, length_B = data.pack(prompts, self._bucket)
     ahead = None
-    for start in range(0, len(prompts), self.batch_size):
+    for start in range(first, len(prompts), self.batch_size):
       row = np.arange(start, start + self.batch_size)
       row = np.minimum(row, len(prompts) - 1)
-      batch = types.Prompts(
-        tokens=jnp.asarray(tokens_BxP[row]),
-        length=jnp.asarray(length_B[row]),
-        key=key_B[row],
+      tokens, length, row_id = jax.device_put(
+        (tokens_BxP[row], length_B[row], row_id_Bx2[row]), self._rows
       )
-      rollout = self.program(params, lora, jax.device_put(batch, self._rows))
+      rollout = self.program(params, lora, tokens, length, key, row_id)
       if ahead is not None:
         yield ahead
       ahead = rollout

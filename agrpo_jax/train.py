@@ -10,12 +10,12 @@ import numpy as np
 from agrpo_jax import build
 from agrpo_jax import config as config_lib
 from agrpo_jax import data
-from agrpo_jax import evaluate
+from agrpo_jax import evaluation
 from agrpo_jax import grading
 from agrpo_jax import metrics
 from agrpo_jax import progress
 from agrpo_jax import run as run_lib
-from agrpo_jax import sampler as sampler_lib
+from agrpo_jax import scoring
 from agrpo_jax import types
 
 
@@ -42,41 +42,42 @@ def train(c: config_lib.ConfigDict) -> None:
     for train_step in range(run.first_step, c.train.num_steps):
       clock = progress.Clock()
       step_key = jax.random.fold_in(jax.random.key(c.seed), train_step)
-      rollout_key, draw_key, batch_key = jax.random.split(step_key, 3)
+      rollout_key, draw_key = jax.random.split(step_key)
       batch = data.batch_examples(
         dataset, train_step, c.rollout.num_prompts, c.seed
       )
       rows = Rows(batch, c.rollout.group_size)
 
-      pending: list[Any] = []
+      pending: list[scoring.Pending] = []
       chunks: list[types.Rollout] = []
       for chunk in sampler.sample(
-        state.params, state.lora, rows.prompts, rows.keys(rollout_key)
+        state.params, state.lora, rows.prompts, rollout_key, rows.id_Bx2
       ):
-        texts = policy.tokenizer.decode_batch(np.asarray(chunk.completion))
-        fields = rows.fields[len(pending) * len(texts) :][: len(texts)]
-        pending.append((texts, grader.submit(texts, fields)))
+        fields = rows.fields[len(chunks) * sampler.batch_size :]
+        fields = fields[: sampler.batch_size]
+        pending.append(scoring.submit(chunk, fields, policy.tokenizer, grader))
         chunks.append(chunk)
       rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
       clock.lap("rollout")
-      graded = grading.concatenate([future.result() for _, future in pending])
+      graded = scoring.collect(pending)
       clock.lap("grade")
 
       state, learned = learn(
         state,
         rollout,
-        jnp.asarray(graded.reward_B, jnp.float32),
-        batch_key,
-        rows.keys(draw_key),
+        graded.reward_B.astype(np.float32),
+        draw_key,
+        rows.id_Bx2,
         reference,
       )
       scalars = metrics.to_floats(learned)
       clock.lap("update")
 
       scalars |= reward_scalars(graded, c.rollout.group_size)
-      scalars |= length_scalars(rollout, policy.tokenizer.eos_id)
+      completion_BxC = np.concatenate([x.completion_BxC for x in pending])
+      scalars |= length_scalars(completion_BxC, policy.tokenizer.eos_id)
       if c.evaluate.every and (train_step + 1) % c.evaluate.every == 0:
-        result = evaluate.evaluate(
+        result = evaluation.evaluate(
           evaluation_sampler,
           state.params,
           state.lora,
@@ -88,7 +89,7 @@ def train(c: config_lib.ConfigDict) -> None:
         scalars |= result.scalars("eval/")
         clock.lap("evaluate")
       scalars |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
-      completions = [text for texts, _ in pending for text in texts]
+      completions = [text for one in pending for text in one.texts]
       run.finish_step(
         state,
         train_step,
@@ -107,12 +108,11 @@ class Rows:
     self.examples = [e for e, _ in batch for _ in range(group_size)]
     self.prompts = [ids for _, ids in batch for _ in range(group_size)]
     self.fields = [example.fields for example in self.examples]
-    self._index_B = np.tile(np.arange(group_size), len(batch))
-
-  def keys(self, key: jax.Array) -> jax.Array:
-    """A random key per row, from its prompt's id and its place in the group."""
-    prompt_id_B = np.array([example.id for example in self.examples])
-    return sampler_lib.row_keys(key, prompt_id_B, self._index_B)
+    # What the random key of a row is made of: prompt, place in the group.
+    self.id_Bx2 = np.array(
+      [[example.id, i] for example, _ in batch for i in range(group_size)],
+      np.uint32,
+    )
 
 
 def reward_scalars(graded: grading.Graded, group_size: int) -> dict[str, float]:
@@ -131,16 +131,15 @@ def reward_scalars(graded: grading.Graded, group_size: int) -> dict[str, float]:
   return {name: float(value) for name, value in scalars.items()}
 
 
-def length_scalars(rollout: types.Rollout, eos_id: int) -> dict[str, float]:
+def length_scalars(completion_BxC: np.ndarray, eos_id: int) -> dict[str, float]:
   """How long completions are: tokens up to the last that is not EOS."""
-  is_content_BxC = np.asarray(rollout.completion) != eos_id
+  is_content_BxC = completion_BxC != eos_id
   place_C = np.arange(1, is_content_BxC.shape[1] + 1)
   length_B = (is_content_BxC * place_C).max(axis=1)
   return {
     "completions/mean_length": float(length_B.mean()),
     "completions/max_length": float(length_B.max()),
     "completions/clipped_ratio": float(is_content_BxC.all(axis=1).mean()),
-    "completions/mean_denoise_steps": float(np.mean(rollout.num_steps)),
   }
 
 

@@ -19,6 +19,7 @@ from agrpo_jax import types
 from agrpo_jax import unmask
 
 NUM_ROWS, GROUP_SIZE = 8, 4
+ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
 
 
 def setting(rule="random", **changes):
@@ -54,7 +55,7 @@ def setting(rule="random", **changes):
   prompts = types.Prompts(
     tokens=tokens,
     length=jnp.array([6, 3, 5, 4, 6, 2, 1, 6]),
-    key=jax.random.split(jax.random.key(2), NUM_ROWS),
+    key=rollout_lib.row_keys(jax.random.key(2), ROW_ID),
   )
   rollout = jax.jit(
     lambda prompts: rollout_lib.sample_rollout(
@@ -69,7 +70,7 @@ REWARD = jnp.array([1.0, 0.0, 0.0, 2.0, 0.5, 0.5, 0.25, 0.0])
 
 def step(learner, state, rollout, keys, reward=REWARD):
   return jax.jit(learner.train_step)(
-    state, rollout, reward, jax.random.key(3), keys, None
+    state, rollout, reward, jax.random.key(3), ROW_ID, None
   )
 
 
@@ -151,9 +152,9 @@ def test_updates_per_batch_share_out_the_draws():
 
 def test_kl_needs_every_row_and_vanishes_at_the_reference():
   objective = objective_lib.Objective(kl_coef=0.1)
-  learner, state, rollout, keys = setting(objective=objective)
+  learner, state, rollout, _ = setting(objective=objective)
   _, metrics = jax.jit(learner.train_step)(
-    state, rollout, jnp.ones(NUM_ROWS), jax.random.key(0), keys, state.params
+    state, rollout, jnp.ones(NUM_ROWS), jax.random.key(0), ROW_ID, state.params
   )
   assert int(metrics["draws/pairs"]) > 0
   np.testing.assert_allclose(metrics["kl"], 0.0, atol=1e-8)
@@ -161,7 +162,7 @@ def test_kl_needs_every_row_and_vanishes_at_the_reference():
 
 
 def test_one_compilation_per_shape():
-  learner, state, rollout, keys = setting()
+  learner, state, rollout, _ = setting()
   traces = []
 
   def counted(*args):
@@ -171,7 +172,7 @@ def test_one_compilation_per_shape():
   learn = jax.jit(counted)
   for seed in range(3):
     reward = jax.random.normal(jax.random.key(seed), (NUM_ROWS,))
-    state, _ = learn(state, rollout, reward, jax.random.key(seed), keys, None)
+    state, _ = learn(state, rollout, reward, jax.random.key(seed), ROW_ID, None)
   assert len(traces) == 1
 
 

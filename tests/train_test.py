@@ -12,7 +12,7 @@ import fixtures
 from agrpo_jax import checkpoint
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
-from agrpo_jax import evaluate
+from agrpo_jax import evaluation
 from agrpo_jax import grading
 from agrpo_jax import metrics
 from agrpo_jax import run as run_lib
@@ -150,36 +150,23 @@ def test_evaluation_of_model_and_checkpoint(tmp_path, any_reward):
   c = small(tmp_path)
   c.train.num_steps = 1
   output = tmp_path / "records.jsonl"
-  before = evaluate.run(c, "", str(output))
+  before = evaluation.run(c, "", str(output))
   assert len(before.records) == 5
   lines = [json.loads(line) for line in output.read_text().splitlines()]
   assert [line["id"] for line in lines] == [r["id"] for r in before.records]
   assert np.isfinite(before.standard_error)
   with pytest.raises(errors.UserError, match="not a work directory"):
-    evaluate.run(c, str(tmp_path / "nowhere"), "")
+    evaluation.run(c, str(tmp_path / "nowhere"), "")
   train.train(c)
-  after = evaluate.run(c, c.workdir, "")
+  after = evaluation.run(c, c.workdir, "")
   texts = [
     [r["completion"] for r in result.records] for result in (before, after)
   ]
   assert texts[0] != texts[1]
   # The batch size is without effect.
   c.evaluate.batch_size = 3
-  again = evaluate.run(c, c.workdir, "")
+  again = evaluation.run(c, c.workdir, "")
   assert [r["completion"] for r in again.records] == texts[1]
-
-
-def test_standard_error_by_hand():
-  result = evaluate.Result(
-    grades={"accuracy": np.array([1.0, 0.0, 1.0, 1.0])},
-    num_tokens=1.0,
-    num_steps=1.0,
-    seconds=1.0,
-    records=[],
-  )
-  assert result.accuracy == 0.75
-  # Variance 0.25 with three degrees of freedom, over four examples.
-  np.testing.assert_allclose(result.standard_error, 0.25)
 
 
 def test_sft_learns_from_a_file_and_exports(tmp_path):
