@@ -26,6 +26,7 @@ ORDER = """
   checkpoint_meta checkpoint workdir metrics progress
   config sampler build run
   evaluate sft train main demo
+  replay show_terminal show_page show lm_eval
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.
