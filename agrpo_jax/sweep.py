@@ -1,0 +1,226 @@
+"""Accuracy over a grid of sampling settings, for several models.
+
+    python -m agrpo_jax.sweep --config=configs/gsm8k.py --output=FOLDER \
+      [--model=A --model=B] [--checkpoint=WORKDIR ...] [--sampler=NAME] \
+      [--completion_length=128,256] [--num_denoise_steps=32,64,128] \
+      [--unmask_rule=confidence,random] [--temperature=0,0.6]
+
+Every combination is one cell. A model is loaded once; a cell that is complete
+in FOLDER is not done again, one that was stopped goes on. --checkpoint is a run
+of the config's model. FOLDER gets the records of every cell, `sweep.csv` and
+`sweep.png`: accuracy against denoising steps, with standard errors.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from agrpo_jax import build
+from agrpo_jax import command
+from agrpo_jax import config as config_lib
+from agrpo_jax import distributed
+from agrpo_jax import errors
+from agrpo_jax import evaluation
+from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import port
+from agrpo_jax import presets
+from agrpo_jax import table
+from agrpo_jax import tasks
+
+_MODEL = flags.DEFINE_multi_string("model", [], "Folder or hub id.")
+_CHECKPOINT = flags.DEFINE_multi_string(
+  "checkpoint", [], "Work directory of a run of config.model.path."
+)
+_SAMPLER = flags.DEFINE_string(
+  "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
+_AXES = {
+  name: flags.DEFINE_list(name, [], f"Values of config.evaluate.{name}.")
+  for name in table.AXES
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One evaluation of a sweep.
+
+  Attributes:
+    model: a name for tables.
+    config: of the evaluation.
+    checkpoint: a run's work directory, or "".
+    output: folder of its records.
+  """
+
+  model: str
+  config: config_lib.ConfigDict
+  checkpoint: str
+  output: str
+
+  def __str__(self) -> str:
+    e = self.config.evaluate
+    return f"{self.model}: " + ", ".join(
+      f"{axis}={e[axis]}" for axis in table.AXES
+    )
+
+
+def cells(
+  c: config_lib.ConfigDict,
+  models: Sequence[str],
+  checkpoints: Sequence[str],
+  axes: Mapping[str, Sequence[Any]],
+  output: str,
+) -> list[list[Cell]]:
+  """The cells of every model; of the config's model when none is named.
+
+  Args:
+    c: what all cells share.
+    models: folders or hub ids.
+    checkpoints: work directories of runs of the config's model.
+    axes: key of `c.evaluate` -> its values; without values, the config's.
+    output: folder of the sweep.
+  """
+  sources = [(path, "") for path in models]
+  sources += [(c.model.path, checkpoint) for checkpoint in checkpoints]
+  sources = list(dict.fromkeys(sources or [(c.model.path, "")]))
+  names = [pathlib.Path(run or path).resolve().name for path, run in sources]
+  if len({*names}) < len(names):
+    names = [
+      (run or path).strip("/").replace("/", "_") for path, run in sources
+    ]
+  found = []
+  for name, (path, checkpoint) in zip(names, sources, strict=True):
+    grid = itertools.product(
+      *(
+        dict.fromkeys(axes.get(axis) or [c.evaluate[axis]])
+        for axis in table.AXES
+      )
+    )
+    found.append([])
+    for values in grid:
+      one = c.copy_and_resolve_references()
+      one.model.path = path
+      one.evaluate.update(dict(zip(table.AXES, values, strict=True)))
+      length, steps, rule, temperature = values
+      folder = f"length{length}-steps{steps}-{rule}-temperature{temperature:g}"
+      folder = str(pathlib.Path(output) / "cells" / name / folder)
+      found[-1].append(Cell(name, one, checkpoint, folder))
+  return found
+
+
+def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
+  """Yields a row of the table per cell, as it is done.
+
+  Args:
+    models: from `cells`.
+
+  Raises:
+    UserError: everything that is wrong with any cell, before the first runs.
+  """
+  c = models[0][0].config
+  examples, asked = _check([cell for group in models for cell in group])
+  print(f"problems: {tasks.provenance(build.task(c), examples)}", flush=True)
+  with build.grader(c) as grader:
+    for group in models:
+      loaded = None
+      for cell in group:
+        result = evaluation.finished(cell.output, asked[cell.output], 1)
+        if result is None:
+          if loaded is None:
+            loaded = evaluation.policy(cell.config, cell.checkpoint)
+          result = evaluation.measure(
+            cell.config,
+            loaded,
+            examples,
+            grader,
+            asked[cell.output],
+            cell.output,
+          )
+        yield table.row(cell.model, cell.config.evaluate, result)
+
+
+def _check(
+  every: Sequence[Cell],
+) -> tuple[list[tasks.Example], dict[str, dict[str, Any]]]:
+  """The problems to solve and the settings of each cell's records, by folder.
+
+  Raises:
+    UserError: all that is wrong, with the cells that have it.
+  """
+  found: dict[str, list[Cell]] = collections.defaultdict(list)
+  c = every[0].config
+  load_network = functools.cache(
+    lambda path: port.load_config(path, revision=c.model.revision or None)
+  )
+  for cell in every:
+    for problem in config_lib.problems(cell.config):
+      found[f"config.{problem}"].append(cell)
+    try:
+      evaluation.check_checkpoint(cell.checkpoint)
+      mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+      network = load_network(cell.config.model.path)
+      build.check_sampler(cell.config, cell.config.evaluate, mesh, network)
+    except errors.UserError as error:
+      found[str(error)].append(cell)
+  examples: list[tasks.Example] = []
+  asked = {}
+  if not found:
+    examples = build.examples(c, c.evaluate.split)
+    for cell in every:
+      asked[cell.output] = evaluation.settings(
+        cell.config, examples, cell.checkpoint, 1
+      )
+      try:
+        evaluation.finished(cell.output, asked[cell.output], 1)
+      except errors.UserError as error:
+        found[str(error)].append(cell)
+  if found:
+    raise errors.UserError(
+      "Nothing was run.\n"
+      + "\n".join(
+        f"{problem}\n  (in {len(having)} of {len(every)} cells; the first is "
+        f"{having[0]})"
+        for problem, having in found.items()
+      )
+    )
+  return examples, asked
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  if importlib.util.find_spec("matplotlib") is None:
+    raise errors.UserError(
+      "The picture needs matplotlib: pip install 'agrpo_jax[plot]'."
+    )
+  kinds = {"unmask_rule": str, "temperature": float}
+  axes = {
+    name: command.numbers(name, flag.value, kinds.get(name, int))
+    for name, flag in _AXES.items()
+  }
+  c = presets.config(_SAMPLER.value)
+  output = pathlib.Path(_OUTPUT.value).expanduser()
+  grid = cells(c, _MODEL.value, _CHECKPOINT.value, axes, str(output))
+  rows = []
+  for row in run(grid):
+    if not rows:
+      print(table.line())
+    rows.append(row)
+    print(table.line(row), flush=True)
+    if distributed.is_main():
+      table.write_csv(output / "sweep.csv", rows)
+  if distributed.is_main():
+    table.draw(rows, output / "sweep.png")
+    print(f"{output / 'sweep.csv'}\n{output / 'sweep.png'}")
+
+
+if __name__ == "__main__":
+  command.main(main, required=["config", "output"])
