@@ -136,6 +136,7 @@ def test_shares_of_rows_come_back_in_their_places(monkeypatch):
       "grades": {"accuracy": [0.0, 1.0, 0.0]},
       "num_failed": 0,
       "num_timed_out": 1,
+      "answers": ["a", "c", "e"],
     },
     {
       "reward": [0.0, 0.0],
@@ -143,9 +144,10 @@ def test_shares_of_rows_come_back_in_their_places(monkeypatch):
       "grades": {},
       "num_failed": 2,
       "num_timed_out": 0,
+      "answers": ["b", ""],
     },
   ]
-  own = grading.Graded(np.zeros(3), {}, {}, 0, 0)
+  own = grading.Graded(np.zeros(3), {}, {}, 0, 0, ("",) * 3)
   monkeypatch.setattr(
     distributed, "exchange", lambda value: [[share] for share in shares]
   )
@@ -160,5 +162,6 @@ def test_shares_of_rows_come_back_in_their_places(monkeypatch):
   assert graded.reward_B.tolist() == [0.0, 0.0, 2.0, 0.0, 4.0]
   assert graded.parts["right"].tolist() == [0.0, 0.0, 0.2, 0.0, 0.4]
   assert graded.grades["accuracy"].tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
+  assert graded.answers == ("a", "b", "c", "", "e")
   assert (graded.num_failed, graded.num_timed_out) == (2, 1)
   assert json.dumps(scoring._to_json(graded))
