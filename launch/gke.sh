@@ -23,6 +23,7 @@
 #                             and takes spot nodes and buckets from the cluster
 #   --dry-run                 print the commands instead of running them
 
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 
 name='' topology='' image='' bucket='' service_account=default namespace=default
@@ -78,13 +79,13 @@ slice() {
     stop 2 "--topology=$topology has $chips chips; a host has $chips_per_host."
   fi
   hosts=$((chips / chips_per_host))
-  # Types of v4, v5p and tpu7x count cores, two per chip.
+  # Types of v4 and v5p count cores, two per chip.
   case $generation in
     v5e) accelerator=tpu-v5-lite-podslice tpu_type=v5litepod-$chips ;;
     v6e) accelerator=tpu-v6e-slice tpu_type=v6e-$chips ;;
     v5p) accelerator=tpu-v5p-slice tpu_type=v5p-$((2 * chips)) ;;
     v4) accelerator=tpu-v4-podslice tpu_type=v4-$((2 * chips)) ;;
-    tpu7x) accelerator=tpu7x tpu_type=tpu7x-$((2 * chips)) ;;
+    tpu7x) accelerator=tpu7x tpu_type=tpu7x-$shape ;;
   esac
 }
 
@@ -174,7 +175,10 @@ YAML
                     driver: gcsfuse.csi.storage.gke.io
                     volumeAttributes:
                       bucketName: $bucket
-                      mountOptions: implicit-dirs
+                      # No caches: hosts have to see what others wrote.
+                      mountOptions: "implicit-dirs,\
+metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0,\
+file-system:kernel-list-cache-ttl-secs:0"
 YAML
   fi
 }

@@ -2,12 +2,12 @@
 # What launch/tpu_vm.sh runs on every host of a slice.
 #
 #   launch/on_worker.sh setup [BUCKET]    install packages, mount the bucket
-#   launch/on_worker.sh start COMMAND...  start it detached, then follow it
+#   launch/on_worker.sh start COMMAND...  start it, unless it runs, and follow it
 #   launch/on_worker.sh follow            its output until it ends, with its exit code
 #   launch/on_worker.sh status            running, or how it ended
 #   launch/on_worker.sh stop              SIGTERM to the command
 #
-# Files: runs/worker/log, pid (of the command), supervisor (its parent), exit.
+# Files in runs/worker: command, log, pid, supervisor (its parent), exit.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +28,7 @@ setup() {
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --allow-existing --python=3.12 .venv
   python3 -m uv pip install --quiet --constraint requirements.txt \
-    --editable '.[tpu]'
+    --editable '.[tpu,hub]'
   if (($# == 0)) || mountpoint -q /bucket; then return; fi
   if ! command -v gcsfuse >/dev/null; then
     curl -fsSL -o /tmp/gcsfuse.deb "https://github.com/GoogleCloudPlatform/\
@@ -37,7 +37,10 @@ gcsfuse/releases/download/v$fuse/gcsfuse_${fuse}_amd64.deb"
   fi
   sudo mkdir -p /bucket
   sudo chown "$(id -u)" /bucket
-  gcsfuse --implicit-dirs "$1" /bucket
+  # No caches: a host has to see at once what another one wrote.
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 --kernel-list-cache-ttl-secs=0 \
+    "$1" /bucket
 }
 
 # The parent of the command: it outlives the connection, not the command.
@@ -51,11 +54,14 @@ supervise() {
 
 start() {
   (($#)) || fail 2 "no command to start"
-  if alive supervisor; then
+  if alive supervisor && [[ $(<$folder/command) == "${*@Q}" ]]; then
+    follow # gcloud says it again when a connection breaks
+  elif alive supervisor; then
     fail 2 "process $(<$folder/pid) is still running: follow or stop it first"
   fi
   mkdir -p "$folder"
   rm -f "$folder/pid" "$folder/exit"
+  echo "${*@Q}" >"$folder/command"
   : >"$folder/log" # follow may be faster than the command
   setsid bash launch/on_worker.sh supervise "$@" \
     >>"$folder/log" 2>&1 </dev/null &

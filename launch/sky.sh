@@ -17,6 +17,7 @@
 #   --spot                       cheaper, can be taken away at any time
 #   --dry-run                    print the commands instead of running them
 
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 
 name='' accelerators='' bucket='' nodes=1 infra='' spot=false

@@ -20,6 +20,7 @@
 # The folder must be on a file system that all nodes share; the command runs in
 # it, with .venv/bin first on PATH.
 
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 
 name='' nodes=1 gpus_per_node=8 cpus_per_gpu=8 time=24:00:00 partition='' account=''

@@ -12,7 +12,7 @@
 #            it goes on if the connection is lost
 #   up       create, wait, copy, run
 #   logs     show the output again, from its start, until the command ends
-#   status   of the request and, on a slice that is there, of the command
+#   status   of the request and, while it is ACTIVE, of the command
 #   stop     ask the command to end; training saves a checkpoint first
 #   delete   the slice and the request: only this ends the bill
 #
@@ -28,6 +28,7 @@
 # `copy` leaves out .git, .venv, runs and caches. After a preemption: delete, up;
 # the same work directory below /bucket goes on from its last checkpoint.
 
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 
 name='' zone='' project='' accelerator_type='' runtime_version='' bucket=''
@@ -85,8 +86,16 @@ create() {
 describe=(gcloud compute tpus queued-resources describe "$name" "${place[@]}"
   --format="value(state.state)")
 
+ask_state() {
+  local code=0
+  state=$("${describe[@]}") || code=$?
+  if ((code)); then
+    stop "$code" "asking for the state of $name failed (exit code $code)."
+  fi
+}
+
 wait_until_active() {
-  local state last=''
+  local last=''
   if $dry_run; then
     echo "# Until it prints ACTIVE, every $poll s for at most $timeout s:"
     show "${describe[@]}"
@@ -95,7 +104,7 @@ wait_until_active() {
   show "${describe[@]}" >&2
   SECONDS=0
   while true; do
-    state=$("${describe[@]}") || stop 1 "cannot ask for the state of $name."
+    ask_state
     if [[ $state != "$last" ]]; then echo "$name: $state" >&2; fi
     last=$state
     case $state in
@@ -147,8 +156,16 @@ case $action in
     on_worker "the command on a host" start "${words[@]}"
     ;;
   status)
-    run "asking for the state" "${describe[@]}"
-    on_worker "asking the hosts" status
+    state=ACTIVE
+    if $dry_run; then
+      show "${describe[@]}"
+      echo "# If it prints ACTIVE:"
+    else
+      show "${describe[@]}" >&2
+      ask_state
+      echo "$name: $state"
+    fi
+    if [[ $state == ACTIVE ]]; then on_worker "asking the hosts" status; fi
     ;;
   delete)
     run "deleting" gcloud compute tpus queued-resources delete "$name" \
