@@ -43,6 +43,7 @@ class WorkerProcess:
         env={
           **os.environ,
           "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+          "PYTHONUNBUFFERED": "1",
           "OPENBLAS_NUM_THREADS": "1",  # the cores are for the workers
         },
         start_new_session=True,  # Ctrl-C reaches the parent alone

@@ -184,6 +184,11 @@ def test_solves(expression, value):
   assert countdown_problems.solves(expression, [17, 18, 5], 67) is value
 
 
+def test_only_four_operators():
+  assert not countdown_problems.solves("3**2+1", [3, 2, 1], 10)
+  assert not countdown_problems.solves("7//2*3", [7, 2, 3], 9)
+
+
 def test_division_is_exact():
   assert countdown_problems.solves("8/(3-8/3)", [8, 3, 8, 3], 24)
   assert not countdown_problems.solves("5/(3-3)", [5, 3, 3], 0)
@@ -231,6 +236,7 @@ def test_find(text, expression):
     ("<answer>17*5-18 = 68</answer>", 1, 1),  # the right side is ignored
     ("<answer>17*5-18</answer>", 0, 1),
     ("<answer>17*5+18 = 67</answer>", 0, 0),
+    ("<answer>== 17*5-18 = 67</answer>", 1, 1),
     ("<answer>abs(17)*5-18</answer>", 0, 0),
   ],
 )
@@ -278,6 +284,12 @@ def test_short_cut_agrees_with_math_verify():
     assert ours == equality.equal(str(target), text)
     checked += ours
   assert checked > 50
+
+
+def test_plain_arithmetic_needs_no_math_verify(monkeypatch):
+  monkeypatch.delattr(equality, "equal")
+  completion = "<answer>17*5-18 = 67</answer>"
+  assert countdown.reward(completion, _FIELDS)["correct"] == 1.0
 
 
 def test_answers_are_not_executed(monkeypatch):

@@ -132,6 +132,7 @@ def test_reward(protocol, completion, reward):
     ("d1", "<answer>\\boxed{-5}</answer>", "-5", 1, 1),
     ("d1", "\\boxed{...} \\boxed{5}", "5", 1, 1),
     ("d1", "<answer>6 and 5</answer>", "5", 1, 0),
+    ("d1", "\\boxed{6 of 5}", "6", 1, 0),
     ("d1", "The sum of 3 and 15 is 18", "18", 0, 1),
   ],
 )
