@@ -1,0 +1,70 @@
+"""Defaults, presets, and the check of a config."""
+
+import pytest
+
+import fixtures
+from agrpo_jax import config as config_lib
+from agrpo_jax import errors
+from agrpo_jax import mc_steps
+from agrpo_jax import objective
+
+CONFIGS = sorted(path.stem for path in fixtures.CONFIGS.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configs_hold(name):
+  config_lib.check(fixtures.config(name))
+
+
+def test_defaults_are_the_exact_estimator():
+  o = config_lib.rl().objective
+  assert (o.likelihood, o.steps, o.normalize) == ("exact", "executed", "sum")
+  assert (o.baseline, o.updates_per_batch) == ("leave_one_out", 1)
+
+
+def test_the_paper_preset_sets_every_switch_to_the_released_value():
+  c = config_lib.rl()
+  config_lib.paper(c)
+  o = c.objective
+  assert (o.likelihood, o.steps, o.normalize) == ("product", "content", "mean")
+  assert (o.baseline, o.stratified) == ("group_mean", "batch")
+  assert (o.kl_estimator, c.rollout.top_p_rule) == ("k3_ratio", "drop")
+
+
+def test_settings_and_records_have_the_same_names_and_defaults():
+  """A key that a record lacks would be ignored without a word."""
+  o = config_lib.rl().objective
+  records = {
+    **vars(objective.Objective()),
+    **vars(mc_steps.McSteps(num_mc_steps=1)),
+  }
+  learner = {"baseline", "updates_per_batch", "microbatch"}
+  assert set(o) == set(records) | learner
+
+
+def test_all_problems_at_once_by_their_full_names():
+  c = config_lib.sft()
+  c.model.network = dict(num_layers=1)
+  c.model.path = "also"
+  c.sft.batch_size = 10
+  c.sft.microbatch = 3
+  c.optimizer.b1 = 1.5
+  with pytest.raises(errors.UserError) as error:
+    config_lib.check(c)
+  for part in (
+    "config.workdir",
+    "config.model.path='also'",
+    "config.sft.microbatch=3",
+    "config.optimizer.b1=1.5",
+    "config.task.name",
+  ):
+    assert part in str(error.value)
+
+
+def test_use_task_lists_every_option_and_part():
+  c = config_lib.rl()
+  config_lib.use_task(c, "sudoku", protocol="bare")
+  assert c.task.options.protocol == "bare"
+  assert "min_blanks" in c.task.options
+  assert set(c.task.reward_weights.values()) == {None}
+  c.task.reward_weights.cells = 2.0  # what the command line does
