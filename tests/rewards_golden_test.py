@@ -2,7 +2,8 @@
 
 testdata/golden/rewards holds 291 completions with what AGRPO's reward functions
 and evaluation gave for them; `null` where they crashed, and there ours give 0.
-The real completions carry d1's verdicts too.
+The real completions, from those published with d1 (Apache-2.0), carry d1's
+verdicts too.
 """
 
 import json

@@ -88,10 +88,11 @@ def test_answer_number(completion, number):
 
 
 def test_hand_checked_completions_of_llada():
-  """100 answers of LLaDA-8B-Instruct to GSM8K, `right` judged by a person.
+  """100 answers of LLaDA-8B-Instruct to GSM8K, `right` judged by reading them.
 
-  The 55 on which d1's scorer and this one disagree, and 45 others. None that
-  is wrong may be called right; two that are right are not understood.
+  Ends of generations published with d1 (Apache-2.0): the 55 on which d1's
+  scorer and this one disagree, and 45 others. None that is wrong may be called
+  right; two that are right are not understood.
   """
   with (_TESTDATA / "hand_checked.jsonl").open() as lines:
     rows = [json.loads(line) for line in lines]
