@@ -17,8 +17,9 @@ from absl import flags
 
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
-from agrpo_jax import evaluate
+from agrpo_jax import evaluation
 from agrpo_jax import metrics
+from agrpo_jax import scores
 from agrpo_jax import train
 
 _SEED = flags.DEFINE_integer("seed", 0, "Of prompts, draws and evaluation.")
@@ -33,10 +34,10 @@ def run(c: config_lib.ConfigDict) -> None:
     f"temperature {e.temperature:g}"
   )
   print(f"Held-out puzzles: {e.num_examples}. Sampler: {sampler}.", flush=True)
-  before = evaluate.run(c, "", "")
+  before = evaluation.run(c, "", "")
   print(f"Before: {percent(before)} solved. Training ...", flush=True)
   train.train(c)
-  after = evaluate.run(c, c.workdir, "")
+  after = evaluation.run(c, c.workdir, "")
   picture = pathlib.Path(c.workdir) / "curves.png"
   draw(pathlib.Path(c.workdir) / "metrics.jsonl", before, picture)
   gain = 100 * (after.accuracy - before.accuracy)
@@ -57,14 +58,14 @@ def run(c: config_lib.ConfigDict) -> None:
   )
 
 
-def percent(result: evaluate.Result) -> str:
+def percent(result: scores.Result) -> str:
   """Accuracy and its standard error."""
   error = 100 * result.standard_error
   return f"{100 * result.accuracy:.1f} % ± {error:.1f}"
 
 
 def draw(
-  log: pathlib.Path, before: evaluate.Result, picture: pathlib.Path
+  log: pathlib.Path, before: scores.Result, picture: pathlib.Path
 ) -> None:
   """Reward and accuracy over train steps, held-out accuracy with errors."""
   records = list(metrics.read(log))

@@ -1,201 +1,83 @@
-"""Held-out accuracy under given sampling settings.
+"""Held-out accuracy of a model under given sampling settings.
 
-    python -m agrpo_jax.evaluate --config=configs/gsm8k.py --checkpoint=WORKDIR
+    python -m agrpo_jax.evaluate --config=configs/gsm8k.py \
+      [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR] [--sampler=NAME] \
+      [--num_samples=8 --k=1,4,8] [--output=FOLDER or FILE.jsonl]
 
-Without --checkpoint it is the model of `config.model.path`. A completion is
-drawn from a key of its own, so the result depends neither on the batch size nor
-on the number of devices.
+Without --model it is the model of `config.model.path`; --checkpoint takes what
+was trained on top of it from a run's newest checkpoint. `presets.py` lists the
+samplers, `records.py` what --output holds. The same command goes on where it
+was stopped. For more than one setting or model: `agrpo_jax.sweep`.
 """
 
-import dataclasses
-import json
-import pathlib
-import time
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 
-from agrpo_jax import build
-from agrpo_jax import checkpoint
 from agrpo_jax import command
-from agrpo_jax import config as config_lib
-from agrpo_jax import errors
-from agrpo_jax import grading
-from agrpo_jax import progress
-from agrpo_jax import sampler as sampler_lib
-from agrpo_jax import tokens
-from agrpo_jax import types
+from agrpo_jax import evaluation
+from agrpo_jax import presets
+from agrpo_jax import scores
 
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """What an evaluation measured.
-
-  Attributes:
-    grades: name -> float64 [n], per example; "accuracy" is always there.
-    num_tokens: tokens per completion up to the last that is not EOS, mean.
-    num_steps: denoising steps per completion, mean.
-    seconds: wall clock, grading and compilation included.
-    records: per example: prompt, completion and verdicts.
-  """
-
-  grades: dict[str, np.ndarray]
-  num_tokens: float
-  num_steps: float
-  seconds: float
-  records: list[dict[str, Any]]
-
-  @property
-  def accuracy(self) -> float:
-    return float(self.grades["accuracy"].mean())
-
-  @property
-  def standard_error(self) -> float:
-    """Of the accuracy, over the choice of examples."""
-    accuracy_n = self.grades["accuracy"]
-    if accuracy_n.size < 2:
-      return float("nan")
-    return float(accuracy_n.std(ddof=1) / np.sqrt(accuracy_n.size))
-
-  def scalars(self, prefix: str = "") -> dict[str, float]:
-    means = {name: float(x.mean()) for name, x in self.grades.items()}
-    return {
-      prefix + name: value
-      for name, value in {
-        **means,
-        "accuracy_standard_error": self.standard_error,
-        "mean_length": self.num_tokens,
-        "mean_denoise_steps": self.num_steps,
-        "seconds": self.seconds,
-      }.items()
-    }
-
-
-def evaluate(
-  sampler: sampler_lib.Sampler,
-  params: types.Tree,
-  lora: types.Tree | None,
-  rows: Sequence[tuple[Any, Sequence[int]]],
-  tokenizer: tokens.Tokenizer,
-  grader: grading.Grader,
-  *,
-  seed: int,
-) -> Result:
-  """Draws and grades one completion per example.
-
-  Args:
-    sampler: with the evaluation's settings.
-    params: of the network.
-    lora: adapters, or None.
-    rows: (example, prompt's ids) pairs.
-    tokenizer: for the text of completions.
-    grader: of the task.
-    seed: of the draws; each example has its own key, from its id.
-  """
-  begin = time.monotonic()
-  examples = [example for example, _ in rows]
-  key_B = sampler_lib.row_keys(
-    jax.random.key(seed),
-    np.array([example.id for example in examples]),
-    np.zeros(len(rows), int),
-  )
-  texts: list[str] = []
-  pending, lengths, num_steps = [], [], []
-  bar = progress.bar(len(rows), "evaluating")
-  for rollout in sampler.sample(params, lora, [ids for _, ids in rows], key_B):
-    # The last batch repeats its last row; those are not counted.
-    size = min(sampler.batch_size, len(rows) - len(texts))
-    completion_BxC = np.asarray(rollout.completion)[:size]
-    batch = tokenizer.decode_batch(completion_BxC)
-    fields = [example.fields for example in examples[len(texts) :][:size]]
-    pending.append(grader.submit(batch, fields))
-    texts += batch
-    lengths.append((completion_BxC != tokenizer.eos_id).sum(axis=1))
-    num_steps.append(np.asarray(rollout.num_steps)[:size])
-    bar.update(size)
-  graded = grading.concatenate([future.result() for future in pending])
-  bar.close()
-  return Result(
-    grades=graded.grades,
-    num_tokens=float(np.concatenate(lengths).mean()),
-    num_steps=float(np.concatenate(num_steps).mean()),
-    seconds=time.monotonic() - begin,
-    records=[
-      {
-        "id": example.id,
-        "prompt": example.messages[-1]["content"],
-        "completion": text,
-        "reward": float(graded.reward_B[row]),
-        **{name: float(x[row]) for name, x in graded.grades.items()},
-        "fields": example.fields,
-      }
-      for row, (example, text) in enumerate(zip(examples, texts, strict=True))
-    ],
-  )
-
-
+_MODEL = flags.DEFINE_string(
+  "model", "", "Folder or hub id, instead of config.model.path."
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
 )
+_SAMPLER = flags.DEFINE_string(
+  "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
+)
 _OUTPUT = flags.DEFINE_string(
-  "output", "", "JSONL file to write, a line per example."
+  "output", "", "Folder, or file ending in .jsonl, for the records."
+)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions per prompt.")
+_K = flags.DEFINE_list(
+  "k", [], "Also pass@k and the majority vote among k, for each k listed."
 )
 
 
-def run(c: config_lib.ConfigDict, folder: str, output: str) -> Result:
-  """Evaluates the model of a config, or a checkpoint of a run of it."""
-  config_lib.check(c)
-  with build.grader(c) as grader:
-    policy = build.policy(c)
-    rows = build.held_out(c, policy.tokenizer)
-    sampler = build.make_sampler(c, c.evaluate, policy)
-    params, lora = policy.params, policy.lora
-    if folder:
-      params, lora = _restore(policy, folder)
-    result = evaluate(
-      sampler, params, lora, rows, policy.tokenizer, grader, seed=c.seed
+def report(result: scores.Result, ks: Sequence[int] = ()) -> str:
+  """The figures as lines for a person."""
+  found = result.scalars()
+  lines = [f"problems: {result.problems}"]
+  for name, score_N in result.grades.items():
+    if name.startswith("accuracy"):
+      error = 100 * scores.standard_error(score_N)
+      low, high = scores.bootstrap_interval(score_N)
+      lines.append(
+        f"{name} {100 * score_N.mean():.1f} % ± {error:.1f} (standard error), "
+        f"{100 * low:.1f} to {100 * high:.1f} (95 % by bootstrap)"
+      )
+    else:
+      lines.append(f"{name} {score_N.mean():.4f}")
+  if "cells_micro" in found:
+    lines.append(f"cells_micro {found['cells_micro']:.4f}")
+  if "accuracy_tolerant" in result.grades:
+    lines.append(
+      f"strict and tolerant verdicts disagree on {result.num_disagree} of "
+      f"{len(result.records)} completions"
     )
-  if output:
-    with open(output, "w", encoding="utf-8") as file:
-      file.writelines(json.dumps(record) + "\n" for record in result.records)
-  return result
-
-
-def _restore(
-  policy: build.Policy, folder: str
-) -> tuple[types.Tree, types.Tree | None]:
-  """(params, lora) of the newest checkpoint of a run."""
-  if not (pathlib.Path(folder) / "checkpoints").is_dir():
-    raise errors.UserError(
-      f"--checkpoint={folder!r} is not a work directory with checkpoints/."
-    )
-  trainable = policy.params if policy.lora is None else policy.lora
-  with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-    found = checkpoints.restore_trainable(
-      trainable, base_model=policy.base_model
-    )
-  if found is None:
-    raise errors.UserError(f"--checkpoint={folder!r} holds no checkpoint yet.")
-  if policy.lora is None:
-    return found[0], None
-  return policy.params, found[0]
+  at_k = result.at_k(ks)
+  lines += [f"{name} {100 * value:.1f} %" for name, value in at_k.items()]
+  lines.append(
+    f"{result.grades['accuracy'].size} problems x {result.num_samples}, mean "
+    f"length {found['mean_length']:.1f} tokens, "
+    f"{found['mean_denoise_steps']:.1f} denoising steps, "
+    f"{result.seconds:.1f} s, {found['tokens_per_second']:.0f} tokens/s"
+  )
+  return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  result = run(command.CONFIG.value, _CHECKPOINT.value, _OUTPUT.value)
-  print(
-    f"accuracy {100 * result.accuracy:.1f} % "
-    f"± {100 * result.standard_error:.1f} (standard error, "
-    f"{len(result.records)} examples), "
-    f"mean length {result.num_tokens:.1f} tokens, "
-    f"{result.num_steps:.1f} denoising steps, {result.seconds:.1f} s"
+  ks = command.numbers("k", _K.value, int)
+  scores.check_k(ks, _NUM_SAMPLES.value)
+  c = presets.config(_SAMPLER.value, _MODEL.value)
+  result = evaluation.run(
+    c, _CHECKPOINT.value, _OUTPUT.value, num_samples=_NUM_SAMPLES.value
   )
-  for name, value in result.scalars().items():
-    print(f"  {name} = {value:.4f}")
+  print(report(result, ks))
 
 
 if __name__ == "__main__":

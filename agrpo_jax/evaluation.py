@@ -7,9 +7,6 @@ interruption.
 """
 
 import dataclasses
-import hashlib
-import json
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +15,9 @@ import jax
 import numpy as np
 
 from agrpo_jax import build
-from agrpo_jax import checkpoint as checkpoint_lib
-from agrpo_jax import checkpoint_meta
+from agrpo_jax import candidate
 from agrpo_jax import config as config_lib
+from agrpo_jax import config_check
 from agrpo_jax import data
 from agrpo_jax import distributed
 from agrpo_jax import errors
@@ -159,20 +156,20 @@ def run(
     UserError: anything that the user has to change, as early as it shows.
   """
   check(c, num_samples)
-  check_checkpoint(checkpoint)
+  candidate.check_checkpoint(checkpoint)
   examples = build.examples(c, c.evaluate.split)
   asked = settings(c, examples, checkpoint, num_samples)
   result = finished(output, asked, num_samples)
   if result is None:
     with build.grader(c) as grader:
-      loaded = policy(c, checkpoint)
+      loaded = candidate.policy(c, checkpoint)
       result = measure(c, loaded, examples, grader, asked, output)
   return dataclasses.replace(result, problems=asked["problems"])
 
 
 def check(c: config_lib.ConfigDict, num_samples: int = 1) -> None:
   """Raises UserError for what shows before any model is loaded."""
-  config_lib.check(c)
+  config_check.check(c)
   if num_samples < 1:
     raise errors.UserError(f"--num_samples={num_samples} must be at least 1.")
   e = c.evaluate
@@ -197,13 +194,10 @@ def settings(
   sampling = c.evaluate.to_dict()
   for free in ("batch_size", "every"):
     del sampling[free]
-  model = {
-    name: c.model[name] for name in ("path", "revision", "tokenizer", "dtype")
-  }
   return {
     "config": {
       "seed": c.seed,
-      "model": model,
+      "model": candidate.model_settings(c),
       "lora": c.lora.to_dict() if checkpoint else None,
       "task": c.task.to_dict(),
       "data": {"max_prompt_length": c.data.max_prompt_length},
@@ -242,9 +236,7 @@ def measure(
   dataset = data.Dataset(examples, loaded.tokenizer, c.data.max_prompt_length)
   prompts = dataset.prompts[: c.evaluate.num_examples or None]
   sampler = build.make_sampler(c, c.evaluate, loaded)
-  sums = checkpoint_meta.checksums((loaded.params, loaded.lora))
-  weights = hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
-  asked = {**asked, "weights": weights}
+  asked = {**asked, "weights": candidate.fingerprint(loaded)}
   with records.start(output if distributed.is_main() else "", asked) as kept:
     kept.done = distributed.exchange(kept.done)[0]
     result = evaluate(
@@ -267,33 +259,3 @@ def measure(
       }
     )
   return result
-
-
-def check_checkpoint(folder: str) -> None:
-  """Raises UserError for what is no run's work directory; "" is fine."""
-  if (
-    folder and not (pathlib.Path(folder).expanduser() / "checkpoints").is_dir()
-  ):
-    raise errors.UserError(
-      f"--checkpoint={folder!r} is not a work directory with checkpoints/."
-    )
-
-
-def policy(c: config_lib.ConfigDict, checkpoint: str = "") -> build.Policy:
-  """The model of a config; its trained part from a run's newest checkpoint."""
-  check_checkpoint(checkpoint)
-  loaded = build.policy(c)
-  if not checkpoint:
-    return loaded
-  trainable = loaded.params if loaded.lora is None else loaded.lora
-  folder = pathlib.Path(checkpoint).expanduser()
-  with checkpoint_lib.Checkpoints(folder, read_only=True) as checkpoints:
-    found = checkpoints.restore_trainable(
-      trainable, base_model=loaded.base_model
-    )
-  if found is None:
-    raise errors.UserError(
-      f"--checkpoint={checkpoint!r} holds no checkpoint yet."
-    )
-  part = "params" if loaded.lora is None else "lora"
-  return dataclasses.replace(loaded, **{part: found[0]})

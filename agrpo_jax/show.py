@@ -20,16 +20,17 @@ import jax
 import numpy as np
 from absl import flags
 
+from agrpo_jax import adhoc
 from agrpo_jax import build
+from agrpo_jax import candidate
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
-from agrpo_jax import evaluation
 from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import presets
 from agrpo_jax import replay
 from agrpo_jax import show_page
 from agrpo_jax import show_terminal
-from agrpo_jax import unmask
 
 # Which flag changes which key of config.evaluate. Other commands have flags of
 # the same names; only one command runs in a process.
@@ -47,6 +48,12 @@ _SETTINGS = {
 }
 _MODEL = flags.DEFINE_string(
   "model", "", "A checkpoint's folder or hub id.", allow_override=True
+)
+_SAMPLER = flags.DEFINE_string(
+  "sampler",
+  "config",
+  f"Settings by name: {', '.join(presets.PRESETS)}.",
+  allow_override=True,
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -74,37 +81,6 @@ _ANIMATION = flags.DEFINE_bool(
 _SECONDS = flags.DEFINE_float("seconds", 6.0, "Of animation, per completion.")
 
 
-def settings(
-  c: config_lib.ConfigDict | None, model: str, **changes: Any
-) -> config_lib.ConfigDict:
-  """The config to draw under: a given one, or the defaults, with changes.
-
-  Args:
-    c: as from a config file, or None.
-    model: in place of the config's; "" for the same.
-    **changes: keys of `config.evaluate`; None changes nothing.
-
-  Raises:
-    UserError: no model, or settings that contradict each other.
-  """
-  c = config_lib.rl() if c is None else c.copy_and_resolve_references()
-  if model:
-    c.model.path = model
-  if not c.model.path:
-    raise errors.UserError("Which model? --model=FOLDER, or --config=FILE.")
-  for name, value in changes.items():
-    if value is not None:
-      c.evaluate[name] = value
-  found = unmask.problems(
-    unmask.Sampling(
-      mask_id=0, eos_id=0, **config_lib.sampling_settings(c.evaluate)
-    )
-  )
-  if found:
-    raise errors.UserError("; ".join(found) + ". Change these flags.")
-  return c
-
-
 def draw(
   c: config_lib.ConfigDict,
   *,
@@ -117,7 +93,7 @@ def draw(
   """Draws completions of one prompt.
 
   Args:
-    c: from `settings`.
+    c: from `adhoc.config`.
     prompt: the user's words; without effect when there is an example.
     example: index of a held-out problem, or None.
     num_completions: how many.
@@ -136,7 +112,7 @@ def draw(
       f"unmask_rule={c.evaluate.unmask_rule!r} leave nothing to chance. Set "
       "--temperature=0.8 to see several."
     )
-  policy = evaluation.policy(c, checkpoint)
+  policy = candidate.policy(c, checkpoint)
   tokenizer = policy.tokenizer
   prompt_id = 0
   if example is not None:
@@ -238,9 +214,10 @@ def main(argv: Sequence[str]) -> None:
     )
   if _HTML.value and not pathlib.Path(_HTML.value).absolute().parent.is_dir():
     raise errors.UserError(f"--html={_HTML.value!r} is in no folder there is.")
-  c = settings(
+  c = adhoc.config(
     command.CONFIG.value,
     _MODEL.value,
+    _SAMPLER.value,
     **{name: flag.value for name, flag in _SETTINGS.items()},
   )
   if _SEED.value is not None:

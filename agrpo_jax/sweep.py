@@ -25,8 +25,10 @@ from typing import Any
 from absl import flags
 
 from agrpo_jax import build
+from agrpo_jax import candidate
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
+from agrpo_jax import config_check
 from agrpo_jax import distributed
 from agrpo_jax import errors
 from agrpo_jax import evaluation
@@ -97,7 +99,7 @@ def cells(
     names = [
       (run or path).strip("/").replace("/", "_") for path, run in sources
     ]
-  found = []
+  found: list[list[Cell]] = []
   for name, (path, checkpoint) in zip(names, sources, strict=True):
     grid = itertools.product(
       *(
@@ -136,7 +138,7 @@ def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
         result = evaluation.finished(cell.output, asked[cell.output], 1)
         if result is None:
           if loaded is None:
-            loaded = evaluation.policy(cell.config, cell.checkpoint)
+            loaded = candidate.policy(cell.config, cell.checkpoint)
           result = evaluation.measure(
             cell.config,
             loaded,
@@ -162,10 +164,10 @@ def _check(
     lambda path: port.load_config(path, revision=c.model.revision or None)
   )
   for cell in every:
-    for problem in config_lib.problems(cell.config):
+    for problem in config_check.problems(cell.config):
       found[f"config.{problem}"].append(cell)
     try:
-      evaluation.check_checkpoint(cell.checkpoint)
+      candidate.check_checkpoint(cell.checkpoint)
       mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
       network = load_network(cell.config.model.path)
       build.check_sampler(cell.config, cell.config.evaluate, mesh, network)
@@ -207,9 +209,9 @@ def main(argv: Sequence[str]) -> None:
     for name, flag in _AXES.items()
   }
   c = presets.config(_SAMPLER.value)
-  output = pathlib.Path(_OUTPUT.value).expanduser()
+  output = pathlib.Path(_OUTPUT.value or "").expanduser()
   grid = cells(c, _MODEL.value, _CHECKPOINT.value, axes, str(output))
-  rows = []
+  rows: list[dict[str, Any]] = []
   for row in run(grid):
     if not rows:
       print(table.line())

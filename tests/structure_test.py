@@ -16,16 +16,17 @@ MAX_LINES = 350
 # From the ground up: a module imports only modules named before it. `tasks` is
 # one name here; inside it the rule is that nothing imports in a circle.
 ORDER = """
-  errors command distributed types masked mesh
+  errors distributed command types masked mesh
   llada_config llada_params ops llada lora
   hub port_names port_files port_arrays port_write peft port
   tokens_bytes tokens_fast tokens
   unmask rollout mc_steps advantage objective
   optimizer learner
-  tasks worker_process grading data demonstrations
+  tasks worker_process grading scoring data demonstrations
   checkpoint_meta checkpoint workdir metrics progress
-  config sampler build run
-  evaluate sft train main demo
+  records scores config config_check sampler scoring build run presets
+  candidate evaluation evaluate table sweep elbo likelihood
+  sft train main demo
   replay show_terminal show_page show lm_eval
 """.split()
 

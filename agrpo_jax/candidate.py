@@ -1,0 +1,54 @@
+"""The model that is evaluated: of a config, or of a run's checkpoint."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from agrpo_jax import build
+from agrpo_jax import checkpoint as checkpoint_lib
+from agrpo_jax import checkpoint_meta
+from agrpo_jax import config as config_lib
+from agrpo_jax import errors
+
+
+def check_checkpoint(folder: str) -> None:
+  """Raises UserError for what is no run's work directory; "" is fine."""
+  if (
+    folder and not (pathlib.Path(folder).expanduser() / "checkpoints").is_dir()
+  ):
+    raise errors.UserError(
+      f"--checkpoint={folder!r} is not a work directory with checkpoints/."
+    )
+
+
+def policy(c: config_lib.ConfigDict, checkpoint: str = "") -> build.Policy:
+  """The model of a config; its trained part from a run's newest checkpoint."""
+  check_checkpoint(checkpoint)
+  loaded = build.policy(c)
+  if not checkpoint:
+    return loaded
+  trainable = loaded.params if loaded.lora is None else loaded.lora
+  folder = pathlib.Path(checkpoint).expanduser()
+  with checkpoint_lib.Checkpoints(folder, read_only=True) as checkpoints:
+    found = checkpoints.restore_trainable(
+      trainable, base_model=loaded.base_model
+    )
+  if found is None:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r} holds no checkpoint yet."
+    )
+  part = "params" if loaded.lora is None else "lora"
+  return dataclasses.replace(loaded, **{part: found[0]})
+
+
+def model_settings(c: config_lib.ConfigDict) -> dict[str, str]:
+  """The keys of `c.model` that numbers depend on."""
+  names = ("path", "revision", "tokenizer", "dtype")
+  return {name: c.model[name] for name in names}
+
+
+def fingerprint(loaded: build.Policy) -> str:
+  """Of all parameters, adapters included."""
+  sums = checkpoint_meta.checksums((loaded.params, loaded.lora))
+  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
