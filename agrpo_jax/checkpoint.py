@@ -167,7 +167,8 @@ class Checkpoints:
     self._manager.close()
 
   def _newest_first(self) -> list[int]:
-    return sorted(self._manager.all_steps(read=True), reverse=True)
+    self._manager.reload()  # a run beside this process may have saved more
+    return sorted(self._manager.all_steps(), reverse=True)
 
   def _read_meta(self, train_step: int) -> dict[str, Any]:
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())

@@ -99,6 +99,14 @@ def test_reading_makes_nothing(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_reading_beside_a_run_sees_what_it_saves(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as reader:
+    assert reader.meta() is None
+    _save_steps(tmp_path, [2])
+    restored, _ = reader.restore(_abstract(_state()))
+  assert restored.train_step == 2
+
+
 def test_which_train_steps_are_saved_and_kept(tmp_path):
   saved = _save_steps(tmp_path, range(1, 8), every=2, keep=2)
   assert saved == [False, True, False, True, False, True, False]
