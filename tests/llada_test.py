@@ -401,7 +401,7 @@ def test_rows_stay_split_when_parameters_are(run_in_subprocess):
       rng.integers(0, 40, (8, 3)),
     )
     expected = jax.jit(llada.logits_fn(config, params))(*batch)
-    for sizes in ((2, 4, 1), (1, 4, 2)):
+    for sizes in ((1, 4, 2), (2, 4, 1)):
       mesh = mesh_lib.make(*sizes)
       rows = mesh_lib.rows(mesh)
       where = mesh_lib.shardings(mesh, llada.logical_axes(config), params)
@@ -413,9 +413,12 @@ def test_rows_stay_split_when_parameters_are(run_in_subprocess):
       ).lower(params, *batch).compile()
       split = jax.device_put(params, where), *jax.device_put(batch, rows)
       np.testing.assert_allclose(compiled(*split), expected, atol=1e-4)
-      layers = re.findall(
-        r"f32\\[8,40,(64|96)\\][^=]* (?:all-gather|all-reduce)\\(",
-        compiled.as_text(),
-      )
-      assert not layers, layers
+    # On the last mesh every device has one row, so no device may exchange
+    # what the layers make of several: [rows, 40, width or MLP width].
+    exchanged = [
+      line for line in compiled.as_text().splitlines()
+      if re.search(r" all-(gather|reduce|to-all)\\(", line)
+      and re.search(r"f32\\[([2-9]),40,(64|96)\\]", line)
+    ]
+    assert not exchanged, exchanged
   """)

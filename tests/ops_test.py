@@ -157,10 +157,12 @@ class TestNorm:
     root = np.sqrt((9 + 16) / 2 + 0.5)
     np.testing.assert_allclose(y, [[3 / root, -8 / root]], rtol=1e-6)
 
-  def test_bfloat16_is_averaged_in_float32(self):
-    x = jnp.full((1, 4096), 3.0, jnp.bfloat16)
-    y = ops.rms_norm(x, jnp.ones(4096, jnp.bfloat16), 0.0)
-    np.testing.assert_array_equal(y, np.ones((1, 4096)))
+  def test_bfloat16_is_normalised_in_float32(self):
+    x, scale = (one.astype(jnp.bfloat16) for one in draw(8, (4, 999), (999,)))
+    y = ops.rms_norm(x, scale, 1e-5)
+    exact = ops.rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), 1e-5)
+    assert y.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(y, exact.astype(jnp.bfloat16))
 
 
 class TestGatedSilu:

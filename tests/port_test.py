@@ -276,7 +276,7 @@ class TestRefusals:
     "path", ["./no/such/folder", "/no/such", "~/no-such", "nosuch", "a/b/c"]
   )
   def test_no_such_folder(self, path):
-    with pytest.raises(errors.UserError, match="There is no folder"):
+    with pytest.raises(errors.UserError, match="looked for"):
       port.load(path)
 
   def test_file_instead_of_folder(self):

@@ -106,6 +106,14 @@ class TestChat:
     assert protected[at : at + len(name)] == name
     assert ordinary[at + 1 :] == protected[at + len(name) :]
 
+  def test_ordinary_added_tokens_are_not_protected(self, folder):
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["Sudoku"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = tokens.load(folder, network())
+    assert tokenizer.encode("Sudoku") == [266]
+    assert 266 in tokenizer.encode_chat(ask("Sudoku <|eot_id|>"))
+
   def test_message_without_text(self, tokenizer):
     with pytest.raises(errors.UserError, match="content"):
       tokenizer.encode_chat([{"role": "user"}])
@@ -244,6 +252,10 @@ class TestBytes:
     )
     assert tokenizer.eot_id is None
     assert tokenizer.decode(tokenizer.encode("\u20ac\x00\n")) == "\u20ac\x00\n"
+
+  def test_bytes_that_are_no_text(self):
+    tokenizer = tokens.load("bytes", network())
+    assert tokenizer.decode([0xFF, 0x41]) == "\ufffdA"
 
   def test_chat(self):
     tokenizer = tokens.load("bytes", network())
