@@ -24,10 +24,10 @@ from agrpo_jax import objective
 from agrpo_jax import optimizer
 from agrpo_jax import port
 from agrpo_jax import sampler
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import tasks
 from agrpo_jax import tokens
 from agrpo_jax import types
-from agrpo_jax import unmask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,8 @@ def grader(c: config_lib.ConfigDict) -> grading.Grader:
 
 def sampling(
   sub: config_lib.ConfigDict, tokenizer: tokens.Tokenizer
-) -> unmask.Sampling:
-  return unmask.Sampling(
+) -> sampling_lib.Sampling:
+  return sampling_lib.Sampling(
     mask_id=tokenizer.mask_id,
     eos_id=tokenizer.eos_id,
     **config_lib.sampling_settings(sub),

@@ -12,8 +12,8 @@ from typing import TypeAlias
 import ml_collections
 
 from agrpo_jax import optimizer
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import tasks
-from agrpo_jax import unmask
 
 ConfigDict: TypeAlias = ml_collections.ConfigDict
 
@@ -185,8 +185,8 @@ def paper(c: ConfigDict) -> None:
 
 
 def sampling_settings(sub: ConfigDict) -> dict[str, Any]:
-  """The keys of `unmask.Sampling` that a config's sub-tree holds."""
-  names = {field.name for field in dataclasses.fields(unmask.Sampling)}
+  """The keys of `sampling_lib.Sampling` that a config's sub-tree holds."""
+  names = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
   return {name: sub[name] for name in sub if name in names}
 
 

@@ -21,8 +21,8 @@ from agrpo_jax import advantage as advantage_lib
 from agrpo_jax import mc_steps
 from agrpo_jax import objective as objective_lib
 from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
-from agrpo_jax import unmask
 
 PolicyFn = Callable[[types.Tree, types.Tree | None], types.LogitsFn]
 """(params, lora) -> the network bound to them."""
@@ -48,7 +48,7 @@ class Learner:
 
   policy: PolicyFn
   optimizer: optax.GradientTransformation
-  sampling: unmask.Sampling
+  sampling: sampling_lib.Sampling
   objective: objective_lib.Objective
   steps: mc_steps.McSteps
   baseline: str

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from agrpo_jax import masked
 from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
 from agrpo_jax import unmask
 
@@ -61,7 +62,7 @@ class Factors(flax.struct.PyTreeNode):
   is_factor: jax.Array
 
 
-def needs_block(sampling: unmask.Sampling, objective: Objective) -> bool:
+def needs_block(sampling: sampling_lib.Sampling, objective: Objective) -> bool:
   """Whether the likelihood reads the whole block, not the targets alone."""
   return (
     sampling.unmask_rule == "confidence" and objective.likelihood == "exact"
@@ -71,7 +72,7 @@ def needs_block(sampling: unmask.Sampling, objective: Objective) -> bool:
 def state(
   row: types.Rollout,
   denoise_step: jax.Array,
-  sampling: unmask.Sampling,
+  sampling: sampling_lib.Sampling,
   objective: Objective,
 ) -> tuple[jax.Array, jax.Array]:
   """The completion before a step, and the completion positions to score.
@@ -109,7 +110,7 @@ def step_logprob(
   row: types.Rollout,
   denoise_step: jax.Array,
   offset_S: jax.Array,
-  sampling: unmask.Sampling,
+  sampling: sampling_lib.Sampling,
   objective: Objective,
 ) -> Factors:
   """Log-likelihood of one denoising step, factor by factor.
@@ -257,7 +258,7 @@ def loss_terms(
   denoise_step_B: jax.Array,
   weight_B: jax.Array,
   advantage_B: jax.Array,
-  sampling: unmask.Sampling,
+  sampling: sampling_lib.Sampling,
   objective: Objective,
 ) -> Terms:
   """Terms summed over B (completion, denoising step) pairs.

@@ -22,6 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
 from agrpo_jax import unmask
 
@@ -109,7 +110,7 @@ def place(
 def sample_rollout(
   logits_fn: types.LogitsFn,
   prompts: types.Prompts,
-  sampling: unmask.Sampling,
+  sampling: sampling_lib.Sampling,
   *,
   noise: Noise = NOISE,
 ) -> types.Rollout:
@@ -127,7 +128,7 @@ def sample_rollout(
   Raises:
     ValueError: settings that contradict each other.
   """
-  found = unmask.problems(sampling)
+  found = sampling_lib.problems(sampling)
   if found:
     raise ValueError("; ".join(found))
   chex.assert_rank([prompts.tokens, prompts.length, prompts.key], [2, 1, 1])
@@ -192,7 +193,9 @@ def sample_rollout(
   )
 
 
-def _start(sampling: unmask.Sampling, support_CxS: jax.Array | None) -> _Row:
+def _start(
+  sampling: sampling_lib.Sampling, support_CxS: jax.Array | None
+) -> _Row:
   num_tokens, num_steps = sampling.completion_length, sampling.max_steps
   return _Row(
     completion=jnp.full((num_tokens,), sampling.eos_id, jnp.int32),
@@ -208,7 +211,9 @@ def _start(sampling: unmask.Sampling, support_CxS: jax.Array | None) -> _Row:
   )
 
 
-def _empty_support(sampling: unmask.Sampling, vocab_size: int) -> jax.Array:
+def _empty_support(
+  sampling: sampling_lib.Sampling, vocab_size: int
+) -> jax.Array:
   num_tokens = sampling.completion_length
   if sampling.top_k > 0:
     size = unmask.support_size(sampling, vocab_size)
@@ -216,12 +221,12 @@ def _empty_support(sampling: unmask.Sampling, vocab_size: int) -> jax.Array:
   return jnp.zeros((num_tokens, -(-vocab_size // 8)), jnp.uint8)
 
 
-def _block_start(row: _Row, sampling: unmask.Sampling) -> jax.Array:
+def _block_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   last = sampling.num_blocks - 1
   return jnp.minimum(row.block, last) * sampling.block_length
 
 
-def _masked(row: _Row, sampling: unmask.Sampling) -> jax.Array:
+def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   """bool [T]: which positions of the active block are still masked."""
   step_T = jax.lax.dynamic_slice_in_dim(
     row.unmask_step, _block_start(row, sampling), sampling.block_length
@@ -229,14 +234,14 @@ def _masked(row: _Row, sampling: unmask.Sampling) -> jax.Array:
   return (step_T == sampling.max_steps) & ~row.is_done
 
 
-def _count(row: _Row, sampling: unmask.Sampling) -> jax.Array:
+def _count(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   """How many positions this step unmasks."""
-  counts = jnp.asarray(unmask.step_counts(sampling))
+  counts = jnp.asarray(sampling_lib.step_counts(sampling))
   return counts[row.denoise_step % sampling.steps_per_block]
 
 
 def _choose_before(
-  row: _Row, key: jax.Array, sampling: unmask.Sampling, noise: Noise
+  row: _Row, key: jax.Array, sampling: sampling_lib.Sampling, noise: Noise
 ) -> tuple[jax.Array, jax.Array]:
   """Offsets in the block that need logits, and which are chosen already.
 
@@ -257,7 +262,7 @@ def _choose_before(
 
 
 def _choose_after(
-  row: _Row, drawn: unmask.Draw, sampling: unmask.Sampling
+  row: _Row, drawn: unmask.Draw, sampling: sampling_lib.Sampling
 ) -> jax.Array:
   """bool [T]: what the `confidence` and `entropy` rules unmask."""
   is_masked_T = _masked(row, sampling)
@@ -278,7 +283,7 @@ def _unmask_row(
   is_chosen_S: jax.Array,
   logits_SxV: jax.Array,
   *,
-  sampling: unmask.Sampling,
+  sampling: sampling_lib.Sampling,
   noise: Noise,
 ) -> _Row:
   """Draws, unmasks, and moves the row on."""
@@ -322,7 +327,7 @@ def _unmask_row(
   return _move_on(row, sampling)
 
 
-def _move_on(row: _Row, sampling: unmask.Sampling) -> _Row:
+def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   """To the next step or block; ends the row after its last block."""
   is_full = ~_masked(row, sampling).any()
   completion_T = jax.lax.dynamic_slice_in_dim(

@@ -10,8 +10,8 @@ from agrpo_jax import data
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
-from agrpo_jax import unmask
 
 
 class Sampler:
@@ -20,7 +20,7 @@ class Sampler:
   def __init__(
     self,
     policy: learner_lib.PolicyFn,
-    sampling: unmask.Sampling,
+    sampling: sampling_lib.Sampling,
     mesh: mesh_lib.Mesh,
     batch_size: int,
     bucket: int,

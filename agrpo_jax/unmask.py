@@ -16,17 +16,13 @@ likelihood has a further factor for every position that stayed masked: the
 probability that its draw was not confident enough (`order_logprob`).
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-UNMASK_RULES = ("random", "confidence", "entropy")
-TOP_P_RULES = ("keep", "drop")
-CONFIDENCES = ("policy", "model")
+from agrpo_jax import sampling as sampling_lib
 
 # Slots of a support beyond top_k: low-precision logits tie often.
 _MIN_TIE_SLOTS = 48
@@ -34,132 +30,6 @@ _SUPPORT_MULTIPLE = 32
 # Floor of a probability whose logarithm is taken: under a policy that has moved
 # since the rollout, what happened may have become impossible.
 _TINY = 1e-30
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How completions are drawn. Hashable: a static argument of compiled code.
-
-  Attributes:
-    mask_id: vocabulary id of [MASK].
-    eos_id: vocabulary id that ends a completion.
-    completion_length: C, a multiple of block_length.
-    block_length: T; a block is finished before the next begins.
-    num_denoise_steps: K, divided equally over the blocks.
-    unmask_rule: one of UNMASK_RULES.
-    temperature: divides the logits; 0 takes the most probable token (the
-      recorded log-probabilities are then those at temperature 1).
-    top_k: keep the k most probable tokens and those tied with the k-th; 0: all.
-    top_p: keep the most probable tokens until their mass reaches this; 1: all.
-    top_p_rule: `keep` the token that crosses top_p, or `drop` it (released
-      AGRPO; the first token always stays).
-    confidence: what the `confidence` rule ranks by: the log-probability of the
-      drawn token under the `policy` (temperature and support applied; released
-      AGRPO) or under the `model` (neither; the original LLaDA sampler).
-    threshold: evaluation only (Fast-dLLM): unmask every position whose
-      confidence, as a probability, reaches this, at least one a step, however
-      many steps that takes; None: off.
-    guidance: scale of classifier-free guidance, evaluation only; 0: off.
-    stop_at_eos: a block that comes out all EOS ends the completion.
-  """
-
-  mask_id: int
-  eos_id: int
-  completion_length: int
-  block_length: int
-  num_denoise_steps: int
-  unmask_rule: str = "random"
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  top_p_rule: str = "keep"
-  confidence: str = "policy"
-  threshold: float | None = None
-  guidance: float = 0.0
-  stop_at_eos: bool = True
-
-  @property
-  def num_blocks(self) -> int:
-    return self.completion_length // self.block_length
-
-  @property
-  def steps_per_block(self) -> int:
-    if self.threshold is not None:
-      return self.block_length
-    return self.num_denoise_steps // self.num_blocks
-
-  @property
-  def max_steps(self) -> int:
-    """K: no completion executes more denoising steps, none has this index."""
-    return self.num_blocks * self.steps_per_block
-
-  @property
-  def tokens_per_step(self) -> int:
-    """U: the most positions that a step unmasks."""
-    return int(step_counts(self).max())
-
-  @property
-  def is_truncated(self) -> bool:
-    return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
-
-
-def problems(sampling: Sampling) -> list[str]:
-  """What is wrong with the settings, a sentence each; empty when they hold."""
-  s = sampling
-  found = []
-
-  def check(holds: bool, problem: str) -> None:
-    if not holds:
-      found.append(problem)
-
-  for name in ("completion_length", "block_length", "num_denoise_steps"):
-    check(
-      getattr(s, name) >= 1, f"{name}={getattr(s, name)} must be at least 1"
-    )
-  if found:
-    return found
-  check(
-    s.completion_length % s.block_length == 0,
-    f"completion_length={s.completion_length} is not a multiple of "
-    f"block_length={s.block_length}",
-  )
-  num_blocks = max(1, s.completion_length // s.block_length)
-  check(
-    s.num_denoise_steps % num_blocks == 0,
-    f"num_denoise_steps={s.num_denoise_steps} does not divide equally over "
-    f"{num_blocks} blocks (completion_length={s.completion_length}, "
-    f"block_length={s.block_length})",
-  )
-  for name, value, known in (
-    ("unmask_rule", s.unmask_rule, UNMASK_RULES),
-    ("top_p_rule", s.top_p_rule, TOP_P_RULES),
-    ("confidence", s.confidence, CONFIDENCES),
-  ):
-    check(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
-  check(s.temperature >= 0, f"temperature={s.temperature} is negative")
-  check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
-  check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")
-  check(s.guidance >= 0, f"guidance={s.guidance} is negative; 0 is off")
-  if s.threshold is not None:
-    check(0 < s.threshold <= 1, f"threshold={s.threshold} is outside (0, 1]")
-    check(
-      s.unmask_rule == "confidence",
-      f"threshold={s.threshold} needs unmask_rule='confidence', "
-      f"not {s.unmask_rule!r}",
-    )
-  return found
-
-
-def step_counts(sampling: Sampling) -> np.ndarray:
-  """How many positions each denoising step of a block unmasks.
-
-  int [steps_per_block]: equal shares of the block, the remainder one each to
-  the first steps (LLaDA, arXiv:2502.09992, `get_num_transfer_tokens`).
-  """
-  share, rest = divmod(sampling.block_length, sampling.steps_per_block)
-  counts = np.full(sampling.steps_per_block, share, np.int32)
-  counts[:rest] += 1
-  return counts
 
 
 class Filtered(NamedTuple):
@@ -181,13 +51,15 @@ class Filtered(NamedTuple):
     return -jnp.where(kept, jnp.exp(logprob) * logprob, 0.0).sum()
 
 
-def _temper(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def _temper(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
   if sampling.temperature > 0:
     return logits / sampling.temperature
   return logits
 
 
-def _keep_top_p(sorted_logits_S: jax.Array, sampling: Sampling) -> jax.Array:
+def _keep_top_p(
+  sorted_logits_S: jax.Array, sampling: sampling_lib.Sampling
+) -> jax.Array:
   """bool [S]: what top-p keeps of logits sorted in descending order."""
   prob_S = jax.nn.softmax(sorted_logits_S)
   mass_S = jnp.cumsum(prob_S)  # its own token included
@@ -199,7 +71,9 @@ def _keep_top_p(sorted_logits_S: jax.Array, sampling: Sampling) -> jax.Array:
   return kept_S.at[0].set(True)
 
 
-def filter_logits(logits_V: jax.Array, sampling: Sampling) -> Filtered:
+def filter_logits(
+  logits_V: jax.Array, sampling: sampling_lib.Sampling
+) -> Filtered:
   """Temperature, then top-k, then top-p.
 
   With top-k the candidates are the largest logits in descending order, a few
@@ -239,13 +113,15 @@ def filter_logits(logits_V: jax.Array, sampling: Sampling) -> Filtered:
   return Filtered(jax.nn.log_softmax(logits_V), ids_V)
 
 
-def support_size(sampling: Sampling, vocab_size: int) -> int:
+def support_size(sampling: sampling_lib.Sampling, vocab_size: int) -> int:
   """S: how many candidates top-k looks at, room for ties included."""
   room = sampling.top_k + max(_MIN_TIE_SLOTS, sampling.top_k // 4)
   return min(-(-room // _SUPPORT_MULTIPLE) * _SUPPORT_MULTIPLE, vocab_size)
 
 
-def pack_support(filtered: Filtered, sampling: Sampling) -> jax.Array | None:
+def pack_support(
+  filtered: Filtered, sampling: sampling_lib.Sampling
+) -> jax.Array | None:
   """What `Rollout.support` records of a draw: ids, packed bits or None."""
   if not sampling.is_truncated:
     return None
@@ -256,7 +132,9 @@ def pack_support(filtered: Filtered, sampling: Sampling) -> jax.Array | None:
 
 
 def replay(
-  logits_V: jax.Array, support: jax.Array | None, sampling: Sampling
+  logits_V: jax.Array,
+  support: jax.Array | None,
+  sampling: sampling_lib.Sampling,
 ) -> Filtered:
   """The distribution over a recorded support, from logits computed anew.
 
@@ -302,7 +180,7 @@ def draw(
   logits_V: jax.Array,
   filtered: Filtered,
   gumbel_S: jax.Array,
-  sampling: Sampling,
+  sampling: sampling_lib.Sampling,
 ) -> Draw:
   """Draws one token by the Gumbel-max trick, in log space.
 
@@ -327,7 +205,7 @@ def draw(
 
 
 def confidence(
-  logits_V: jax.Array, filtered: Filtered, sampling: Sampling
+  logits_V: jax.Array, filtered: Filtered, sampling: sampling_lib.Sampling
 ) -> jax.Array:
   """float32 [S]: what each candidate would be ranked by, had it been drawn."""
   if sampling.confidence == "policy":

@@ -36,8 +36,8 @@ from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import objective
 from agrpo_jax import optimizer
 from agrpo_jax import sampler as sampler_lib
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import tokens
-from agrpo_jax import unmask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     lora = lora_lib.init(settings, params, jax.random.key(1))
   tokenizer = tokens.load("bytes", config)
   policy = build.Policy(mesh, config, params, lora, settings, tokenizer, {})
-  sampling = unmask.Sampling(
+  sampling = sampling_lib.Sampling(
     mask_id=config.mask_id,
     eos_id=config.eos_id,
     completion_length=preset.completion_length,

@@ -23,15 +23,15 @@ from agrpo_jax import learner as learner_lib
 from agrpo_jax import mc_steps
 from agrpo_jax import objective as objective_lib
 from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
-from agrpo_jax import unmask
 
 V = 3  # tokens 0 (EOS), 1, 2; 3 is [MASK]
 MASK = V
 
 
-def make_sampling(**settings) -> unmask.Sampling:
-  return unmask.Sampling(mask_id=MASK, eos_id=0, **settings)
+def make_sampling(**settings) -> sampling_lib.Sampling:
+  return sampling_lib.Sampling(mask_id=MASK, eos_id=0, **settings)
 
 
 def make_table(num_tokens: int, seed: int = 0) -> np.ndarray:
@@ -61,7 +61,7 @@ def reward_of(completion: tuple[int, ...]) -> float:
   return float(np.sin(3 * (weights * completion).sum()) + completion[0])
 
 
-def distribution(logits: np.ndarray, s: unmask.Sampling) -> np.ndarray:
+def distribution(logits: np.ndarray, s: sampling_lib.Sampling) -> np.ndarray:
   """float64 [V]: what a token is drawn from."""
   logits = logits / s.temperature
   keep = np.ones(V, bool)
@@ -96,7 +96,7 @@ class Path:
   num_steps: int
 
 
-def walk(table: np.ndarray, s: unmask.Sampling) -> list[Path]:
+def walk(table: np.ndarray, s: sampling_lib.Sampling) -> list[Path]:
   """Every raw path: order drawn, tokens drawn at every masked position."""
   num_tokens, length = s.completion_length, s.block_length
   per_step = s.completion_length // s.num_denoise_steps
@@ -173,7 +173,7 @@ def walk(table: np.ndarray, s: unmask.Sampling) -> list[Path]:
 
 
 @functools.cache
-def enumerated(s: unmask.Sampling):
+def enumerated(s: sampling_lib.Sampling):
   """(value, gradient, records, prob of each record) of the toy.
 
   Records are the package's `Rollout`, one row per distinct outcome.
@@ -224,7 +224,7 @@ def enumerated(s: unmask.Sampling):
 
 
 def expected_estimate(
-  s: unmask.Sampling,
+  s: sampling_lib.Sampling,
   objective: objective_lib.Objective,
   steps: mc_steps.McSteps,
 ) -> np.ndarray:
@@ -263,7 +263,7 @@ def expected_estimate(
 
 
 @functools.cache
-def estimator(s: unmask.Sampling, objective: objective_lib.Objective):
+def estimator(s: sampling_lib.Sampling, objective: objective_lib.Objective):
   """Compiled: gradient of the loss of many pairs, and how far ratios stray."""
 
   def loss(table, pairs, step_B, weight_B, reward_B):

@@ -12,8 +12,8 @@ import safetensors.numpy
 from agrpo_jax import llada
 from agrpo_jax import port
 from agrpo_jax import port_names
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
-from agrpo_jax import unmask
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDEN = pathlib.Path(__file__).parent / "testdata" / "golden"
@@ -68,7 +68,9 @@ RULES = {
 }
 
 
-def sampling(config: llada.Config, meta: dict, **changes) -> unmask.Sampling:
+def sampling(
+  config: llada.Config, meta: dict, **changes
+) -> sampling_lib.Sampling:
   """The settings of a recorded rollout of the released AGRPO code."""
   settings = dict(
     mask_id=config.mask_id,
@@ -82,7 +84,7 @@ def sampling(config: llada.Config, meta: dict, **changes) -> unmask.Sampling:
     top_p=meta["top_p"],
     top_p_rule="drop",
   )
-  return unmask.Sampling(**(settings | changes))
+  return sampling_lib.Sampling(**(settings | changes))
 
 
 def keep_mask(support, vocab_size: int) -> np.ndarray:

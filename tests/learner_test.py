@@ -15,8 +15,8 @@ from agrpo_jax import llada
 from agrpo_jax import mc_steps
 from agrpo_jax import objective as objective_lib
 from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
-from agrpo_jax import unmask
 
 NUM_ROWS, GROUP_SIZE = 8, 4
 ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
@@ -25,7 +25,7 @@ ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
 def setting(rule="random", **changes):
   """(learner, state, rollout, keys) on a recorded tiny network."""
   config, params, _ = fixtures.network("tiny_loss")
-  sampling = unmask.Sampling(
+  sampling = sampling_lib.Sampling(
     mask_id=config.mask_id,
     eos_id=config.eos_id,
     completion_length=8,
@@ -74,7 +74,7 @@ def step(learner, state, rollout, keys, reward=REWARD):
   )
 
 
-@pytest.mark.parametrize("rule", unmask.UNMASK_RULES)
+@pytest.mark.parametrize("rule", sampling_lib.UNMASK_RULES)
 def test_the_first_policy_ratio_is_one(rule):
   """Rollout and objective agree on every log-probability, also the order's."""
   _, metrics = step(*setting(rule))

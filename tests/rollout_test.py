@@ -7,7 +7,7 @@ import pytest
 
 import fixtures
 from agrpo_jax import rollout as rollout_lib
-from agrpo_jax import unmask
+from agrpo_jax import sampling as sampling_lib
 
 AGRPO = sorted(p.stem for p in fixtures.GOLDEN.glob("rollout/*.npz"))
 LLADA = sorted(p.stem for p in fixtures.GOLDEN.glob("llada_generate/l*.npz"))
@@ -97,7 +97,7 @@ def test_equals_the_original_llada_sampler(name):
   rollout = rollout_lib.sample_rollout(
     logits_fn,
     prompts,
-    unmask.Sampling(
+    sampling_lib.Sampling(
       mask_id=config.mask_id,
       eos_id=config.eos_id,
       completion_length=meta["gen_length"],

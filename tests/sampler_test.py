@@ -7,9 +7,9 @@ import numpy as np
 from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import sampler as sampler_lib
-from agrpo_jax import unmask
+from agrpo_jax import sampling as sampling_lib
 
-SAMPLING = unmask.Sampling(
+SAMPLING = sampling_lib.Sampling(
   mask_id=9,
   eos_id=0,
   completion_length=4,

@@ -20,11 +20,11 @@ ORDER = """
   llada_config llada_params ops llada lora
   hub port_names port_files port_arrays port_write peft port
   tokens_bytes tokens_fast tokens
-  unmask rollout mc_steps advantage objective
+  sampling unmask rollout mc_steps advantage objective
   optimizer learner
   tasks worker_process grading scoring data demonstrations
   checkpoint_meta checkpoint workdir metrics progress
-  records scores config config_check sampler scoring build run presets
+  records scores config config_check sampler build run presets
   candidate evaluation evaluate table sweep elbo likelihood
   sft train main demo
   replay show_terminal show_page show lm_eval
@@ -32,7 +32,7 @@ ORDER = """
 
 # What knows the sampler and the estimator knows no network: it gets a function.
 BEFORE_NETWORKS = {
-  *("types", "masked", "unmask", "rollout"),
+  *("types", "masked", "sampling", "unmask", "rollout"),
   *("mc_steps", "advantage", "objective"),
 }
 NETWORKS = {"llada", "llada_config", "llada_params", "lora", "port", "tokens"}

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import fixtures
+from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import unmask
 
 
-def make(**settings) -> unmask.Sampling:
+def make(**settings) -> sampling_lib.Sampling:
   defaults = dict(
     mask_id=9,
     eos_id=0,
@@ -19,7 +20,7 @@ def make(**settings) -> unmask.Sampling:
     block_length=4,
     num_denoise_steps=4,
   )
-  return unmask.Sampling(**(defaults | settings))
+  return sampling_lib.Sampling(**(defaults | settings))
 
 
 ARRAYS, META = fixtures.golden("sampling/gumbel_sample")
@@ -153,7 +154,7 @@ def test_step_counts(length, steps, expected):
   sampling = make(
     completion_length=length, block_length=length, num_denoise_steps=steps
   )
-  assert unmask.step_counts(sampling).tolist() == expected
+  assert sampling_lib.step_counts(sampling).tolist() == expected
 
 
 @pytest.mark.parametrize("num_targets", [1, 2])
@@ -185,12 +186,14 @@ def test_order_logprob_by_enumerating_every_draw(num_targets):
 
 
 def test_problems_are_reported_together():
-  found = unmask.problems(
+  found = sampling_lib.problems(
     make(block_length=3, unmask_rule="low_confidence", top_p=0.0, top_k=-1)
   )
   text = "\n".join(found)
   for part in ("block_length=3", "low_confidence", "top_p=0.0", "top_k=-1"):
     assert part in text
-  assert unmask.problems(make()) == []
-  assert "threshold" in unmask.problems(make(threshold=0.9))[0]
-  assert "num_denoise_steps=0" in unmask.problems(make(num_denoise_steps=0))[0]
+  assert sampling_lib.problems(make()) == []
+  assert "threshold" in sampling_lib.problems(make(threshold=0.9))[0]
+  assert (
+    "num_denoise_steps=0" in sampling_lib.problems(make(num_denoise_steps=0))[0]
+  )
