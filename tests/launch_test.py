@@ -96,6 +96,14 @@ class Cloud:
   def path(self) -> dict[str, str]:
     return {"PATH": f"{self.bin}:{os.environ['PATH']}"}
 
+  def bare(self, *names: str) -> pathlib.Path:
+    """A PATH of almost nothing: the machine may have the real programs."""
+    folder = self.folder / "bare"
+    folder.mkdir()
+    for name in ("bash", "env", "basename", "dirname", "sed", *names):
+      (folder / name).symlink_to(shutil.which(name))
+    return folder
+
   @property
   def records(self) -> list[tuple[list[str], str]]:
     file = self.bin / "calls.jsonl"
@@ -276,14 +284,11 @@ def test_mistakes_are_reported_together(cloud, arguments, messages, dry_run):
   "name", ["wait", "gke-status", "xpk-status", "slurm-status", "sky-status"]
 )
 def test_a_missing_program_is_named(cloud, name):
-  bare = cloud.folder / "bare"  # the machine may have the real ones
-  bare.mkdir()
-  for program in ("bash", "env", "basename", "dirname", "sed"):
-    (bare / program).symlink_to(shutil.which(program))
-  done = cloud.run(*ACTIONS[name], PATH=str(bare))
+  bare = str(cloud.bare())
+  done = cloud.run(*ACTIONS[name], PATH=bare)
   assert done.returncode == 2
   assert "is not installed or not on PATH" in done.stderr
-  dry = cloud.run(*ACTIONS[name], "--dry-run", PATH=str(bare))
+  dry = cloud.run(*ACTIONS[name], "--dry-run", PATH=bare)
   assert dry.returncode == 0, dry.stderr
 
 
@@ -479,7 +484,8 @@ def test_a_host_is_set_up(host, has_gcsfuse):
   if has_gcsfuse:
     host.stub("gcsfuse")
   host.answer({"mountpoint": [("", 1)], "curl": [("", 22)]})
-  done = host.run("on_worker.sh", "setup", "my-bucket")
+  path = f"{host.bin}:{host.bare('id')}"
+  done = host.run("on_worker.sh", "setup", "my-bucket", PATH=path)
   calls = [shlex.join(call) for call in host.calls]
   assert "uv venv" in calls[1]
   assert calls[2].endswith(
@@ -854,11 +860,14 @@ def test_a_local_process_that_does_not_end_is_killed():
   started = time.monotonic()
   done = local(
     *("--grace=0.5", "--", "bash", "-c"),
-    "[ $AGRPO_PROCESS_ID = 1 ] && exit 3; trap '' TERM; sleep 60; sleep 60",
+    "[ $AGRPO_PROCESS_ID = 1 ] && sleep .3 && exit 3;"
+    " trap '' TERM; echo $$; sleep 20; sleep 20",
   )
   assert done.returncode == 3
   assert "Process 0 did not end; killed" in done.stderr
   assert time.monotonic() - started < 20
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(done.stdout.split()[1]), 0)
 
 
 def test_local_processes_are_told_to_stop():
