@@ -1,6 +1,5 @@
 """equality, tame: math-verify without eval and without explosions."""
 
-import builtins
 import time
 
 import pytest
@@ -41,14 +40,6 @@ def _pow(*tower):
 )
 def test_equal(gold, text, verdict):
   assert equality.equal(gold, text) is verdict
-
-
-def test_arithmetic_in_text_is_not_evaluated_by_python(monkeypatch):
-  def fail(*unused_args, **unused_kwargs):
-    raise AssertionError("evaluated")
-
-  monkeypatch.setattr(builtins, "eval", fail)
-  assert equality.equal("12", "it is 3 + 4 + 5")
 
 
 @pytest.mark.parametrize(

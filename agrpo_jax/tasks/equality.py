@@ -1,13 +1,13 @@
 """Mathematical equality by `math-verify`, as the released AGRPO code asks it.
 
 math-verify finds the expression in a text (LaTeX first), turns it into a sympy
-expression and compares by value. Two things are changed. Plain arithmetic
-would go through sympy's `parse_expr`, which hands its text to Python's `eval`;
-`arithmetic.value` takes its place. And what would take too long is refused
-beforehand where it can be told (`tame`); what slips through is stopped by the
-timer of the process that grades (`worker`), so call this only there, or on text
-that you trust. math-verify's own alarms are off: they need whole seconds and
-another signal handler.
+expression and compares by value. Two things are changed. Plain arithmetic and
+numbers would go through sympy's parser, which hands text to Python's `eval`:
+`arithmetic.value` and `no_eval` take its place. And what would take too long
+is refused beforehand where it can be told (`tame`); what slips through is
+stopped by the timer of the process that grades (`worker`), so call this only
+there, or on text that you trust. math-verify's own alarms are off: they need
+whole seconds and another signal handler.
 """
 
 import functools
@@ -22,6 +22,7 @@ from math_verify import parser
 
 from agrpo_jax.tasks import arithmetic
 from agrpo_jax.tasks import base
+from agrpo_jax.tasks import no_eval
 from agrpo_jax.tasks import tame
 
 MAX_CHARS = 20_000  # of a text that is searched
@@ -76,7 +77,8 @@ parser.parse_latex_cached = _parse_bounded_latex
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str) -> tuple:
   text = _LONG_SPACE.sub(lambda match: match[1] * 99, text)
-  return tuple(math_verify.parse(text, parsing_timeout=None))
+  with no_eval.no_eval():
+    return tuple(math_verify.parse(text, parsing_timeout=None))
 
 
 def equal(gold: str, text: str) -> bool:
@@ -94,7 +96,8 @@ def equal(gold: str, text: str) -> bool:
     if any(map(_is_percentage, golds)) != any(map(_is_percentage, found)):
       golds = tuple(map(_as_number, golds))
       found = tuple(map(_as_number, found))
-    return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+    with no_eval.no_eval():
+      return math_verify.verify(list(golds), list(found), timeout_seconds=None)
   except base.OutOfTime:
     return False
 
