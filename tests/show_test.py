@@ -11,6 +11,7 @@ import pytest
 
 import agrpo_jax
 import replay_test
+from agrpo_jax import adhoc
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import replay
@@ -225,7 +226,7 @@ def sudoku(**changes) -> config_lib.ConfigDict:
   fields = dict(
     completion_length=16, block_length=16, num_denoise_steps=8, temperature=1.0
   )
-  return show.settings(None, str(MODEL), **(fields | changes))
+  return adhoc.config(None, str(MODEL), **(fields | changes))
 
 
 def test_draws_what_it_shows():
@@ -248,7 +249,7 @@ def test_draws_what_it_shows():
 
 def test_mistakes_are_named():
   with pytest.raises(errors.UserError, match="Which model"):
-    show.settings(None, "")
+    adhoc.config(None)
   with pytest.raises(errors.UserError, match="block_length=5"):
     sudoku(block_length=5)
   c = sudoku(temperature=0.0)
