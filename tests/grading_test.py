@@ -56,6 +56,8 @@ def reward(completion, fields, options):
   return {"one": 1.0, "length": float(len(completion))}
 
 def grade(completion, fields, options):
+  while completion == "slow grade":
+    pass
   return {"accuracy": float(completion == fields["gold"]), "other": 0.5}
 """
 
@@ -107,6 +109,13 @@ def test_a_bad_completion_costs_itself_only(
   assert graded.grade_B.tolist() == [1.0] * 5 + [0.0] + [1.0] * 5
   assert graded.num_failed == num_failed
   assert graded.num_timed_out == num_timed_out
+
+
+def test_reward_outlives_a_grade_that_took_too_long(task_path):
+  graded = _grade(task_path, ["slow grade"])
+  assert graded.reward_B.tolist() == [1.0]
+  assert graded.grade_B.tolist() == [0.0]
+  assert graded.num_timed_out == 1
 
 
 def test_every_completion_bad(task_path):
@@ -185,7 +194,7 @@ def test_grading_runs_beside(task_path):
   begin = time.monotonic()
   with grading.Grader("", task_path=task_path, num_workers=1) as grader:
     pending = grader.submit(["a"], [{"gold": "a"}])
-    assert time.monotonic() - begin < 0.3
+    assert time.monotonic() - begin < 1.0
     assert not pending.done()
     pending.result(60)
 
@@ -209,7 +218,7 @@ def test_close_leaves_no_process(task_path):
     assert all(map(_is_running, pids))
     pending = grader.submit(["stuck"], [{"gold": ""}])
     begin = time.monotonic()
-  assert time.monotonic() - begin < 1.0  # not even for one that is stuck
+  assert time.monotonic() - begin < 3.0  # not even for one that is stuck
   assert pending.cancelled()
   # Waited for: a zombie would still have its number.
   assert not any(map(_is_running, pids))
@@ -222,7 +231,7 @@ def test_close_while_workers_start(task_path):
   with grading.Grader("", task_path=task_path, num_workers=2) as grader:
     pending = grader.submit(["a"] * 50, [{"gold": "a"}] * 50)
     processes = [worker._process for worker in grader._workers]
-  assert time.monotonic() - begin < 1.0
+  assert time.monotonic() - begin < 3.0
   assert pending.cancelled()
   assert all(process.returncode is not None for process in processes)
 

@@ -63,15 +63,17 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
   return floats
 
 
-def _answer(
-  task: types.ModuleType, options: dict[str, Any], item: dict[str, Any]
-) -> dict[str, Any]:
+def _fill(
+  reply: dict[str, Any],
+  task: types.ModuleType,
+  options: dict[str, Any],
+  item: dict[str, Any],
+) -> None:
+  """Puts into `reply` one thing after the other, so that none is lost."""
   completion, fields = item["completion"], item["fields"]
-  return {
-    "parts": _floats(task.reward(completion, fields, options)),
-    "grades": _floats(task.grade(completion, fields, options)),
-    "answer": _extracted(task, options, item),
-  }
+  reply["parts"] = _floats(task.reward(completion, fields, options))
+  reply["grades"] = _floats(task.grade(completion, fields, options))
+  reply["answer"] = _extracted(task, options, item)
 
 
 def _extracted(
@@ -91,22 +93,22 @@ def _bounded_answer(
   timer: _Timer,
   seconds: float,
 ) -> dict[str, Any]:
-  """`_answer` within `seconds`, whatever it raises.
+  """What the task says within `seconds`, whatever it raises.
 
-  A task that catches OutOfTime itself keeps what it has by then; the reply
-  says all the same that time was up.
+  What it had said by then is kept, also where it catches OutOfTime itself; the
+  reply says all the same that time was up.
   """
+  reply: dict[str, Any] = {}
   try:
     try:
       timer.start(seconds)
-      reply = _answer(task, options, item)
+      _fill(reply, task, options, item)
     finally:
       timer.stop()
   except base.OutOfTime:
     timer.stop()
-    reply = {}
   except (Exception, SystemExit) as error:
-    return {"error": f"raised {type(error).__name__}: {error}"[:500]}
+    reply["error"] = f"raised {type(error).__name__}: {error}"[:500]
   return {**reply, "timed_out": True} if timer.has_fired else reply
 
 
