@@ -43,12 +43,15 @@ def report(result: scores.Result, ks: Sequence[int] = ()) -> str:
   lines = [f"problems: {result.problems}"]
   for name, score_N in result.grades.items():
     if name.startswith("accuracy"):
-      error = 100 * scores.standard_error(score_N)
-      low, high = scores.bootstrap_interval(score_N)
-      lines.append(
-        f"{name} {100 * score_N.mean():.1f} % ± {error:.1f} (standard error), "
-        f"{100 * low:.1f} to {100 * high:.1f} (95 % by bootstrap)"
-      )
+      text = f"{name} {100 * score_N.mean():.1f} %"
+      if score_N.size > 1:
+        error = 100 * scores.standard_error(score_N)
+        low, high = scores.bootstrap_interval(score_N)
+        text += (
+          f" ± {error:.1f} (standard error), {100 * low:.1f} to "
+          f"{100 * high:.1f} (95 % by bootstrap)"
+        )
+      lines.append(text)
     else:
       lines.append(f"{name} {score_N.mean():.4f}")
   if "cells_micro" in found:
