@@ -48,7 +48,9 @@ def config(
       except TypeError as error:
         raise errors.UserError(f"{name}={value!r}: {error}") from error
   known = config_lib.sampling_settings(c.evaluate)
-  found = sampling_lib.problems(sampling_lib.Sampling(mask_id=0, eos_id=0, **known))
+  found = sampling_lib.problems(
+    sampling_lib.Sampling(mask_id=0, eos_id=0, **known)
+  )
   if found:
     raise errors.UserError("; ".join(found) + ".")
   return c

@@ -27,7 +27,8 @@ ORDER = """
   records scores config config_check sampler build run presets
   candidate evaluation evaluate table sweep elbo likelihood
   sft train main demo
-  replay show_terminal show_page show lm_eval
+  adhoc replay show_terminal show_page show
+  greedy harness lm_eval
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.
