@@ -1,15 +1,18 @@
-"""The model that is evaluated: of a config, or of a run's checkpoint."""
+"""The model that is evaluated, and what the numbers it gets depend on."""
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from agrpo_jax import build
 from agrpo_jax import checkpoint as checkpoint_lib
 from agrpo_jax import checkpoint_meta
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import tasks
 
 
 def check_checkpoint(folder: str) -> None:
@@ -52,3 +55,31 @@ def fingerprint(loaded: build.Policy) -> str:
   """Of all parameters, adapters included."""
   sums = checkpoint_meta.checksums((loaded.params, loaded.lora))
   return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+def settings(
+  c: config_lib.ConfigDict,
+  examples: Sequence[tasks.Example],
+  checkpoint: str,
+  num_samples: int,
+) -> dict[str, Any]:
+  """Everything that the records depend on and that is known without a model.
+
+  Not in it, because without effect: batch size, mesh, grading workers.
+  """
+  sampling = c.evaluate.to_dict()
+  for free in ("batch_size", "every"):
+    del sampling[free]
+  return {
+    "config": {
+      "seed": c.seed,
+      "model": model_settings(c),
+      "lora": c.lora.to_dict() if checkpoint else None,
+      "task": c.task.to_dict(),
+      "data": {"max_prompt_length": c.data.max_prompt_length},
+      "evaluate": sampling,
+    },
+    "checkpoint": checkpoint,
+    "num_samples": num_samples,
+    "problems": tasks.provenance(build.task(c), examples),
+  }

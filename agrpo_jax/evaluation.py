@@ -158,7 +158,7 @@ def run(
   check(c, num_samples)
   candidate.check_checkpoint(checkpoint)
   examples = build.examples(c, c.evaluate.split)
-  asked = settings(c, examples, checkpoint, num_samples)
+  asked = candidate.settings(c, examples, checkpoint, num_samples)
   result = finished(output, asked, num_samples)
   if result is None:
     with build.grader(c) as grader:
@@ -179,34 +179,6 @@ def check(c: config_lib.ConfigDict, num_samples: int = 1) -> None:
       f"again: config.evaluate.temperature=0 and unmask_rule={e.unmask_rule!r} "
       "leave nothing to chance. Set a temperature above 0."
     )
-
-
-def settings(
-  c: config_lib.ConfigDict,
-  examples: Sequence[tasks.Example],
-  checkpoint: str,
-  num_samples: int,
-) -> dict[str, Any]:
-  """Everything that the records depend on and that is known without a model.
-
-  Not in it, because without effect: batch size, mesh, grading workers.
-  """
-  sampling = c.evaluate.to_dict()
-  for free in ("batch_size", "every"):
-    del sampling[free]
-  return {
-    "config": {
-      "seed": c.seed,
-      "model": candidate.model_settings(c),
-      "lora": c.lora.to_dict() if checkpoint else None,
-      "task": c.task.to_dict(),
-      "data": {"max_prompt_length": c.data.max_prompt_length},
-      "evaluate": sampling,
-    },
-    "checkpoint": checkpoint,
-    "num_samples": num_samples,
-    "problems": tasks.provenance(build.task(c), examples),
-  }
 
 
 def finished(
@@ -232,7 +204,7 @@ def measure(
   asked: dict[str, Any],
   output: str,
 ) -> scores.Result:
-  """Evaluates a loaded model under what `settings` asked for."""
+  """Evaluates a loaded model under what `candidate.settings` asked for."""
   dataset = data.Dataset(examples, loaded.tokenizer, c.data.max_prompt_length)
   prompts = dataset.prompts[: c.evaluate.num_examples or None]
   sampler = build.make_sampler(c, c.evaluate, loaded)

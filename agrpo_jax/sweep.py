@@ -178,7 +178,7 @@ def _check(
   if not found:
     examples = build.examples(c, c.evaluate.split)
     for cell in every:
-      asked[cell.output] = evaluation.settings(
+      asked[cell.output] = candidate.settings(
         cell.config, examples, cell.checkpoint, 1
       )
       try:
