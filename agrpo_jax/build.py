@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import pathlib
 import random
 import types as python_types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from agrpo_jax import checkpoint_meta
 from agrpo_jax import config as config_lib
@@ -122,8 +124,18 @@ def task(c: config_lib.ConfigDict) -> python_types.ModuleType:
 
 def examples(c: config_lib.ConfigDict, split: str) -> list[tasks.Example]:
   """The task's problems of a split."""
+  path = c.data.path
+  if split == "test":
+    path = c.data.test_path or path
+    if not c.data.test_path and pathlib.Path(path).is_file():
+      logging.warning(
+        "The held-out problems are those of config.data.path=%s, training's "
+        "too; give others as config.data.test_path, or a folder of train.* "
+        "and test.* as config.data.path.",
+        path,
+      )
   return task(c).examples(
-    split, path=c.data.path or None, options=c.task.options.to_dict()
+    split, path=path or None, options=c.task.options.to_dict()
   )
 
 

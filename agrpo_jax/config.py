@@ -54,7 +54,10 @@ def _common() -> ConfigDict:
   task.options = _free()  # filled by `use_task`; explained in its module
 
   c.data = data = ConfigDict()
-  data.path = ""  # local file of problems; "": generated or from the hub
+  # Local file of problems, or folder of train.* and test.*; "": generated or
+  # from the hub.
+  data.path = ""
+  data.test_path = ""  # held-out problems, where data.path is a file of others
   data.max_prompt_length = 512  # tokens; longer prompts are skipped, counted
   data.bucket = 64  # prompts are padded to a multiple of this many tokens
 

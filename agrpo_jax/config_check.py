@@ -77,11 +77,11 @@ def _common_problems(c: config.ConfigDict) -> _Checks:
   found.want(
     c.train.log_samples >= 0, "train.log_samples", c.train.log_samples, ">= 0"
   )
-  if c.data.path:
+  for name in ("path", "test_path"):
     found.want(
-      pathlib.Path(c.data.path).expanduser().exists(),
-      "data.path",
-      c.data.path,
+      not c.data[name] or pathlib.Path(c.data[name]).expanduser().exists(),
+      f"data.{name}",
+      c.data[name],
       "an existing file or folder",
     )
   return found
