@@ -17,6 +17,8 @@ from absl import logging
 from agrpo_jax import errors
 
 _LOCK = "lock.json"
+# No space, no quota, a file longer than allowed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -29,7 +31,8 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   than checkpoints.
 
   Raises:
-    UserError: the directory cannot be made or written, or another run has it.
+    UserError: the directory cannot be made or written, another run has it, or
+      its disk is full, now or by what the caller writes.
   """
   directory = pathlib.Path(path).expanduser()
   if "://" in str(path):
@@ -46,9 +49,26 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       f"{error.strerror}. Choose another with --config.workdir=..."
     ) from error
   with lock:
-    if jax.process_index() == 0:
-      _take(lock, directory)
-    yield directory
+    try:
+      if jax.process_index() == 0:
+        _take(lock, directory)
+      yield directory
+    except Exception as error:
+      reason = _full(error)
+      if reason is None:
+        raise
+      raise errors.UserError(
+        f"There is no room to write to the work directory {str(directory)!r} "
+        f"({reason}). Its complete checkpoints are intact. Make room, or move "
+        "the directory to a larger disk; the same command then goes on from "
+        "the newest of them."
+      ) from error
+
+
+def _full(error: BaseException) -> str | None:
+  """Which of _FULL an error is about; libraries wrap the system's errors."""
+  reasons = [os.strerror(number) for number in _FULL]
+  return next((reason for reason in reasons if reason in str(error)), None)
 
 
 def _take(lock: TextIO, directory: pathlib.Path) -> None:

@@ -1,0 +1,368 @@
+"""Kills a training run again and again and compares it with one left alone.
+
+    python benchmarks/fault_drill.py --kills=20 --seed=0
+
+Trains the bundled Sudoku model on small batches twice: once undisturbed, once
+killed by SIGKILL in a random place of a random train step and started again
+with the same command until it is through. Aimed at, in turn:
+
+  rollout   a random moment after a rollout began,
+  save      a random moment after a save began (it goes on in the background),
+  log       half of a line of metrics.jsonl or samples.jsonl is written,
+  update    a random moment after the grades arrived,
+  anywhere  a random moment after the process began, starting up included.
+
+After each kill the run must go on from the newest save that was complete. In
+the end metrics.jsonl (all but seconds), samples.jsonl (all completions) and the
+checksums of the last checkpoint's arrays must be equal, bit for bit. The
+killed processes share a cache of compiled programs, the undisturbed one
+compiles for itself. Prints a table; the exit code is 1 if something differs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from agrpo_jax import checkpoint
+from agrpo_jax import metrics
+from agrpo_jax import sampler
+from agrpo_jax import scoring
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+AIMS = ("rollout", "save", "log", "update", "anywhere")
+# The timers of the aims run out within this many seconds.
+_SPREAD = {"rollout": 0.02, "save": 0.4, "update": 0.05, "anywhere": 1.0}
+_MAX_STEPS = 5  # train steps from a restart to the next kill, at most
+_EVERY = 2  # train steps between saves
+_SAMPLES = 8  # completions per train step, a line each
+_TIMEOUT = 600.0
+_FLAGS = (
+  "--config=configs/sudoku_tiny.py",
+  f"--config.train.checkpoint_every={_EVERY}",
+  f"--config.train.log_samples={_SAMPLES}",
+  "--config.evaluate.every=0",
+  "--config.rollout.num_prompts=2",
+  "--config.rollout.group_size=4",
+  "--config.rollout.batch_size=8",
+  "--config.rollout.num_denoise_steps=16",
+  "--config.objective.microbatch=16",
+  "--config.task.options.num_examples=200",
+  "--config.grading.num_workers=1",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+  """Where to die.
+
+  Attributes:
+    aim: one of AIMS.
+    count: at which occurrence of it after the start, from 1 (log: line).
+    seconds: from there (anywhere: as a share of how long the last one lived).
+  """
+
+  aim: str
+  count: int
+  seconds: float
+
+
+def draw_kills(num_kills: int, seed: int) -> list[Kill]:
+  """The aims in turn, at random places."""
+  rng = random.Random(seed)
+  most = {
+    "save": _MAX_STEPS // _EVERY,
+    "log": _MAX_STEPS * (1 + _SAMPLES),
+  }
+  return [
+    Kill(
+      aim,
+      count=rng.randint(1, most.get(aim, _MAX_STEPS)),
+      seconds=rng.uniform(0, _SPREAD.get(aim, 0.0)),
+    )
+    for aim in (AIMS[i % len(AIMS)] for i in range(num_kills))
+  ]
+
+
+def main(argv: Sequence[str]) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  logging.set_verbosity(logging.ERROR)
+  parser.add_argument("--kills", type=int, default=20)
+  parser.add_argument("--seed", type=int, default=0, help="of the kills")
+  parser.add_argument("--folder", help="of both runs; default: a temporary one")
+  args = parser.parse_args(argv)
+  with tempfile.TemporaryDirectory() as temporary:
+    return drill(
+      draw_kills(args.kills, args.seed),
+      pathlib.Path(args.folder or temporary).resolve(),
+    )
+
+
+def drill(kills: Sequence[Kill], folder: pathlib.Path) -> int:
+  """Both runs; the number of things that went wrong."""
+  num_steps = _MAX_STEPS * len(kills) + _EVERY
+  whole = Command(folder / "whole", num_steps)
+  broken = Command(folder / "killed", num_steps, folder / "programs")
+  whole.finish()
+  print(f"Undisturbed: {num_steps} train steps, a save every {_EVERY}.")
+  row = "{:>4}  {:<8} {:<8} {:>6} {:>6} {:>6}  {}"
+  print(row.format("kill", "aim", "died in", "logged", "saved", "lost", ""))
+  problems = []
+  for number, kill in enumerate(kills, 1):
+    before = broken.newest_save()
+    out = broken.die(kill)
+    problems += _wrong_start(number, out, before, num_steps)
+    saved, logged = broken.newest_save(), broken.num_logged()
+    notes = broken.leftovers()
+    print(
+      row.format(
+        number,
+        kill.aim,
+        broken.phase(),
+        logged,
+        saved,
+        logged - saved,
+        ", ".join(notes),
+      ),
+      flush=True,
+    )
+    if not 0 <= logged - saved <= 2 * _EVERY:
+      problems.append(f"kill {number}: {saved=}, {logged=}")
+  before = broken.newest_save()
+  problems += _wrong_start(len(kills) + 1, broken.finish(), before, num_steps)
+  problems += differences(whole.workdir, broken.workdir, num_steps)
+  for problem in problems:
+    print(f"WRONG: {problem}")
+  if not problems:
+    print(
+      f"{len(kills)} kills: metrics, completions and the last checkpoint equal "
+      "those of the undisturbed run, bit for bit; no line is missing or double."
+    )
+  return min(len(problems), 1)
+
+
+def _wrong_start(
+  number: int, out: str, saved: int, num_steps: int
+) -> Iterator[str]:
+  """What the output of a start says against going on from the newest save."""
+  found = re.search(r"after train step (\d+) of (\d+)", out)
+  said = found and (int(found[1]), int(found[2]))
+  died_early = found is None and "step " not in out
+  if said != ((saved, num_steps) if saved else None) and not died_early:
+    yield f"start {number} went on from {said}, the newest save is {saved}"
+
+
+def differences(
+  whole: pathlib.Path, broken: pathlib.Path, num_steps: int
+) -> list[str]:
+  """How the files of two runs differ, seconds apart."""
+  found = []
+  steps = [line["train_step"] for line in _lines(broken / "metrics.jsonl")]
+  if steps != list(range(num_steps)):
+    found.append(f"metrics.jsonl has the train steps {steps}")
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    ours, theirs = _lines(broken / name), _lines(whole / name)
+    different = [
+      a["train_step"] for a, b in zip(ours, theirs, strict=False) if a != b
+    ]
+    if len(ours) != len(theirs) or different:
+      found.append(
+        f"{name}: {len(ours)} lines and {len(theirs)}, different at "
+        f"train steps {different}"
+      )
+  sums = []
+  for workdir in (whole, broken):
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+      sums.append((checkpoints.meta() or {})["checksums"])
+  if sums[0] != sums[1]:
+    found.append("the last checkpoints hold other numbers")
+  return found
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  return [
+    {k: v for k, v in json.loads(line).items() if "seconds/" not in k}
+    for line in path.read_text().splitlines()
+  ]
+
+
+class Command:
+  """The command of a run, to be started again and again."""
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    num_steps: int,
+    programs: pathlib.Path | None = None,
+  ):
+    self.workdir = workdir
+    self._trace = workdir.with_suffix(".trace")
+    self._seconds_lived = 10.0
+    self._words = (
+      *_FLAGS,
+      f"--config.workdir={workdir}",
+      f"--config.train.num_steps={num_steps}",
+    )
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    self._environment = {
+      **os.environ,
+      "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+      "PYTHONUNBUFFERED": "1",
+    }
+    if programs:
+      self._environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      }
+
+  def finish(self) -> str:
+    """Runs to the end and returns what it prints."""
+    done = subprocess.run(
+      [sys.executable, "-m", "agrpo_jax.main", *self._words],
+      env=self._environment,
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      timeout=_TIMEOUT,
+      check=False,
+    )
+    if done.returncode:
+      raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr}")
+    return done.stdout
+
+  def die(self, kill: Kill) -> str:
+    """Starts the run, sees it killed, and returns what it printed."""
+    self._trace.unlink(missing_ok=True)
+    began = time.monotonic()
+    process = subprocess.Popen(
+      [sys.executable, __file__, "--as-victim", *self._words],
+      env={
+        **self._environment,
+        "FAULT_DRILL": json.dumps(dataclasses.asdict(kill)),
+        "FAULT_DRILL_TRACE": str(self._trace),
+      },
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    if kill.aim == "anywhere":
+      delay = kill.seconds * self._seconds_lived
+      threading.Timer(delay, process.kill).start()
+    out, err = process.communicate(timeout=_TIMEOUT)
+    if process.returncode != -signal.SIGKILL:
+      raise RuntimeError(f"{kill}: ended with {process.returncode}:\n{err}")
+    self._seconds_lived = time.monotonic() - began
+    return out
+
+  def newest_save(self) -> int:
+    """The train step of the newest complete checkpoint; 0 without one."""
+    if not (self.workdir / "checkpoints").exists():
+      return 0
+    with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
+      return checkpoints.latest_step or 0
+
+  def num_logged(self) -> int:
+    """Train steps with a whole line in metrics.jsonl."""
+    path = self.workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+  def phase(self) -> str:
+    """What the killed process was at."""
+    if not self._trace.exists():
+      return "start"
+    return self._trace.read_text().split()[-1]
+
+  def leftovers(self) -> list[str]:
+    """What only a killed process leaves behind."""
+    found = []
+    if list((self.workdir / "checkpoints").glob("*tmp*")):
+      found.append("an unfinished save")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+      path = self.workdir / name
+      if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        found.append(f"half a line of {name}")
+    return found
+
+
+def _be_victim() -> None:
+  """The same program, with an appointment."""
+  kill = Kill(**json.loads(os.environ["FAULT_DRILL"]))
+  trace = open(os.environ["FAULT_DRILL_TRACE"], "w", buffering=1)
+  count = 0
+
+  def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  def enter(phase: str) -> None:
+    nonlocal count
+    trace.write(f"{phase}\n")
+    if kill.aim == "anywhere" and phase == "rollout":
+      count += 1
+      if count > _MAX_STEPS:  # the appointed time is further on
+        die()
+    if phase != kill.aim:
+      return
+    count += 1
+    if count == kill.count:
+      timer = threading.Timer(kill.seconds, die)
+      timer.daemon = True
+      timer.start()
+
+  def announce(owner: Any, name: str, before: str, after: str = "") -> None:
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+      enter(before)
+      result = original(*args, **kwargs)
+      if after:
+        enter(after)
+      return result
+
+    setattr(owner, name, call)
+
+  def write_half(file: Any, record: Any) -> None:
+    nonlocal count
+    count += kill.aim == "log"
+    if kill.aim == "log" and count == kill.count:
+      text = json.dumps(record)
+      file.write(text[: len(text) // 2])
+      file.flush()
+      die()
+    write_line(file, record)
+
+  write_line = metrics._write_line
+  metrics._write_line = write_half
+  announce(sampler.Sampler, "sample", "rollout")
+  announce(scoring, "collect", "grade", "update")
+  announce(metrics.Writer, "scalars", "log")
+  announce(checkpoint.ocp.CheckpointManager, "save", "save")
+  sys.argv = ["agrpo_jax.main", *sys.argv[2:]]
+  runpy.run_module("agrpo_jax.main", run_name="__main__")
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["--as-victim"]:
+    _be_victim()
+  else:
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""Disks that fill up, checkpoints that rot: what a run does about them."""
+
+import errno
+import os
+import pathlib
+import resource
+import shutil
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import train_test
+from agrpo_jax import errors
+from agrpo_jax import metrics
+from agrpo_jax import train
+
+any_reward = train_test.any_reward
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+  """All runs compile the same programs; once is enough."""
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  folder = str(tmp_path_factory.mktemp("programs"))
+  for name, value in zip(names, (folder, 0, -1), strict=True):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def checkpoints(c) -> list[str]:
+  folder = pathlib.Path(c.workdir) / "checkpoints"
+  return sorted(path.name for path in folder.iterdir())
+
+
+def sample_lines(c) -> str:
+  return (pathlib.Path(c.workdir) / "samples.jsonl").read_text()
+
+
+def biggest_file(folder: pathlib.Path) -> pathlib.Path:
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture
+def small_files():
+  """Lets no file grow beyond 16 KB, which an array does."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def limit(is_on: bool) -> None:
+    soft = 2**14 if is_on else before[0]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, before[1]))
+
+  yield limit
+  limit(False)
+
+
+def test_a_save_without_room_stops_the_run_which_can_go_on(
+  tmp_path, monkeypatch, any_reward, small_files
+):
+  c = train_test.small(tmp_path)
+  c.train.update(num_steps=2, checkpoint_every=2)
+  train.train(c)
+  c.train.num_steps = 6
+  c.accept_changed_config = True
+  small_files(True)
+  with pytest.raises(errors.UserError) as error:
+    train.train(c)
+  small_files(False)
+  assert c.workdir in str(error.value)
+  assert "File too large" in str(error.value)
+  assert "Make room" in str(error.value)
+  assert [name for name in checkpoints(c) if name.isdecimal()] == ["2"]
+  train.train(c)
+  assert [step for step, *_ in train_test.losses(c)] == list(range(6))
+  assert checkpoints(c) == ["2", "4", "6"]  # nothing of the failed save is left
+
+
+def test_a_log_without_room_stops_the_run(tmp_path, monkeypatch):
+  def write_line(file, record):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(metrics, "_write_line", write_line)
+  c = train_test.small(tmp_path)
+  with pytest.raises(errors.UserError, match="No space left on device"):
+    train.train(c)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_alone(
+  tmp_path, any_reward, caplog
+):
+  c = train_test.small(tmp_path)
+  c.train.num_steps = 3
+  train.train(c)
+  expected, samples = train_test.losses(c), sample_lines(c)
+  backup = tmp_path / "backup"
+  shutil.copytree(c.workdir, backup)
+  for damage in ("truncated", "flipped"):
+    shutil.rmtree(c.workdir)
+    shutil.copytree(backup, c.workdir)
+    file = biggest_file(pathlib.Path(c.workdir) / "checkpoints" / "3")
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+      del data[len(data) // 2 :]
+    else:
+      data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    caplog.clear()
+    train.train(c)
+    assert "checkpoints/3 is unreadable" in caplog.text
+    assert "Restored train step 2 instead" in caplog.text
+    # The lines of the lost step were dropped and are written again.
+    assert train_test.losses(c) == expected
+    assert sample_lines(c) == samples
+    assert checkpoints(c) == ["1", "2", "3"]
+    aside = pathlib.Path(c.workdir) / "unreadable_checkpoints"
+    assert [path.name for path in aside.iterdir()] == ["3"]
