@@ -6,17 +6,17 @@ Trains, evaluates before and after on puzzles whose
 solutions never occur in training, draws the curves and prints a table.
 """
 
+import importlib.util
 import pathlib
 import time
 from collections.abc import Sequence
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
+from agrpo_jax import errors
 from agrpo_jax import evaluation
 from agrpo_jax import metrics
 from agrpo_jax import scores
@@ -68,6 +68,8 @@ def draw(
   log: pathlib.Path, before: scores.Result, picture: pathlib.Path
 ) -> None:
   """Reward and accuracy over train steps, held-out accuracy with errors."""
+  import matplotlib.figure
+
   records = list(metrics.read(log))
   step = [record["train_step"] + 1 for record in records]
   held_out = [(0, before.accuracy, before.standard_error)] + [
@@ -79,7 +81,8 @@ def draw(
     for record in records
     if "eval/accuracy" in record
   ]
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+  figure = matplotlib.figure.Figure(figsize=(10, 4), layout="tight")
+  left, right = figure.subplots(1, 2)
   left.plot(step, [record["reward"] for record in records])
   left.set(xlabel="train step", ylabel="mean reward", title="Reward")
   right.plot(
@@ -92,14 +95,15 @@ def draw(
   right.errorbar(x, accuracy, error, fmt="o-", capsize=3, label="held out")
   right.set(xlabel="train step", ylabel="solved", title="Accuracy", ylim=(0, 1))
   right.legend(loc="lower right")
-  figure.tight_layout()
   figure.savefig(picture, dpi=120)
-  plt.close(figure)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  matplotlib.use("Agg")
+  if importlib.util.find_spec("matplotlib") is None:
+    raise errors.UserError(
+      "The demo's picture needs matplotlib: pip install 'agrpo_jax[plot]'."
+    )
   c = command.CONFIG.value
   c.seed = _SEED.value
   stamp = time.strftime("%Y%m%d-%H%M%S")
