@@ -12,6 +12,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import evaluation
 from agrpo_jax import grading
+from agrpo_jax import lora as lora_lib
 from agrpo_jax import metrics
 from agrpo_jax import progress
 from agrpo_jax import run as run_lib
@@ -29,7 +30,7 @@ def train(c: config_lib.ConfigDict) -> None:
   with run_lib.start(c) as run, build.grader(c) as grader:
     policy = build.policy(c)
     dataset = build.dataset(c, policy.tokenizer, "train")
-    held_out = build.held_out(c, policy.tokenizer)
+    held_out = build.held_out(c, policy.tokenizer) if c.evaluate.every else []
     learner = build.make_learner(c, policy)
     sampler = build.make_sampler(c, c.rollout, policy)
     evaluation_sampler = build.make_sampler(c, c.evaluate, policy)
@@ -38,6 +39,12 @@ def train(c: config_lib.ConfigDict) -> None:
     state = run.restore(state, policy.base_model)
     learn = jax.jit(learner.train_step, donate_argnames="state")
     report = progress.Progress(c.train.num_steps, run.first_step)
+    print(
+      f"{len(dataset)} problems ({dataset.num_skipped} skipped: too long), "
+      f"{lora_lib.count(state.trainable):,} trained parameters. "
+      "The first train step compiles.",
+      flush=True,
+    )
 
     for train_step in range(run.first_step, c.train.num_steps):
       clock = progress.Clock()
