@@ -23,6 +23,7 @@ from jax import ad_checkpoint
 
 from agrpo_jax import llada_config
 from agrpo_jax import llada_params
+from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import ops
 from agrpo_jax import types
 
@@ -50,27 +51,36 @@ class Projection(nn.Module):
   """x W + b, plus lora_scale (x A) B where an adapter is given.
 
   `specs` are the arrays of this projection. The adapter lives in the variable
-  collection "lora": a [in, R] and b [R, out].
+  collection "lora": a [in, R] and b [R, out]. Where `rows` are split over the
+  mesh, weights split over its axis fsdp are gathered here.
   """
 
   specs: dict[str, llada_params.Spec]
   dtype: str
   lora_scale: float = 1.0
+  rows: mesh_lib.NamedSharding | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
     x = x.astype(dtype)
-    y = ops.matmul(x, self.param("kernel", self.specs["kernel"].initial))
+    kernel = self.param("kernel", self.specs["kernel"].initial)
+    fan_in, fan_out = self.specs["kernel"].axes
+    y = ops.matmul(x, kernel, self._whole(fan_in, fan_out))
     if self.has_variable("lora", "a"):
-      inner = ops.matmul(x, self.get_variable("lora", "a")).astype(dtype)
-      outer = ops.matmul(inner, self.get_variable("lora", "b"))
+      a: jax.Array = self.get_variable("lora", "a")
+      b: jax.Array = self.get_variable("lora", "b")
+      inner = ops.matmul(x, a, self._whole(fan_in, "rank")).astype(dtype)
+      outer = ops.matmul(inner, b, self._whole("rank", fan_out))
       y += self.lora_scale * outer
     if "bias" in self.specs:
       bias = self.param("bias", self.specs["bias"].initial)
       y += ops.last_axis(bias, y.ndim)
     y = y.astype(out_dtype or dtype)
     return ad_checkpoint.checkpoint_name(y, _PROJECTION)
+
+  def _whole(self, *axes: str) -> jax.sharding.Sharding | None:
+    return mesh_lib.gathered(self.rows, axes) if self.rows else None
 
 
 class RMSNorm(nn.Module):
@@ -95,7 +105,7 @@ class Layer(nn.Module):
 
   config: Config
   lora_scale: float = 1.0
-  rows: jax.sharding.Sharding | None = None
+  rows: mesh_lib.NamedSharding | None = None
 
   @nn.compact
   def __call__(
@@ -109,9 +119,13 @@ class Layer(nn.Module):
     table = llada_params.layer_specs(config)
 
     def project(name: str, x: jax.Array) -> jax.Array:
-      return Projection(table[name], config.dtype, self.lora_scale, name=name)(
-        x
-      )
+      return Projection(
+        table[name],
+        config.dtype,
+        self.lora_scale,
+        self.rows,
+        name=name,
+      )(x)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
       return RMSNorm(table[name], config.norm_eps, name=name)(x)
@@ -140,7 +154,7 @@ class Layer(nn.Module):
     return _split_rows(x_BxLxD, self.rows), None
 
 
-def _split_rows(x: jax.Array, rows: jax.sharding.Sharding | None) -> jax.Array:
+def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
   # Where parameters are split over the devices that also split the rows, the
   # compiler would else gather the activations, and every device would compute
   # every row.
@@ -178,7 +192,7 @@ class LLaDA(nn.Module):
 
   config: Config
   lora_scale: float = 1.0
-  rows: jax.sharding.Sharding | None = None
+  rows: mesh_lib.NamedSharding | None = None
 
   def setup(self) -> None:
     config, table = self.config, llada_params.specs(self.config)
@@ -196,7 +210,9 @@ class LLaDA(nn.Module):
     )
     self.final_norm = RMSNorm(table["final_norm"], config.norm_eps)
     if not config.tied_head:
-      self.head = Projection(table["head"], config.dtype, self.lora_scale)
+      self.head = Projection(
+        table["head"], config.dtype, self.lora_scale, self.rows
+      )
 
   def hidden(
     self,
@@ -264,7 +280,7 @@ def logits_fn(
   params: Any,
   lora: Any = None,
   lora_scale: float = 1.0,
-  rows: jax.sharding.Sharding | None = None,
+  rows: mesh_lib.NamedSharding | None = None,
 ) -> types.LogitsFn:
   """The network bound to its parameters: (tokens, length, positions) -> logits.
 

@@ -156,6 +156,15 @@ def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   return tree
 
 
+def gathered(rows: NamedSharding, axes: tuple[str, ...]) -> NamedSharding:
+  """Where a weight with these logical axes is while a layer uses it.
+
+  Whole over `fsdp`, which splits it only to save memory; on the mesh of `rows`.
+  """
+  spec = [None if axis == "fsdp" else axis for axis in partition_spec(axes)]
+  return NamedSharding(rows.mesh, PartitionSpec(*spec))
+
+
 def rows(mesh: Mesh) -> NamedSharding:
   """For arrays whose first dimension is the rows of a batch."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -17,32 +17,47 @@ import numpy as np
 _NEVER = -1e30
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(
+  x: jax.Array,
+  kernel: jax.Array,
+  whole: jax.sharding.Sharding | None = None,
+) -> jax.Array:
   """x [..., in] @ kernel [in, out], in x's dtype, accumulated to float32.
 
   Returns float32. The gradient of `kernel` has the dtype of `kernel`, and is
   accumulated in float32 too.
+
+  whole: where the kernel is while it is multiplied, if not where it is kept.
+    Left to itself the compiler may pass shards around and add up products of
+    each, which reads and writes the float32 sums once per device; and it may
+    do so before the kernel is rounded to x's dtype.
   """
   return jax.lax.dot_general(
     x,
-    kernel.astype(x.dtype),
+    _gather(kernel.astype(x.dtype), whole),
     (((x.ndim - 1,), (0,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
 
 
-def _matmul_fwd(x, kernel):
-  return matmul(x, kernel), (x, kernel)
+def _gather(kernel, whole):
+  if whole is None:
+    return kernel
+  return jax.lax.with_sharding_constraint(kernel, whole)
 
 
-def _matmul_bwd(saved, gradient):
+def _matmul_fwd(x, kernel, whole):
+  return matmul(x, kernel, whole), (x, kernel)
+
+
+def _matmul_bwd(whole, saved, gradient):
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
   gradient = gradient.astype(x.dtype)
   gradient_x = jax.lax.dot_general(
     gradient,
-    kernel.astype(x.dtype),
+    _gather(kernel.astype(x.dtype), whole),
     (((x.ndim - 1,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
