@@ -117,3 +117,55 @@ def test_eight_devices(run_in_subprocess):
       else:
         raise AssertionError(f"{sizes} does not fit 8 devices")
   """)
+
+
+def test_a_weight_in_use_is_whole_over_fsdp(run_in_subprocess):
+  """And the gradients are those of one device."""
+  run_in_subprocess("""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from agrpo_jax import llada
+    from agrpo_jax import lora as lora_lib
+    from agrpo_jax import mesh as mesh_lib
+
+    config = llada.Config(
+      vocab_size=40, embedding_size=64, num_layers=2, width=32, num_heads=4,
+      num_kv_heads=4, mlp_width=64, rope_theta=1e4, norm_eps=1e-5,
+      qkv_bias=False, tied_head=False, max_length=64, mask_id=39, eos_id=38,
+      pad_id=38,
+    )
+    settings = lora_lib.Lora(4, 8.0, lora_lib.TARGETS)
+    params = llada.init(config, jax.random.key(0))
+    lora = lora_lib.init(settings, params, jax.random.key(1))
+    lora = jax.tree.map(lambda x: x + 0.01, lora)
+    tokens_BxL = jax.random.randint(jax.random.key(2), (8, 16), 0, 40)
+    length_B = jnp.full((8,), 14)
+    position_BxS = jnp.tile(jnp.array([[1, 5]]), (8, 1))
+
+    def gradient(trees, rows):
+      def loss(trees):
+        logits_fn = llada.logits_fn(config, *trees, settings.scale, rows)
+        logits = logits_fn(tokens_BxL, length_B, position_BxS)
+        return jax.nn.log_softmax(logits)[..., 3].sum()
+      return jax.grad(loss)(trees)
+
+    mesh = mesh_lib.make(1, 4, 2)
+    rows = mesh_lib.rows(mesh)
+    spec = mesh_lib.gathered(rows, ("embed", "mlp")).spec
+    assert spec == jax.sharding.PartitionSpec(None, "tensor"), spec
+    axes = llada.logical_axes(config)
+    places = (
+      mesh_lib.shardings(mesh, axes, params),
+      mesh_lib.shardings(mesh, lora_lib.logical_axes(settings, axes), lora),
+    )
+    one = jax.jit(lambda trees: gradient(trees, None))((params, lora))
+    trees = jax.device_put((params, lora), places)
+    compiled = jax.jit(lambda trees: gradient(trees, rows)).lower(trees)
+    compiled = compiled.compile()
+    many = compiled(trees)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max() + 1e-6)
+    # Weights travel, not activations of all rows: f32[8 rows, 16 tokens, ..].
+    assert "f32[8,16,32]" not in compiled.as_text()
+  """)
