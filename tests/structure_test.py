@@ -29,6 +29,7 @@ ORDER = """
   sft train main demo
   adhoc replay show_terminal show_page show
   greedy harness lm_eval
+  chips hlo hlo_cost plan_programs plan
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.
