@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NoReturn
 
+import jax
 from absl import app
 from absl import flags
 from absl import logging
@@ -35,8 +36,9 @@ def main(
     num_words: how many words besides flags it takes at most.
 
   A mistake of the user ends it with one message and code 2, a value that is not
-  finite with code 3, a signal to stop with 128 plus its number. Everything else
-  is our mistake and shows its traceback. Of several processes the first speaks.
+  finite with code 3, the loss of another process with code 4, a signal to
+  stop with 128 plus its number. Everything else is our mistake and shows its
+  traceback. Of several processes the first speaks.
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
@@ -77,6 +79,15 @@ def main(
       _fail(
         "Stopped. The same command goes on from the last checkpoint.", code=130
       )
+    except jax.errors.JaxRuntimeError as error:
+      if not distributed.is_lost(error):
+        raise
+      _fail(
+        "Another process of the run does not answer; its own output says why. "
+        "The same command, on all of them, goes on from the last checkpoint. "
+        f"({str(error).splitlines()[0][:200]})",
+        code=4,
+      )
 
   logging.set_verbosity(logging.WARNING)
   # Orbax warns of options that it fills in by itself.
@@ -107,4 +118,7 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
 def _fail(message: str, code: int = 2) -> NoReturn:
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
+  if code < 128 and jax.distributed.is_initialized():
+    # An orderly end waits for the others, who may be waiting for this process.
+    os._exit(code)
   sys.exit(code)

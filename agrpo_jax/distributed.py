@@ -70,6 +70,20 @@ def _settings(given: dict[str, str | None]) -> dict:
   )
 
 
+def is_lost(error: BaseException) -> bool:
+  """Whether an error is that another process of the run does not answer.
+
+  So it shows where that process was being waited for. Where nothing was, and
+  when process 0 is the one, JAX ends this process with a message of its own.
+  """
+  signs = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier", "NCCL")
+  return (
+    jax.distributed.is_initialized()
+    and isinstance(error, jax.errors.JaxRuntimeError)
+    and any(sign in str(error) for sign in signs)
+  )
+
+
 def is_main() -> bool:
   """Whether this process writes logs and talks to the terminal."""
   return jax.process_index() == 0

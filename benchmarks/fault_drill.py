@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
+import orbax.checkpoint as ocp
 from absl import logging
 
 from agrpo_jax import checkpoint
@@ -126,7 +127,7 @@ def drill(kills: Sequence[Kill], folder: pathlib.Path) -> int:
   print(f"Undisturbed: {num_steps} train steps, a save every {_EVERY}.")
   row = "{:>4}  {:<8} {:<8} {:>6} {:>6} {:>6}  {}"
   print(row.format("kill", "aim", "died in", "logged", "saved", "lost", ""))
-  problems = []
+  problems: list[str] = []
   for number, kill in enumerate(kills, 1):
     before = broken.newest_save()
     out = broken.die(kill)
@@ -356,7 +357,7 @@ def _be_victim() -> None:
   announce(sampler.Sampler, "sample", "rollout")
   announce(scoring, "collect", "grade", "update")
   announce(metrics.Writer, "scalars", "log")
-  announce(checkpoint.ocp.CheckpointManager, "save", "save")
+  announce(ocp.CheckpointManager, "save", "save")
   sys.argv = ["agrpo_jax.main", *sys.argv[2:]]
   runpy.run_module("agrpo_jax.main", run_name="__main__")
 
