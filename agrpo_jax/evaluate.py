@@ -19,23 +19,6 @@ from agrpo_jax import evaluation
 from agrpo_jax import presets
 from agrpo_jax import scores
 
-_MODEL = flags.DEFINE_string(
-  "model", "", "Folder or hub id, instead of config.model.path."
-)
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
-)
-_SAMPLER = flags.DEFINE_string(
-  "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
-)
-_OUTPUT = flags.DEFINE_string(
-  "output", "", "Folder, or file ending in .jsonl, for the records."
-)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions per prompt.")
-_K = flags.DEFINE_list(
-  "k", [], "Also pass@k and the majority vote among k, for each k listed."
-)
-
 
 def report(result: scores.Result, ks: Sequence[int] = ()) -> str:
   """The figures as lines for a person."""
@@ -72,16 +55,38 @@ def report(result: scores.Result, ks: Sequence[int] = ()) -> str:
   return "\n".join(lines)
 
 
+def _define_flags() -> None:
+  # Not when this module is imported: other commands have flags of their own.
+  flags.DEFINE_string(
+    "model", "", "Folder or hub id, instead of config.model.path."
+  )
+  flags.DEFINE_string(
+    "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
+  )
+  flags.DEFINE_string(
+    "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
+  )
+  flags.DEFINE_string(
+    "output", "", "Folder, or file ending in .jsonl, for the records."
+  )
+  flags.DEFINE_integer("num_samples", 1, "Completions per prompt.")
+  flags.DEFINE_list(
+    "k", [], "Also pass@k and the majority vote among k, for each k listed."
+  )
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
-  ks = command.numbers("k", _K.value, int)
-  scores.check_k(ks, _NUM_SAMPLES.value)
-  c = presets.config(_SAMPLER.value, _MODEL.value)
+  asked = flags.FLAGS
+  ks = command.numbers("k", asked.k, int)
+  scores.check_k(ks, asked.num_samples)
+  c = presets.config(asked.sampler, asked.model)
   result = evaluation.run(
-    c, _CHECKPOINT.value, _OUTPUT.value, num_samples=_NUM_SAMPLES.value
+    c, asked.checkpoint, asked.output, num_samples=asked.num_samples
   )
   print(report(result, ks))
 
 
 if __name__ == "__main__":
+  _define_flags()
   command.main(main, required=["config"])

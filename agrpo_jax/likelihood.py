@@ -37,18 +37,6 @@ from agrpo_jax import records
 from agrpo_jax import scores
 from agrpo_jax import tasks
 
-_PAIRS = flags.DEFINE_string("pairs", "", "JSONL of prompts and completions.")
-_MODEL = flags.DEFINE_string(
-  "model", "", "Folder or hub id, instead of config.model.path."
-)
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
-)
-_NUM_DRAWS = flags.DEFINE_integer("num_draws", 128, "Masks per completion.")
-_OUTPUT = flags.DEFINE_string(
-  "output", "", "Folder, or file ending in .jsonl, for the records."
-)
-
 
 def run(
   c: config_lib.ConfigDict,
@@ -186,14 +174,30 @@ def figures(done: Sequence[dict[str, Any]]) -> dict[str, float]:
   return found
 
 
+def _define_flags() -> None:
+  # Not when this module is imported: other commands have flags of their own.
+  flags.DEFINE_string("pairs", "", "JSONL of prompts and completions.")
+  flags.DEFINE_string(
+    "model", "", "Folder or hub id, instead of config.model.path."
+  )
+  flags.DEFINE_string(
+    "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
+  )
+  flags.DEFINE_integer("num_draws", 128, "Masks per completion.")
+  flags.DEFINE_string(
+    "output", "", "Folder, or file ending in .jsonl, for the records."
+  )
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
+  asked = flags.FLAGS
   done = run(
-    presets.config("config", _MODEL.value),
-    _PAIRS.value,
-    _CHECKPOINT.value,
-    _OUTPUT.value,
-    num_draws=_NUM_DRAWS.value,
+    presets.config("config", asked.model),
+    asked.pairs,
+    asked.checkpoint,
+    asked.output,
+    num_draws=asked.num_draws,
   )
   found = figures(done)
   error = ""
@@ -207,4 +211,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+  _define_flags()
   command.main(main, required=["config"])

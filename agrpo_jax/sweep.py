@@ -38,19 +38,6 @@ from agrpo_jax import presets
 from agrpo_jax import table
 from agrpo_jax import tasks
 
-_MODEL = flags.DEFINE_multi_string("model", [], "Folder or hub id.")
-_CHECKPOINT = flags.DEFINE_multi_string(
-  "checkpoint", [], "Work directory of a run of config.model.path."
-)
-_SAMPLER = flags.DEFINE_string(
-  "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
-_AXES = {
-  name: flags.DEFINE_list(name, [], f"Values of config.evaluate.{name}.")
-  for name in table.AXES
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -197,20 +184,35 @@ def _check(
   return examples, asked
 
 
+def _define_flags() -> None:
+  # Not when this module is imported: other commands have flags of their own.
+  flags.DEFINE_multi_string("model", [], "Folder or hub id.")
+  flags.DEFINE_multi_string(
+    "checkpoint", [], "Work directory of a run of config.model.path."
+  )
+  flags.DEFINE_string(
+    "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
+  )
+  flags.DEFINE_string("output", None, "Folder for the results.")
+  for name in table.AXES:
+    flags.DEFINE_list(name, [], f"Values of config.evaluate.{name}.")
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   if importlib.util.find_spec("matplotlib") is None:
     raise errors.UserError(
       "The picture needs matplotlib: pip install 'agrpo_jax[plot]'."
     )
+  asked = flags.FLAGS
   kinds = {"unmask_rule": str, "temperature": float}
   axes = {
-    name: command.numbers(name, flag.value, kinds.get(name, int))
-    for name, flag in _AXES.items()
+    name: command.numbers(name, getattr(asked, name), kinds.get(name, int))
+    for name in table.AXES
   }
-  c = presets.config(_SAMPLER.value)
-  output = pathlib.Path(_OUTPUT.value or "").expanduser()
-  grid = cells(c, _MODEL.value, _CHECKPOINT.value, axes, str(output))
+  c = presets.config(asked.sampler)
+  output = pathlib.Path(asked.output).expanduser()
+  grid = cells(c, asked.model, asked.checkpoint, axes, str(output))
   rows: list[dict[str, Any]] = []
   for row in run(grid):
     if not rows:
@@ -225,4 +227,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+  _define_flags()
   command.main(main, required=["config", "output"])

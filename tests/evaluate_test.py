@@ -139,7 +139,8 @@ def command(*flags: str) -> list[str]:
   return [
     *(sys.executable, "-m", "agrpo_jax.evaluate"),
     f"--config={ROOT / 'configs' / 'sudoku_tiny.py'}",
-    "--config.evaluate.num_examples=60",
+    "--config.task.options.num_examples=60",
+    "--config.grading.num_workers=1",
     "--config.evaluate.num_denoise_steps=4",
     *flags,
   ]
@@ -180,7 +181,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
   assert after[: len(before)] == before
   # As if nothing had happened, in one process and another batch size.
   c = CONFIG.get_config()
-  c.evaluate.num_examples = 60
+  c.task.options.num_examples = 60
   presets.apply(c, "agrpo")
   c.evaluate.update(completion_length=16, block_length=16, num_denoise_steps=16)
   whole = evaluation.run(c)

@@ -208,7 +208,8 @@ def test_the_command(tmp_path):
     [
       *(sys.executable, "-m", "agrpo_jax.sweep"),
       f"--config={ROOT / 'configs' / 'sudoku_tiny.py'}",
-      "--config.evaluate.num_examples=8",
+      "--config.task.options.num_examples=8",
+      "--config.grading.num_workers=1",
       "--config.evaluate.batch_size=8",
       "--num_denoise_steps=1,2",
       "--unmask_rule=random",
