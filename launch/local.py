@@ -7,7 +7,7 @@
 Every process gets AGRPO_COORDINATOR, AGRPO_NUM_PROCESSES and AGRPO_PROCESS_ID,
 which the program reads, and its lines come out with its number in front. When
 one fails, the others are asked to end, and the exit code is that of the first.
-Ctrl-C and SIGTERM go to all of them.
+Ctrl-C and SIGTERM go to all of them; the second one kills them.
 """
 
 import argparse
@@ -111,10 +111,16 @@ def _run(
   """Runs the processes; the exit code of the first that fails, or 0."""
   processes: list[subprocess.Popen[str]] = []
 
+  asked: list[int] = []
+
   def forward(number: int, frame: FrameType | None) -> None:
     del frame
     for process in processes:
-      process.send_signal(number)
+      if asked and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+      else:
+        process.send_signal(number)
+    asked.append(number)
 
   # A group of its own each: Ctrl-C reaches them through us only, once.
   for own in variables:
@@ -131,7 +137,8 @@ def _run(
         )
       )
     except OSError as error:
-      forward(signal.SIGKILL, None)
+      for process in processes:
+        process.kill()
       print(f"Cannot run {command[0]!r}: {error.strerror}", file=sys.stderr)
       return 2
   for number in (signal.SIGINT, signal.SIGTERM):

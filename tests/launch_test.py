@@ -889,6 +889,23 @@ def test_local_processes_are_told_to_stop():
   assert process.returncode == 5
 
 
+def test_local_processes_are_killed_when_told_twice():
+  process = subprocess.Popen(
+    [
+      *(sys.executable, ROOT / "launch/local.py", "--", "bash", "-c"),
+      "trap 'echo no' TERM; echo up; for i in {1..200}; do sleep .1; done",
+    ],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  for word in ("up", "no"):
+    lines = {process.stdout.readline() for _ in range(2)}
+    assert lines == {f"[0] {word}\n", f"[1] {word}\n"}
+    process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=20)
+  assert process.returncode == 137
+
+
 def test_local_processes_find_each_other():
   """The same variables that the program reads."""
   script = """
