@@ -75,7 +75,6 @@ def check_fit(
     )
 
 
-@jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
   """The sum of the words, modulo 2^32: equal on any number of devices.
 
@@ -88,8 +87,14 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 def checksums(tree: types.Tree) -> list[int]:
   """A number per array, in the order of the leaves."""
-  sums = [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+  # One program: collectives of several in flight can block each other on CPUs.
+  sums = _checksums(jax.tree.leaves(tree))
   return [int(value) for value in jax.device_get(sums)]
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [_checksum(array) for array in arrays]
 
 
 def _arrays(tree: types.Tree) -> dict[str, list[Any]]:
