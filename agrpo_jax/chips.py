@@ -128,7 +128,9 @@ def devices(topology: Topology) -> list[jax.Device]:
       f"--topology={topology.name} is compiled by libtpu, which is not "
       "installed (it works without a TPU): pip install 'agrpo_jax[tpu]'"
     )
-  # Else libtpu looks for the TPU that this machine would be part of.
+  # Else libtpu looks for the TPU that this machine would be part of, and lets
+  # only one process have it.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
