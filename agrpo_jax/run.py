@@ -22,6 +22,7 @@ from absl import logging
 
 from agrpo_jax import checkpoint
 from agrpo_jax import config as config_lib
+from agrpo_jax import config_check
 from agrpo_jax import distributed
 from agrpo_jax import errors
 from agrpo_jax import metrics
@@ -132,7 +133,7 @@ def start(c: config_lib.ConfigDict) -> Iterator[Run]:
     UserError: a config with mistakes; a directory that cannot be used, is in
       use, or holds a run of another config.
   """
-  config_lib.check(c)
+  config_check.check(c)
   with workdir.claim(c.workdir) as folder:
     if distributed.is_main():
       _remember(c, folder / "config.json")

@@ -4,6 +4,7 @@ import pytest
 
 import fixtures
 from agrpo_jax import config as config_lib
+from agrpo_jax import config_check
 from agrpo_jax import errors
 from agrpo_jax import mc_steps
 from agrpo_jax import objective
@@ -13,7 +14,7 @@ CONFIGS = sorted(path.stem for path in fixtures.CONFIGS.glob("*.py"))
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_hold(name):
-  config_lib.check(fixtures.config(name))
+  config_check.check(fixtures.config(name))
 
 
 def test_defaults_are_the_exact_estimator():
@@ -50,7 +51,7 @@ def test_all_problems_at_once_by_their_full_names():
   c.sft.microbatch = 3
   c.optimizer.b1 = 1.5
   with pytest.raises(errors.UserError) as error:
-    config_lib.check(c)
+    config_check.check(c)
   for part in (
     "config.workdir",
     "config.model.path='also'",

@@ -13,6 +13,7 @@ import numpy as np
 
 from agrpo_jax import build
 from agrpo_jax import config as config_lib
+from agrpo_jax import config_check
 from agrpo_jax import distributed
 
 CKPT = pathlib.Path(__file__).parent / "testdata" / "golden" / "ckpt"
@@ -46,7 +47,7 @@ def main(mesh: str, output: str) -> None:
   distributed.initialize()
   sizes = {k: int(v) for k, v in (pair.split("=") for pair in mesh.split(","))}
   c = config(sizes)
-  config_lib.check(c)
+  config_check.check(c)
   policy = build.policy(c)
   learner = build.make_learner(c, policy)
   sampler = build.make_sampler(c, c.rollout, policy)
