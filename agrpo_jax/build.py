@@ -66,13 +66,17 @@ def _bind(network, lora_scale, rows, params, lora):
   return llada.logits_fn(network, params, lora, lora_scale, rows)
 
 
-def policy(c: config_lib.ConfigDict) -> Policy:
-  """Loads the model that a config names onto the mesh it asks for."""
+def policy(c: config_lib.ConfigDict, *, is_trained: bool = True) -> Policy:
+  """Loads the model that a config names onto the mesh it asks for.
+
+  What is trained is float32; what is only read has the dtype it computes in.
+  `is_trained` false says that this run neither trains the parameters nor reads
+  trained ones from a checkpoint.
+  """
   mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
   network, params = port.load(
     c.model.path,
-    # What is trained is float32; what is only read has the dtype it is read in.
-    dtype=c.model.dtype if c.lora.rank else "float32",
+    dtype="float32" if is_trained and not c.lora.rank else c.model.dtype,
     shardings=lambda network: mesh_lib.shardings(
       mesh, llada.logical_axes(network), llada.abstract_params(network)
     ),

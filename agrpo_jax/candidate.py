@@ -28,7 +28,7 @@ def check_checkpoint(folder: str) -> None:
 def policy(c: config_lib.ConfigDict, checkpoint: str = "") -> build.Policy:
   """The model of a config; its trained part from a run's newest checkpoint."""
   check_checkpoint(checkpoint)
-  loaded = build.policy(c)
+  loaded = build.policy(c, is_trained=bool(checkpoint))
   if not checkpoint:
     return loaded
   trainable = loaded.params if loaded.lora is None else loaded.lora

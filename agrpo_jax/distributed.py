@@ -29,8 +29,8 @@ def initialize() -> None:
   AGRPO_PROCESS_ID. With none of these the process is alone.
 
   Raises:
-    UserError: the variables contradict each other, or the other processes
-      cannot be reached.
+    UserError: the variables contradict each other.
+    Stopped: the other processes cannot be reached.
   """
   given = {name: os.environ.get(name) for name in _VARIABLES}
   is_auto = os.environ.get("AGRPO_DISTRIBUTED") == "auto"
@@ -44,8 +44,9 @@ def initialize() -> None:
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, **settings
     )
   except (RuntimeError, ValueError) as error:
-    raise errors.UserError(
-      f"The processes of the run did not find each other: {error}"
+    # Not a mistake in the command: a launcher may well try again.
+    raise errors.Stopped(
+      f"The processes of the run did not find each other: {error}", code=1
     ) from error
 
 

@@ -95,7 +95,7 @@ class Adapter:
     c.model.update(dtype=dtype, tokenizer=tokenizer, revision=revision)
     self._config = c
     self._num_draws = num_draws
-    self._policy = build.policy(c)
+    self._policy = build.policy(c, is_trained=False)
     self._tokenizer = self._policy.tokenizer
     self._greedy = jax.jit(
       lambda params, pairs: greedy.match(
