@@ -13,16 +13,30 @@ The estimator is the released one (`config.paper`), but one optimizer update is
 taken per rollout, as the paper writes. The released launcher takes one per
 draw: `--config.objective.updates_per_batch=24`.
 
-`configs/gsm8k.py:exact` takes our exact estimator instead; `:debug` shrinks the
-run to two small train steps that any machine can do, e.g. with
+`configs/gsm8k.py:v5e` (also v6e, v5p, h100) sets batches and recomputation that
+fit the machines of docs/hardware.md; `:exact` takes our exact estimator instead;
+`:v5e,exact` both. `:debug` shrinks the run to two small train steps that any
+machine can do, e.g. with
 
     --config.model.path=agrpo_jax/assets/tiny-sudoku --config.data.path=DIR
 """
 
 from agrpo_jax import config as config_lib
 
+# Completions drawn at once, (completion, step) pairs at once, recomputation.
+_MACHINES = {
+  "v5e": (128, 128, "full"),  # 32 chips
+  "v6e": (128, 64, "dots"),  # 16 chips
+  "v5p": (128, 32, "dots"),  # 4 chips
+  "h100": (64, 32, "full"),  # 8 GPUs of 80 GB
+}
+_VARIANTS = (*_MACHINES, "exact", "debug")
+
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
+  asked = set(arg.split(",")) - {""}
+  if asked - set(_VARIANTS):
+    raise ValueError(f"gsm8k.py:{arg} is not of {', '.join(_VARIANTS)}")
   c = config_lib.rl()
   c.workdir = "runs/gsm8k"
   c.seed = 333
@@ -45,8 +59,13 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
 
   c.objective.num_mc_steps = 24
   c.objective.microbatch = 16
-  if arg != "exact":
+  if "exact" not in asked:
     config_lib.paper(c)
+  for machine in asked & _MACHINES.keys():
+    batch_size, microbatch, remat = _MACHINES[machine]
+    c.rollout.batch_size = batch_size
+    c.objective.microbatch = microbatch
+    c.model.remat = remat
 
   c.optimizer.learning_rate = 5e-6
   c.optimizer.warmup_steps = 23  # 1 %
@@ -59,7 +78,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   c.evaluate.confidence = "model"
   c.grading.num_workers = 8
 
-  if arg == "debug":
+  if "debug" in asked:
     c.workdir = "runs/gsm8k-debug"
     c.model.dtype = "float32"
     c.lora.rank = 4
@@ -83,6 +102,4 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
       num_denoise_steps=8,
     )
     c.grading.num_workers = 1
-  elif arg not in ("", "exact"):
-    raise ValueError(f"gsm8k.py:{arg} is none of exact, debug")
   return c

@@ -17,6 +17,16 @@ def test_shipped_configs_hold(name):
   config_check.check(fixtures.config(name))
 
 
+@pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "h100"])
+def test_variants_of_gsm8k_hold(arg):
+  c = fixtures.config("gsm8k", arg)
+  config_check.check(c)
+  is_exact = c.objective.normalize == "sum"
+  assert is_exact == ("exact" in arg)
+  if "v5e" in arg:
+    assert (c.rollout.batch_size, c.model.remat) == (128, "full")
+
+
 def test_defaults_are_the_exact_estimator():
   o = config_lib.rl().objective
   assert (o.likelihood, o.steps, o.normalize) == ("exact", "executed", "sum")
