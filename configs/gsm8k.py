@@ -13,10 +13,10 @@ The estimator is the released one (`config.paper`), but one optimizer update is
 taken per rollout, as the paper writes. The released launcher takes one per
 draw: `--config.objective.updates_per_batch=24`.
 
-`configs/gsm8k.py:v5e` (also v6e, v5p, h100) sets batches and recomputation that
-fit the machines of docs/hardware.md; `:exact` takes our exact estimator instead;
-`:v5e,exact` both. `:debug` shrinks the run to two small train steps that any
-machine can do, e.g. with
+`configs/gsm8k.py:v5e` (also v6e, v5p, h100) sets batches and recomputation
+that fit the machines of docs/hardware.md; `:exact` takes our exact estimator
+instead; `:v5e,exact` both. `:debug` shrinks the run to two small train steps
+that any machine can do, e.g. with
 
     --config.model.path=agrpo_jax/assets/tiny-sudoku --config.data.path=DIR
 """
