@@ -42,7 +42,11 @@ def train(c: config_lib.ConfigDict) -> None:
     print(
       f"{len(dataset)} problems ({dataset.num_skipped} skipped: too long), "
       f"{lora_lib.count(state.trainable):,} trained parameters. "
-      "The first train step compiles.",
+      + (
+        "The first train step compiles."
+        if run.first_step < c.train.num_steps
+        else "All train steps are done."
+      ),
       flush=True,
     )
 
