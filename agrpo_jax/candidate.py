@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from agrpo_jax import build
-from agrpo_jax import checkpoint as checkpoint_lib
 from agrpo_jax import checkpoint_meta
+from agrpo_jax import checkpoint_read
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import tasks
@@ -33,16 +33,15 @@ def policy(c: config_lib.ConfigDict, checkpoint: str = "") -> build.Policy:
     return loaded
   trainable = loaded.params if loaded.lora is None else loaded.lora
   folder = pathlib.Path(checkpoint).expanduser()
-  with checkpoint_lib.Checkpoints(folder, read_only=True) as checkpoints:
-    found = checkpoints.restore_trainable(
-      trainable, base_model=loaded.base_model
-    )
+  found = checkpoint_read.Reader(folder).read(
+    {"trainable": trainable}, loaded.base_model
+  )
   if found is None:
     raise errors.UserError(
       f"--checkpoint={checkpoint!r} holds no checkpoint yet."
     )
   part = "params" if loaded.lora is None else "lora"
-  return dataclasses.replace(loaded, **{part: found[0]})
+  return dataclasses.replace(loaded, **{part: found[0]["trainable"]})
 
 
 def model_settings(c: config_lib.ConfigDict) -> dict[str, str]:

@@ -41,7 +41,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from absl import logging
 
-from agrpo_jax import checkpoint
+from agrpo_jax import checkpoint_read
 from agrpo_jax import metrics
 from agrpo_jax import sampler
 from agrpo_jax import scoring
@@ -192,8 +192,7 @@ def differences(
       )
   sums = []
   for workdir in (whole, broken):
-    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-      sums.append((checkpoints.meta() or {})["checksums"])
+    sums.append((checkpoint_read.Reader(workdir).meta() or {})["checksums"])
   if sums[0] != sums[1]:
     found.append("the last checkpoints hold other numbers")
   return found
@@ -278,10 +277,7 @@ class Command:
 
   def newest_save(self) -> int:
     """The train step of the newest complete checkpoint; 0 without one."""
-    if not (self.workdir / "checkpoints").exists():
-      return 0
-    with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
-      return checkpoints.latest_step or 0
+    return checkpoint_read.Reader(self.workdir).latest_step or 0
 
   def num_logged(self) -> int:
     """Train steps with a whole line in metrics.jsonl."""

@@ -23,7 +23,7 @@ ORDER = """
   sampling unmask rollout mc_steps advantage objective
   optimizer learner
   tasks worker_process grading scoring data demonstrations
-  checkpoint_meta checkpoint workdir metrics progress
+  checkpoint_meta checkpoint_read checkpoint workdir metrics progress
   records scores config config_check sampler build run presets
   candidate evaluation evaluate table sweep elbo likelihood
   sft train main demo
