@@ -23,6 +23,7 @@ from agrpo_jax import lora as lora_lib
 from agrpo_jax import mc_steps
 from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import objective
+from agrpo_jax import ops
 from agrpo_jax import optimizer
 from agrpo_jax import port
 from agrpo_jax import sampler
@@ -57,8 +58,7 @@ class Policy:
   @property
   def logits_fn(self) -> learner_lib.PolicyFn:
     scale = self.lora_settings.scale if self.lora_settings else 1.0
-    is_split = mesh_lib.num_row_shards(self.mesh) > 1
-    rows = mesh_lib.rows(self.mesh) if is_split else None
+    rows = mesh_lib.rows(self.mesh) if self.mesh.size > 1 else None
     return functools.partial(_bind, self.network, scale, rows)
 
 
@@ -294,6 +294,7 @@ def make_learner(
     updates_per_batch=o.updates_per_batch,
     microbatch=o.microbatch,
     shard_rows=shard_rows(policy.mesh),
+    top_k=ops.split_top_k(policy.mesh),
   )
 
 

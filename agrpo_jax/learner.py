@@ -19,8 +19,8 @@ import optax
 
 from agrpo_jax import advantage as advantage_lib
 from agrpo_jax import mc_steps
+from agrpo_jax import noise as noise_lib
 from agrpo_jax import objective as objective_lib
-from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
 
@@ -44,6 +44,7 @@ class Learner:
       1 is the paper's algorithm; the released launcher takes one per draw.
     microbatch: (completion, step) pairs per forward and backward pass.
     shard_rows: puts the leading axis of a pytree on the mesh.
+    top_k: how the largest logits are found, see `ops.split_top_k`.
   """
 
   policy: PolicyFn
@@ -56,6 +57,7 @@ class Learner:
   updates_per_batch: int
   microbatch: int
   shard_rows: Callable[[Any], Any] = lambda tree: tree
+  top_k: types.TopK = jax.lax.top_k
 
   def init(
     self, params: types.Tree, lora: types.Tree | None
@@ -84,7 +86,7 @@ class Learner:
       rollout: B completions, groups side by side.
       reward_B: float32 [B].
       key: of the draw of denoising steps.
-      row_id_Bx2: uint32 [B, 2], see `rollout.row_keys`.
+      row_id_Bx2: uint32 [B, 2], see `noise.row_keys`.
       reference: the reference policy's parameters when `kl_coef` > 0 and all
         parameters are trained; with adapters it is the network without them.
 
@@ -97,7 +99,7 @@ class Learner:
     )(reward_B.reshape(-1, self.group_size))
     advantage_B = advantage_NxG.reshape(-1)
     batch_key, row_key = jax.random.split(key)
-    key_B = rollout_lib.row_keys(row_key, row_id_Bx2)
+    key_B = noise_lib.row_keys(row_key, row_id_Bx2)
     drawn = mc_steps.draw(
       rollout,
       mc_steps.uniforms(batch_key, key_B, self.steps),
@@ -246,6 +248,7 @@ class Learner:
         advantage,
         self.sampling,
         self.objective,
+        self.top_k,
       )
       return terms.loss, terms
 

@@ -66,12 +66,12 @@ class Projection(nn.Module):
     x = x.astype(dtype)
     kernel = self.param("kernel", self.specs["kernel"].initial)
     fan_in, fan_out = self.specs["kernel"].axes
-    y = ops.matmul(x, kernel, self._whole(fan_in, fan_out))
+    y = ops.matmul(x, kernel, self._places(fan_in, fan_out))
     if self.has_variable("lora", "a"):
       a: jax.Array = self.get_variable("lora", "a")
       b: jax.Array = self.get_variable("lora", "b")
-      inner = ops.matmul(x, a, self._whole(fan_in, "rank")).astype(dtype)
-      outer = ops.matmul(inner, b, self._whole("rank", fan_out))
+      inner = ops.matmul(x, a, self._places(fan_in, "rank")).astype(dtype)
+      outer = ops.matmul(inner, b, self._places("rank", fan_out))
       y += self.lora_scale * outer
     if "bias" in self.specs:
       bias = self.param("bias", self.specs["bias"].initial)
@@ -79,8 +79,8 @@ class Projection(nn.Module):
     y = y.astype(out_dtype or dtype)
     return ad_checkpoint.checkpoint_name(y, _PROJECTION)
 
-  def _whole(self, *axes: str) -> jax.sharding.Sharding | None:
-    return mesh_lib.gathered(self.rows, axes) if self.rows else None
+  def _places(self, *axes: str) -> mesh_lib.Places | None:
+    return mesh_lib.places(self.rows, axes) if self.rows else None
 
 
 class RMSNorm(nn.Module):
@@ -196,7 +196,7 @@ class LLaDA(nn.Module):
 
   def setup(self) -> None:
     config, table = self.config, llada_params.specs(self.config)
-    self.embed = Embed(table["embed"])
+    self.embed = Embed(table["embed"], self.rows)
     if config.num_layers > 1:
       self.layers = nn.scan(
         _remat(config.remat, in_scan=True)(Layer),
@@ -265,6 +265,7 @@ class Embed(nn.Module):
   """The table of token embeddings."""
 
   specs: dict[str, llada_params.Spec]
+  rows: mesh_lib.NamedSharding | None = None
 
   def setup(self) -> None:
     self.table = self.param("table", self.specs["table"].initial)
@@ -272,7 +273,10 @@ class Embed(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     # Padding may hold anything; "fill" would turn a wild id into NaN, which
     # no attention mask can undo.
-    return self.table.at[tokens].get(mode="clip")
+    tokens = jnp.clip(tokens, 0, self.specs["table"].shape[0] - 1)
+    if self.rows is None:
+      return self.table[tokens]
+    return ops.split_lookup(self.rows.mesh, self.table, tokens)
 
 
 def logits_fn(

@@ -10,9 +10,11 @@ says which mesh axis, if any, splits it. Nothing else in the package names a
 mesh axis for a parameter.
 """
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +26,8 @@ NamedSharding = jax.sharding.NamedSharding
 PartitionSpec = jax.sharding.PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")
+"""The mesh axes that split the rows of a batch."""
 
 RULES: Mapping[str, str | None] = {
   "layers": None,  # the scanned dimension: splitting it would stop the scan
@@ -156,23 +160,34 @@ def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   return tree
 
 
-def gathered(rows: NamedSharding, axes: tuple[str, ...]) -> NamedSharding:
-  """Where a weight with these logical axes is while a layer uses it.
+class Places(NamedTuple):
+  """Where a weight is.
 
-  Whole over `fsdp`, which splits it only to save memory; on the mesh of `rows`.
+  Attributes:
+    kept: between its uses, split over `fsdp` and `tensor`.
+    used: while a layer multiplies by it: whole over `fsdp`, which splits it
+      only to save memory.
   """
-  spec = [None if axis == "fsdp" else axis for axis in partition_spec(axes)]
-  return NamedSharding(rows.mesh, PartitionSpec(*spec))
+
+  kept: NamedSharding
+  used: NamedSharding
+
+
+def places(rows: NamedSharding, axes: tuple[str, ...]) -> Places:
+  """Of a weight with these logical axes, on the mesh of `rows`."""
+  kept = partition_spec(axes)
+  used = PartitionSpec(*[None if axis == "fsdp" else axis for axis in kept])
+  return Places(NamedSharding(rows.mesh, kept), NamedSharding(rows.mesh, used))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
   """For arrays whose first dimension is the rows of a batch."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def num_row_shards(mesh: Mesh) -> int:
   """What must divide the number of rows of a batch placed with `rows`."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

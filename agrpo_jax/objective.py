@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from agrpo_jax import masked
+from agrpo_jax import mesh as mesh_lib
 from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
@@ -112,6 +113,7 @@ def step_logprob(
   offset_S: jax.Array,
   sampling: sampling_lib.Sampling,
   objective: Objective,
+  top_k: types.TopK = jax.lax.top_k,
 ) -> Factors:
   """Log-likelihood of one denoising step, factor by factor.
 
@@ -122,6 +124,7 @@ def step_logprob(
     offset_S: int32 [S], from `state`.
     sampling: how the rollout was drawn.
     objective: the settings.
+    top_k: how the largest logits are found, see `ops.split_top_k`.
 
   Returns:
     `Factors` of S tokens and the order.
@@ -139,7 +142,8 @@ def step_logprob(
   if needs_block(sampling, objective):
     # What the other positions could have drawn was cut by truncation at this
     # step, of which there is no record but the logits themselves.
-    others = jax.vmap(unmask.filter_logits, (0, None))(logits_SxV, sampling)
+    filter_all = jax.vmap(unmask.filter_logits, (0, None, None))
+    others = filter_all(logits_SxV, sampling, top_k)
     confidence_of = jax.vmap(unmask.confidence, (0, 0, None))
     confidence_S = jax.vmap(unmask.token_logprob)(
       filtered._replace(logprob=confidence_of(logits_SxV, filtered, sampling)),
@@ -260,6 +264,7 @@ def loss_terms(
   advantage_B: jax.Array,
   sampling: sampling_lib.Sampling,
   objective: Objective,
+  top_k: types.TopK = jax.lax.top_k,
 ) -> Terms:
   """Terms summed over B (completion, denoising step) pairs.
 
@@ -272,6 +277,7 @@ def loss_terms(
     advantage_B: float32 [B].
     sampling: how the rollout was drawn.
     objective: the settings.
+    top_k: how the largest logits are found, see `ops.split_top_k`.
 
   Returns:
     Sums; divide the loss by the number of draws and of rows.
@@ -287,8 +293,9 @@ def loss_terms(
     logits_BxSxV = network(tokens_BxL, length_B, position_BxS)
     return jax.vmap(
       lambda logits, row, step, offset: step_logprob(
-        logits, row, step, offset, sampling, objective
-      )
+        logits, row, step, offset, sampling, objective, top_k
+      ),
+      spmd_axis_name=mesh_lib.ROW_AXES,
     )(logits_BxSxV, rows, denoise_step_B, offset_BxS)
 
   reference_BxF = None

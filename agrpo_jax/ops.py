@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import types
+
 # Stands for -inf in scores: a row without any key must not become NaN.
 _NEVER = -1e30
 
@@ -21,43 +24,44 @@ _NEVER = -1e30
 def matmul(
   x: jax.Array,
   kernel: jax.Array,
-  whole: jax.sharding.Sharding | None = None,
+  places: mesh_lib.Places | None = None,
 ) -> jax.Array:
   """x [..., in] @ kernel [in, out], in x's dtype, accumulated to float32.
 
   Returns float32. The gradient of `kernel` has the dtype of `kernel`, and is
   accumulated in float32 too.
 
-  whole: where the kernel is while it is multiplied, if not where it is kept.
-    Left to itself the compiler may pass shards around and add up products of
-    each, which reads and writes the float32 sums once per device; and it may
-    do so before the kernel is rounded to x's dtype.
+  places: where the kernel is kept, which is where its gradient goes, and where
+    it is while it is multiplied. Left to itself the compiler may pass shards
+    around and add up products of each, which reads and writes the float32 sums
+    once per device, and it may do so before the kernel is rounded to x's
+    dtype; and it may sum whole gradients on every device.
   """
   return jax.lax.dot_general(
     x,
-    _gather(kernel.astype(x.dtype), whole),
+    _put(kernel.astype(x.dtype), places and places.used),
     (((x.ndim - 1,), (0,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
 
 
-def _gather(kernel, whole):
-  if whole is None:
-    return kernel
-  return jax.lax.with_sharding_constraint(kernel, whole)
+def _put(array, place):
+  if place is None:
+    return array
+  return jax.lax.with_sharding_constraint(array, place)
 
 
-def _matmul_fwd(x, kernel, whole):
-  return matmul(x, kernel, whole), (x, kernel)
+def _matmul_fwd(x, kernel, places):
+  return matmul(x, kernel, places), (x, kernel)
 
 
-def _matmul_bwd(whole, saved, gradient):
+def _matmul_bwd(places, saved, gradient):
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
   gradient = gradient.astype(x.dtype)
   gradient_x = jax.lax.dot_general(
     gradient,
-    _gather(kernel.astype(x.dtype), whole),
+    _put(kernel.astype(x.dtype), places and places.used),
     (((x.ndim - 1,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
@@ -69,6 +73,7 @@ def _matmul_bwd(whole, saved, gradient):
     ((rows, rows), ((), ())),
     preferred_element_type=jnp.float32,
   )
+  gradient_kernel = _put(gradient_kernel, places and places.kept)
   return gradient_x.astype(x.dtype), gradient_kernel.astype(kernel.dtype)
 
 
@@ -198,6 +203,65 @@ def _attend_bwd(saved, gradient):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def split_lookup(
+  mesh: mesh_lib.Mesh, table_VxD: jax.Array, tokens_BxL: jax.Array
+) -> jax.Array:
+  """table[tokens] of a table that the mesh splits, [B, L, D].
+
+  Every device looks up its part of the vocabulary and of the columns for all
+  rows, so that the table does not travel, nor its gradient except over copies.
+  """
+  vocab, width = mesh_lib.RULES["vocab"], mesh_lib.RULES["embed"]
+  rows = tuple(axis for axis in mesh_lib.ROW_AXES if axis != width)
+  P = jax.sharding.PartitionSpec
+
+  def lookup(part, tokens):
+    place = tokens - jax.lax.axis_index(vocab) * part.shape[0]
+    is_here = (place >= 0) & (place < part.shape[0])
+    found = jnp.where(is_here[..., None], part[jnp.where(is_here, place, 0)], 0)
+    return jax.lax.psum(found, vocab)
+
+  return jax.shard_map(
+    lookup,
+    mesh=mesh,
+    in_specs=(P(vocab, width), P(rows)),
+    out_specs=P(rows, None, width),
+  )(table_VxD, tokens_BxL)
+
+
+def split_top_k(mesh: mesh_lib.Mesh) -> types.TopK:
+  """`jax.lax.top_k` of logits [V] whose vocabulary the mesh splits.
+
+  Every device takes the best of its part, and the best of those are merged, so
+  that only candidates travel; of equal values the first wins, as in the whole.
+  The compiler would gather the logits, and those of all rows of a batch, to
+  every device: callers `vmap` over rows with `spmd_axis_name=mesh.ROW_AXES`.
+  """
+  axis = mesh_lib.RULES["vocab"]
+  parts = mesh.shape[axis]
+
+  def best(part, k):
+    values, places = jax.lax.top_k(part, min(k, part.size))
+    places += jax.lax.axis_index(axis) * part.size
+    values, places = jax.lax.all_gather(
+      (values, places), axis, axis=0, tiled=True
+    )
+    values, picks = jax.lax.top_k(values, k)
+    return values, places[picks]
+
+  def top_k(x, k):
+    whole = jax.sharding.PartitionSpec()
+    return jax.shard_map(
+      functools.partial(best, k=k),
+      mesh=mesh,
+      in_specs=jax.sharding.PartitionSpec(axis),
+      out_specs=(whole, whole),
+      check_vma=False,  # all parts merge alike, which it cannot see
+    )(jnp.pad(x, (0, -x.size % parts), constant_values=-jnp.inf))
+
+  return top_k
 
 
 def _scores(q, k, bias):

@@ -14,62 +14,16 @@ Rows do not wait for each other: each has its own block and step counter, and
 the loop ends when every row has.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import noise as noise_lib
 from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
 from agrpo_jax import unmask
-
-
-class Noise(NamedTuple):
-  """Where randomness comes from; tests put recorded noise here.
-
-  Attributes:
-    order: (key, denoise_step, T) -> float32 [T]; the `random` rule unmasks the
-      positions with the largest first.
-    gumbel: (key, denoise_step, offset_S, ids_SxK) -> float32 [S, K], standard
-      Gumbel noise for candidate tokens at offsets within the block.
-  """
-
-  order: Callable[..., jax.Array]
-  gumbel: Callable[..., jax.Array]
-
-
-def _step_key(key: jax.Array, denoise_step: jax.Array, use: int) -> jax.Array:
-  return jax.random.fold_in(jax.random.fold_in(key, denoise_step), use)
-
-
-def _order_noise(key, denoise_step, block_length):
-  return jax.random.uniform(_step_key(key, denoise_step, 0), (block_length,))
-
-
-def _gumbel_noise(key, denoise_step, offset_S, ids_SxK):
-  del offset_S
-  return jax.random.gumbel(_step_key(key, denoise_step, 1), ids_SxK.shape)
-
-
-def row_keys(key: jax.Array, row_id_Bx2: jax.Array) -> jax.Array:
-  """Keys [B], one per row, whatever batch, slot or device it has.
-
-  Args:
-    key: of the train step or the evaluation.
-    row_id_Bx2: uint32 [B, 2], the prompt's id and the completion's index among
-      those of its prompt.
-  """
-  return jax.vmap(
-    lambda row_id: jax.random.fold_in(
-      jax.random.fold_in(key, row_id[0]), row_id[1]
-    )
-  )(row_id_Bx2)
-
-
-NOISE = Noise(order=_order_noise, gumbel=_gumbel_noise)
 
 
 class _Row(flax.struct.PyTreeNode):
@@ -112,7 +66,8 @@ def sample_rollout(
   prompts: types.Prompts,
   sampling: sampling_lib.Sampling,
   *,
-  noise: Noise = NOISE,
+  noise: noise_lib.Noise = noise_lib.NOISE,
+  top_k: types.TopK = jax.lax.top_k,
 ) -> types.Rollout:
   """Draws one completion per row.
 
@@ -121,6 +76,7 @@ def sample_rollout(
     prompts: B rows.
     sampling: static settings.
     noise: source of randomness, read through each row's own key.
+    top_k: how the largest logits are found, see `ops.split_top_k`.
 
   Returns:
     The rollout: all that learning needs to know of it.
@@ -167,7 +123,10 @@ def sample_rollout(
     )(row_B, prompts.key)
     logits_BxSxV = logits_at(row_B, offset_BxS)
     return jax.vmap(
-      lambda *row: _unmask_row(*row, sampling=sampling, noise=noise)
+      lambda *row: _unmask_row(
+        *row, sampling=sampling, noise=noise, top_k=top_k
+      ),
+      spmd_axis_name=mesh_lib.ROW_AXES,
     )(row_B, prompts.key, offset_BxS, is_chosen_BxS, logits_BxSxV)
 
   start_B = jax.vmap(lambda _: _start(sampling, support_CxS=None))(length_B)
@@ -241,7 +200,10 @@ def _count(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
 
 
 def _choose_before(
-  row: _Row, key: jax.Array, sampling: sampling_lib.Sampling, noise: Noise
+  row: _Row,
+  key: jax.Array,
+  sampling: sampling_lib.Sampling,
+  noise: noise_lib.Noise,
 ) -> tuple[jax.Array, jax.Array]:
   """Offsets in the block that need logits, and which are chosen already.
 
@@ -284,10 +246,12 @@ def _unmask_row(
   logits_SxV: jax.Array,
   *,
   sampling: sampling_lib.Sampling,
-  noise: Noise,
+  noise: noise_lib.Noise,
+  top_k: types.TopK,
 ) -> _Row:
   """Draws, unmasks, and moves the row on."""
-  filtered = jax.vmap(unmask.filter_logits, (0, None))(logits_SxV, sampling)
+  filter_all = jax.vmap(unmask.filter_logits, (0, None, None))
+  filtered = filter_all(logits_SxV, sampling, top_k)
   gumbel_SxK = noise.gumbel(key, row.denoise_step, offset_S, filtered.ids)
   drawn = jax.vmap(unmask.draw, (0, 0, 0, None))(
     logits_SxV, filtered, gumbel_SxK, sampling

@@ -9,6 +9,8 @@ import numpy as np
 from agrpo_jax import data
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import mesh as mesh_lib
+from agrpo_jax import noise as noise_lib
+from agrpo_jax import ops
 from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
@@ -46,10 +48,13 @@ class Sampler:
       prompts = types.Prompts(
         tokens=tokens_BxP,
         length=length_B,
-        key=rollout_lib.row_keys(key, row_id_Bx2),
+        key=noise_lib.row_keys(key, row_id_Bx2),
       )
-      return rollout_lib.sample_rollout(policy(params, lora), prompts, sampling)
+      return rollout_lib.sample_rollout(
+        policy(params, lora), prompts, sampling, top_k=top_k
+      )
 
+    top_k = ops.split_top_k(mesh)
     self.batch_size = batch_size
     self._bucket = bucket
     self._rows = mesh_lib.rows(mesh)
@@ -66,7 +71,7 @@ class Sampler:
   ) -> Iterator[types.Rollout]:
     """Yields rollouts of `batch_size` rows, in the order of the prompts.
 
-    Row b draws from `rollout.row_keys(key, row_id_Bx2)[b]`.
+    Row b draws from `noise.row_keys(key, row_id_Bx2)[b]`.
     Rows before `first` are passed over; the others are drawn exactly as with
     them, in arrays of the same width.
 

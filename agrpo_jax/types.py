@@ -1,4 +1,4 @@
-"""The records that cross module borders, and the one function type.
+"""The records that cross module borders, and the function types.
 
 Shape letters, here and everywhere: N prompts, G completions per prompt,
 B = N * G rows, P prompt length, C completion length, L = P + C row length,
@@ -20,6 +20,12 @@ LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 A network already bound to its parameters and adapter. Attention is
 bidirectional over the first `length` tokens of each row; what stands after them
 is without effect. Logits exist only at the asked positions.
+"""
+
+TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+"""(x [V], k) -> the k largest, descending, and int32 [k] where they are in x.
+
+Of equal values the first come first, as `jax.lax.top_k` has it.
 """
 
 

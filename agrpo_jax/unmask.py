@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from agrpo_jax import sampling as sampling_lib
+from agrpo_jax import types
 
 # Slots of a support beyond top_k: low-precision logits tie often.
 _MIN_TIE_SLOTS = 48
@@ -72,7 +73,9 @@ def _keep_top_p(
 
 
 def filter_logits(
-  logits_V: jax.Array, sampling: sampling_lib.Sampling
+  logits_V: jax.Array,
+  sampling: sampling_lib.Sampling,
+  top_k: types.TopK = jax.lax.top_k,
 ) -> Filtered:
   """Temperature, then top-k, then top-p.
 
@@ -83,6 +86,7 @@ def filter_logits(
   Args:
     logits_V: float32 [V].
     sampling: the settings.
+    top_k: how the largest are found, see `ops.split_top_k`.
 
   Returns:
     The normalised distribution over what is kept.
@@ -95,9 +99,7 @@ def filter_logits(
       jax.nn.log_softmax(logits_V), jnp.arange(vocab_size, dtype=jnp.int32)
     )
   if 0 < sampling.top_k < vocab_size:
-    logits_S, ids_S = jax.lax.top_k(
-      logits_V, support_size(sampling, vocab_size)
-    )
+    logits_S, ids_S = top_k(logits_V, support_size(sampling, vocab_size))
     kept_S = logits_S >= logits_S[sampling.top_k - 1]
     logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
     if sampling.top_p < 1:

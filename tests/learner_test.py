@@ -13,6 +13,7 @@ import fixtures
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import llada
 from agrpo_jax import mc_steps
+from agrpo_jax import noise as noise_lib
 from agrpo_jax import objective as objective_lib
 from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import sampling as sampling_lib
@@ -55,7 +56,7 @@ def setting(rule="random", **changes):
   prompts = types.Prompts(
     tokens=tokens,
     length=jnp.array([6, 3, 5, 4, 6, 2, 1, 6]),
-    key=rollout_lib.row_keys(jax.random.key(2), ROW_ID),
+    key=noise_lib.row_keys(jax.random.key(2), ROW_ID),
   )
   rollout = jax.jit(
     lambda prompts: rollout_lib.sample_rollout(

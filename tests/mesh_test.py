@@ -152,8 +152,9 @@ def test_a_weight_in_use_is_whole_over_fsdp(run_in_subprocess):
 
     mesh = mesh_lib.make(1, 4, 2)
     rows = mesh_lib.rows(mesh)
-    spec = mesh_lib.gathered(rows, ("embed", "mlp")).spec
-    assert spec == jax.sharding.PartitionSpec(None, "tensor"), spec
+    kept, used = mesh_lib.places(rows, ("embed", "mlp"))
+    assert kept.spec == jax.sharding.PartitionSpec("fsdp", "tensor"), kept
+    assert used.spec == jax.sharding.PartitionSpec(None, "tensor"), used
     axes = llada.logical_axes(config)
     places = (
       mesh_lib.shardings(mesh, axes, params),
@@ -168,4 +169,116 @@ def test_a_weight_in_use_is_whole_over_fsdp(run_in_subprocess):
       np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max() + 1e-6)
     # Weights travel, not activations of all rows: f32[8 rows, 16 tokens, ..].
     assert "f32[8,16,32]" not in compiled.as_text()
+  """)
+
+
+def test_top_k_of_a_split_vocabulary(run_in_subprocess):
+  """Equals that of the whole: values, places, ties, gradients."""
+  run_in_subprocess("""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from agrpo_jax import mesh as mesh_lib
+    from agrpo_jax import ops
+
+    mesh = mesh_lib.make(2, 1, 4)
+    top_k = ops.split_top_k(mesh)
+    for size, k in ((64, 5), (64, 16), (64, 40), (61, 17), (61, 61), (3, 2)):
+      # Few different values, so that most are tied; -inf, as masked ids are.
+      x = jax.random.randint(jax.random.key(size + k), (8, 3, size), -2, 3)
+      x = jnp.where(x == -2, -jnp.inf, x.astype(jnp.float32))
+
+      def both(x, top_k):
+        one = lambda x: top_k(x, k)
+        rows = jax.vmap(jax.vmap(one), spmd_axis_name=mesh_lib.ROW_AXES)
+        values, places = rows(x)
+        finite = jnp.where(jnp.isfinite(values), values, 0.0)
+        return (finite @ jnp.arange(1.0, k + 1)).sum(), (values, places)
+
+      gradient = jax.grad(both, has_aux=True)
+      one = jax.jit(lambda x: gradient(x, jax.lax.top_k))(x)
+      where = jax.sharding.PartitionSpec(mesh_lib.ROW_AXES)
+      x = jax.device_put(x, jax.sharding.NamedSharding(mesh, where))
+      many = jax.jit(lambda x: gradient(x, top_k))(x)
+      for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=f"{size}, {k}")
+  """)
+
+
+def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
+  """Neither drawing nor learning moves more of them than candidates."""
+  run_in_subprocess("""
+    import jax
+    import jax.numpy as jnp
+    from agrpo_jax import hlo
+    from agrpo_jax import llada
+    from agrpo_jax import mesh as mesh_lib
+    from agrpo_jax import noise
+    from agrpo_jax import objective
+    from agrpo_jax import ops
+    from agrpo_jax import rollout
+    from agrpo_jax import sampling as sampling_lib
+    from agrpo_jax import types
+
+    vocab_size = 4096
+    config = llada.Config(
+      vocab_size=vocab_size, embedding_size=vocab_size, num_layers=2, width=32,
+      num_heads=4, num_kv_heads=4, mlp_width=64, rope_theta=1e4, norm_eps=1e-5,
+      qkv_bias=False, tied_head=False, max_length=64, mask_id=39, eos_id=38,
+      pad_id=38,
+    )
+    mesh = mesh_lib.make(1, 2, 4)
+    rows, top_k = mesh_lib.rows(mesh), ops.split_top_k(mesh)
+    params = llada.abstract_params(config)
+    params = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      params, mesh_lib.shardings(mesh, llada.logical_axes(config), params),
+    )
+
+    def array(*shape, dtype=jnp.int32):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    def sample(params, tokens, length, row_id, sampling):
+      keys = noise.row_keys(jax.random.key(0), row_id)
+      return rollout.sample_rollout(
+        llada.logits_fn(config, params, rows=rows),
+        types.Prompts(tokens, length, keys), sampling, top_k=top_k,
+      )
+
+    def loss(params, drawn, step, weight, sampling):
+      return objective.loss_terms(
+        llada.logits_fn(config, params, rows=rows), None, drawn, step, weight,
+        weight, sampling, objective.Objective(), top_k,
+      ).loss
+
+    # What may travel: weights, which have the width or its half, which fsdp
+    # leaves, and candidates.
+    def check(name, lowered):
+      program = hlo.Program(lowered.compile().as_text())
+      for one in program.instructions.values():
+        if one.opcode.startswith(("all-", "collective", "reduce-scatter")):
+          for shape in one.shapes:
+            is_weight = {32, 16} & {*shape.dims}
+            is_small = max(shape.dims, default=1) < vocab_size // 8
+            assert is_weight or is_small, (name, one.opcode, str(shape))
+
+    for name, settings in {
+      "released": dict(unmask_rule="random", top_k=20, top_p=0.9),
+      "whole": dict(unmask_rule="entropy"),
+      "order": dict(unmask_rule="confidence", top_k=20, confidence="model"),
+      "greedy": dict(unmask_rule="confidence", temperature=0.0),
+    }.items():
+      settings = dict(temperature=1.0) | settings
+      sampling = sampling_lib.Sampling(
+        mask_id=39, eos_id=38, completion_length=16, block_length=8,
+        num_denoise_steps=8, **settings,
+      )
+      arguments = params, array(8, 12), array(8), array(8, 2, dtype=jnp.uint32)
+      draw = jax.jit(sample, static_argnums=4, out_shardings=rows)
+      check(name, draw.lower(*arguments, sampling))
+      drawn = jax.eval_shape(draw, *arguments, sampling)
+      drawn = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), drawn)
+      learn = jax.jit(jax.grad(loss), static_argnums=4)
+      weight = array(8, dtype=jnp.float32)
+      check(name, learn.lower(params, drawn, array(8), weight, sampling))
   """)

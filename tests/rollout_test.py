@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fixtures
+from agrpo_jax import noise as noise_lib
 from agrpo_jax import rollout as rollout_lib
 from agrpo_jax import sampling as sampling_lib
 
@@ -14,10 +15,10 @@ LLADA = sorted(p.stem for p in fixtures.GOLDEN.glob("llada_generate/l*.npz"))
 FAST = sorted(p.stem for p in fixtures.GOLDEN.glob("llada_generate/f*.npz"))
 
 
-def recorded_noise(meta: dict, num_rows: int) -> rollout_lib.Noise:
+def recorded_noise(meta: dict, num_rows: int) -> noise_lib.Noise:
   """The noise that the released code was given; a row's key is its number."""
   if meta["noise_seed"] is None:
-    return rollout_lib.NOISE
+    return noise_lib.NOISE
   steps, length = meta["sampling_steps"], meta["block_length"]
   shape = (steps, num_rows, length)
   draws = np.random.Generator(np.random.PCG64(meta["noise_seed"]))
@@ -25,7 +26,7 @@ def recorded_noise(meta: dict, num_rows: int) -> rollout_lib.Noise:
   gumbel = jnp.asarray(-np.log(-np.log(uniform)), jnp.float32)
   orders = np.random.Generator(np.random.PCG64(meta["noise_seed"] + 1))
   order = jnp.asarray(orders.random(shape).astype(np.float32))
-  return rollout_lib.Noise(
+  return noise_lib.Noise(
     order=lambda row, step, length: order[step, row],
     gumbel=lambda row, step, offset_S, ids_SxK: gumbel[
       step, row, offset_S[:, None], ids_SxK

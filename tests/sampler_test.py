@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agrpo_jax import mesh as mesh_lib
-from agrpo_jax import rollout as rollout_lib
+from agrpo_jax import noise as noise_lib
 from agrpo_jax import sampler as sampler_lib
 from agrpo_jax import sampling as sampling_lib
 
@@ -79,10 +79,10 @@ def test_rows_can_be_passed_over():
 
 
 def test_row_keys_depend_on_prompt_and_index_alone():
-  keys = rollout_lib.row_keys(
+  keys = noise_lib.row_keys(
     jax.random.key(0), jnp.array([[3, 0], [3, 1], [4, 0]], jnp.uint32)
   )
-  again = rollout_lib.row_keys(
+  again = noise_lib.row_keys(
     jax.random.key(0), jnp.array([[4, 0], [3, 0]], jnp.uint32)
   )
   data, other = jax.random.key_data(keys), jax.random.key_data(again)

@@ -20,7 +20,7 @@ ORDER = """
   llada_config llada_params ops llada lora
   hub port_names port_files port_arrays port_write peft port
   tokens_bytes tokens_fast tokens
-  sampling unmask rollout mc_steps advantage objective
+  sampling unmask noise rollout mc_steps advantage objective
   optimizer learner
   tasks worker_process grading scoring data demonstrations
   checkpoint_meta checkpoint_read checkpoint workdir metrics progress
@@ -34,7 +34,7 @@ ORDER = """
 
 # What knows the sampler and the estimator knows no network: it gets a function.
 BEFORE_NETWORKS = {
-  *("types", "masked", "sampling", "unmask", "rollout"),
+  *("types", "masked", "sampling", "unmask", "noise", "rollout"),
   *("mc_steps", "advantage", "objective"),
 }
 NETWORKS = {"llada", "llada_config", "llada_params", "lora", "port", "tokens"}
