@@ -41,18 +41,16 @@ class Collective:
   kind: str
   shape: str
   group: int
-  bytes: int  # of its result
+  bytes: int  # of its result; of a reduce-scatter, of what it adds up
   source: str
 
   @property
   def wire_bytes(self) -> float:
     """What a device receives, in a ring."""
     share = (self.group - 1) / max(1, self.group)
-    factor = {
-      "all-reduce": 2 * share,
-      "reduce-scatter": self.group - 1,
-      "collective-permute": 1.0,
-    }.get(self.kind, share)
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(
+      self.kind, share
+    )
     return self.bytes * factor
 
 
@@ -88,7 +86,13 @@ def of(program: hlo.Program, trips: int) -> Cost:
   """
   cost, seen = Cost(), set()
 
-  def visit(name: str, times: int, is_fused: bool, is_inner: bool) -> None:
+  def visit(
+    name: str,
+    times: int,
+    is_fused: bool,
+    is_inner: bool,
+    inside: hlo.Instruction | None = None,
+  ) -> None:
     for one in program.computations[name]:
       kind = one.opcode.removesuffix("-start")
       if one.opcode in ("dot", "convolution"):
@@ -99,7 +103,7 @@ def of(program: hlo.Program, trips: int) -> Cost:
         if channel and channel.group() in seen:
           continue
         seen.add(channel.group() if channel else None)
-        cost.collectives[_collective(kind, one)] += times
+        cost.collectives[_collective(kind, one, inside)] += times
       if not is_fused and one.opcode not in _FREE:
         cost.bytes += times * _bytes(program, one)
         cost.buffers.update(
@@ -107,13 +111,13 @@ def of(program: hlo.Program, trips: int) -> Cost:
         )
       if one.opcode == "while":
         known = program.trip_count(one)
-        inside = known or (1 if is_inner else trips)
+        laps = known or (1 if is_inner else trips)
         for body in one.called:
-          visit(body, times * inside, False, is_inner or known is None)
+          visit(body, times * laps, False, is_inner or known is None)
       else:
         for called in one.called:
           fused = is_fused or one.opcode == "fusion"
-          visit(called, times, fused, is_inner)
+          visit(called, times, fused, is_inner, one)
 
   visit(program.entry, 1, False, False)
   return cost
@@ -185,7 +189,10 @@ def _read(program: hlo.Program, fusion: hlo.Instruction, index: int) -> int:
   return min(whole, read)
 
 
-def _collective(kind: str, one: hlo.Instruction) -> Collective:
+def _collective(
+  kind: str, one: hlo.Instruction, inside: hlo.Instruction | None
+) -> Collective:
+  """The communication of an instruction, which may be fused into another."""
   # An asynchronous start returns its operand, its result and some counters.
   is_start = one.opcode.endswith("-start") and kind != "all-reduce"
   sizes = [shape.bytes for shape in one.shapes]
@@ -194,7 +201,15 @@ def _collective(kind: str, one: hlo.Instruction) -> Collective:
     text, sizes = str(one.shapes[1]), sizes[1:2]
   if len(text) > 60:
     text = f"{len(one.shapes)} arrays"
-  return Collective(kind, text, _group(one.attributes), sum(sizes), one.source)
+  group, size = _group(one.attributes), sum(sizes)
+  if kind == "reduce-scatter":
+    size *= group
+  # libtpu writes a reduce-scatter as an all-reduce with a slice behind it.
+  called = "".join(inside.called) if inside else ""
+  if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
+    kind = "reduce-scatter"
+  source = one.source or (inside.source if inside else "")
+  return Collective(kind, text, group, size, source)
 
 
 def _group(attributes: str) -> int:

@@ -276,7 +276,7 @@ class Embed(nn.Module):
     tokens = jnp.clip(tokens, 0, self.specs["table"].shape[0] - 1)
     if self.rows is None:
       return self.table[tokens]
-    return ops.split_lookup(self.rows.mesh, self.table, tokens)
+    return ops.split_lookup(self.rows, self.table, tokens)
 
 
 def logits_fn(

@@ -206,15 +206,15 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def split_lookup(
-  mesh: mesh_lib.Mesh, table_VxD: jax.Array, tokens_BxL: jax.Array
+  rows: mesh_lib.NamedSharding, table_VxD: jax.Array, tokens_BxL: jax.Array
 ) -> jax.Array:
-  """table[tokens] of a table that the mesh splits, [B, L, D].
+  """table[tokens] of a table that the mesh of `rows` splits, [B, L, D].
 
   Every device looks up its part of the vocabulary and of the columns for all
   rows, so that the table does not travel, nor its gradient except over copies.
   """
   vocab, width = mesh_lib.RULES["vocab"], mesh_lib.RULES["embed"]
-  rows = tuple(axis for axis in mesh_lib.ROW_AXES if axis != width)
+  copies = tuple(axis for axis in mesh_lib.ROW_AXES if axis != width)
   P = jax.sharding.PartitionSpec
 
   def lookup(part, tokens):
@@ -225,9 +225,9 @@ def split_lookup(
 
   return jax.shard_map(
     lookup,
-    mesh=mesh,
-    in_specs=(P(vocab, width), P(rows)),
-    out_specs=P(rows, None, width),
+    mesh=rows.mesh,
+    in_specs=(P(vocab, width), P(copies)),
+    out_specs=P(copies, None, width),
   )(table_VxD, tokens_BxL)
 
 

@@ -145,6 +145,35 @@ def test_bytes_on_the_wire():
   assert (groups["all-reduce"], groups["all-gather"]) == (4, 4)
 
 
+def test_a_reduce_scatter_in_either_form():
+  """libtpu writes it as an all-reduce in a fusion that keeps a slice."""
+  program = hlo.Program("""\
+HloModule jit_update
+
+%all-reduce-scatter.1 (p: f32[32,8]) -> f32[8,8] {
+  %p = f32[32,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[32,8]{1,0} all-reduce(%p), channel_id=1, \
+replica_groups={{0,1,2,3}}
+  %zero = s32[] constant(0)
+  ROOT %slice.1 = f32[8,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), \
+dynamic_slice_sizes={8,8}
+}
+
+ENTRY %main (a: f32[32,8]) -> f32[8,8] {
+  %a = f32[32,8]{1,0} parameter(0)
+  %reduce-scatter.1 = f32[8,8]{1,0} reduce-scatter(%a), channel_id=2, \
+replica_groups={{0,1,2,3}}
+  ROOT %fusion.1 = f32[8,8]{1,0} fusion(%a), kind=kCustom, \
+calls=%all-reduce-scatter.1, metadata={op_name="jit(update)/down/dot_general"}
+}
+""")
+  found = hlo_cost.of(program, trips=1).collectives
+  assert {(one.kind, one.wire_bytes) for one in found} == {
+    ("reduce-scatter", 32 * 8 * 4 * 3 / 4)
+  }
+  assert {one.source for one in found} == {"", "jit(update)/down/dot_general"}
+
+
 def test_memory_traffic_counts_slices_and_leaves_out_what_passes_by():
   cost = hlo_cost.of(hlo.Program(MODULE), trips=1)
   weight = 64 * 4 + 4 + 64 * 4  # a slice, the index, the result
