@@ -14,28 +14,66 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import tasks
 
+CHECKPOINT_HELP = (
+  "Work directory of a run, for its newest checkpoint; WORKDIR:best for the "
+  "most accurate one, WORKDIR:TRAIN_STEP for that of a train step."
+)
 
-def check_checkpoint(folder: str) -> None:
-  """Raises UserError for what is no run's work directory; "" is fine."""
-  if (
-    folder and not (pathlib.Path(folder).expanduser() / "checkpoints").is_dir()
-  ):
+
+def check_checkpoint(checkpoint: str) -> None:
+  """Raises UserError for what names no checkpoint of a run; "" is fine."""
+  if checkpoint:
+    _find(checkpoint)
+
+
+def _find(checkpoint: str) -> tuple[checkpoint_read.Reader, int | None]:
+  """WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP; None stands for the newest."""
+  folder, _, which = checkpoint.rpartition(":")
+  if which != "best" and not (folder and which.isdecimal()):
+    folder, which = checkpoint, ""
+  if not (pathlib.Path(folder).expanduser() / "checkpoints").is_dir():
     raise errors.UserError(
-      f"--checkpoint={folder!r} is not a work directory with checkpoints/."
+      f"--checkpoint={checkpoint!r} is not a work directory with checkpoints/."
     )
+  reader = checkpoint_read.Reader(folder)
+  steps = reader.steps()
+  if not steps:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r} holds no checkpoint yet."
+    )
+  if not which:
+    return reader, None
+  train_step = reader.best_step if which == "best" else int(which)
+  if train_step is None:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r}: the run evaluated none of its checkpoints "
+      f"{steps}. Give one of those numbers instead of 'best'; the next run "
+      "keeps its best with config.train.keep_best=1."
+    )
+  if train_step not in steps:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r}: there are checkpoints of the train steps "
+      f"{steps}, not of {train_step}."
+    )
+  return reader, train_step
 
 
 def policy(c: config_lib.ConfigDict, checkpoint: str = "") -> build.Policy:
-  """The model of a config; its trained part from a run's newest checkpoint."""
-  check_checkpoint(checkpoint)
-  loaded = build.policy(c, is_trained=bool(checkpoint))
+  """The model of a config; its trained part from a run's checkpoint.
+
+  Args:
+    c: as the run's.
+    checkpoint: WORKDIR (its newest), WORKDIR:best, WORKDIR:TRAIN_STEP, or "".
+
+  Raises:
+    UserError: there is no such checkpoint, or it cannot be read.
+  """
   if not checkpoint:
-    return loaded
+    return build.policy(c, is_trained=False)
+  reader, train_step = _find(checkpoint)
+  loaded = build.policy(c)
   trainable = loaded.params if loaded.lora is None else loaded.lora
-  folder = pathlib.Path(checkpoint).expanduser()
-  found = checkpoint_read.Reader(folder).read(
-    {"trainable": trainable}, loaded.base_model
-  )
+  found = reader.read({"trainable": trainable}, loaded.base_model, train_step)
   if found is None:
     raise errors.UserError(
       f"--checkpoint={checkpoint!r} holds no checkpoint yet."

@@ -4,8 +4,9 @@
 
   trainable   the adapters, or all parameters in full fine-tuning,
   optimizer   the optimizer's state and the train step,
-  meta        JSON: what the caller gave (config, base model, metrics), shapes
-              and checksums of the arrays above, the versions that wrote them.
+  meta        JSON: what the caller gave (config, base model), the accuracy
+              if the state was evaluated, shapes and checksums of the arrays
+              above, the versions that wrote them.
 
 A frozen base is not saved; `meta` says which one it was. Arrays are restored
 to the shardings asked for, so the number of devices may change in between. A
@@ -15,7 +16,9 @@ export read it with `checkpoint_read`.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +39,8 @@ class Checkpoints:
   Args:
     workdir: the run's directory, the same for all hosts.
     keep: how many checkpoints to keep, the newest.
+    keep_best: how many to keep besides, the most accurate; of equal ones the
+      earlier.
     every: `save` acts on train steps that this divides.
   """
 
@@ -44,17 +49,16 @@ class Checkpoints:
     workdir: str | os.PathLike[str],
     *,
     keep: int = 2,
+    keep_best: int = 0,
     every: int = 1,
   ):
     self._reader = checkpoint_read.Reader(workdir)
+    self._keep_best = keep_best
+    self._every = every
     options = ocp.CheckpointManagerOptions(
-      save_decision_policy=checkpoint_managers.AnySavePolicy(
-        [
-          checkpoint_managers.FixedIntervalPolicy(every),
-          checkpoint_managers.PreemptionCheckpointingPolicy(),
-        ]
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+        [checkpoint_managers.LatestN(keep), _Only(self._best_steps)]
       ),
-      preservation_policy=checkpoint_managers.LatestN(keep),
       cleanup_tmp_directories=True,
     )
     directory = self._reader.directory
@@ -65,6 +69,8 @@ class Checkpoints:
         f"Cannot use {str(directory)!r} for checkpoints: {error}. "
         "Choose another work directory with --config.workdir=..."
       ) from error
+    # By train step; of all that were saved since, so deleted ones may be there.
+    self._accuracies = self._reader.accuracies() if keep_best else {}
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -77,6 +83,7 @@ class Checkpoints:
     train_state: types.TrainState,
     meta: Mapping[str, Any],
     *,
+    accuracy: float | None = None,
     force: bool = False,
   ) -> bool:
     """Starts saving when it is time to; the arrays may be donated afterwards.
@@ -85,16 +92,20 @@ class Checkpoints:
       train_state: what to save.
       meta: JSON values. `meta["base_model"]`, when there, is compared by
         `restore`.
+      accuracy: of this very state, if it was evaluated, the same on all
+        processes. One of the `keep_best` highest is saved in any case.
       force: save although `every` does not divide the train step.
 
     Returns:
       Whether this train step was or is being saved by this call.
     """
     train_step = int(jax.device_get(train_state.train_step))
-    if train_step in self._manager.all_steps() or not (
-      force or self._manager.should_save(train_step)
-    ):
+    is_due = force or self._is_best(accuracy) or train_step % self._every == 0
+    if not is_due or train_step in self._manager.all_steps():
       return False
+    if accuracy is not None:
+      self._accuracies[train_step] = accuracy
+      meta = {**meta, "accuracy": accuracy}
     items = _items(train_state)
     return self._manager.save(
       train_step,
@@ -145,10 +156,23 @@ class Checkpoints:
     """Waits, and ends the background threads."""
     self._manager.close()
 
+  def _is_best(self, accuracy: float | None) -> bool:
+    if accuracy is None:
+      return False
+    no_worse = [one for one in self._accuracies.values() if one >= accuracy]
+    return len(no_worse) < self._keep_best
+
+  def _best_steps(self) -> list[int]:
+    accuracies = self._accuracies
+    best_first = sorted(accuracies, key=lambda s: (-accuracies[s], s))
+    return best_first[: self._keep_best]
+
   def _set_aside_after(self, restored: int) -> None:
     steps = [step for step in self._reader.steps() if step > restored]
     if not steps:
       return
+    for train_step in steps:
+      self._accuracies.pop(train_step, None)
     if jax.process_index() == 0:
       directory = self._reader.directory
       aside = directory.parent / "unreadable_checkpoints"
@@ -162,6 +186,23 @@ class Checkpoints:
         logging.warning("Moved it to %s.", aside / name)
     multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
+
+
+class _Only(checkpoint_managers.PreservationPolicy):
+  """Keeps the checkpoints of the train steps that a function returns."""
+
+  def __init__(self, steps_fn: Callable[[], Sequence[int]]):
+    self._steps_fn = steps_fn
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+    *,
+    context: checkpoint_managers.PreservationContext,
+  ) -> Sequence[bool]:
+    del context
+    kept = self._steps_fn()
+    return [info.step in kept for info in checkpoints]
 
 
 def _items(train_state: types.TrainState) -> dict[str, types.Tree]:

@@ -7,6 +7,7 @@ its part, then all agree on whether everybody could (`_on_all`).
 import os
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,17 +69,35 @@ class Reader:
 
   def meta(self) -> dict[str, Any] | None:
     """The meta of the newest checkpoint whose meta can be read, or None."""
+    return next((meta for _, meta in self._metas()), None)
+
+  def accuracies(self) -> dict[int, float]:
+    """By train step, of the checkpoints that were evaluated."""
+    return {
+      step: meta["accuracy"]
+      for step, meta in self._metas()
+      if "accuracy" in meta
+    }
+
+  @property
+  def best_step(self) -> int | None:
+    """Of the highest accuracy, of equal ones the earliest; or None."""
+    accuracies = self.accuracies()
+    return min(accuracies, key=lambda s: (-accuracies[s], s), default=None)
+
+  def _metas(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The train steps and metas that can be read, the newest first."""
     for train_step in self.steps():
       try:
-        return self._meta(train_step)
+        yield train_step, self._meta(train_step)
       except Exception as error:
         self._warn(train_step, error)
-    return None
 
   def read(
     self,
     items: Mapping[str, types.Tree],
     base_model: Mapping[str, Any] | None = None,
+    train_step: int | None = None,
   ) -> tuple[dict[str, types.Tree], dict[str, Any]] | None:
     """The newest readable checkpoint, or None when there is no checkpoint.
 
@@ -86,14 +105,18 @@ class Reader:
       items: name of a tree -> the tree to fill. Its leaves say shape, dtype
         and sharding (arrays, or `jax.ShapeDtypeStruct` with a sharding).
       base_model: what `meta["base_model"]` must be.
+      train_step: of the one checkpoint to read instead of the newest.
 
     Returns:
       The filled trees and the checkpoint's meta.
 
     Raises:
       UserError: the checkpoint is of another base model or of arrays of other
-        shapes, or none of the checkpoints can be read.
+        shapes, or none of the checkpoints, or not the one that is asked for,
+        can be read.
     """
+    if train_step is not None:
+      return self._read_named(train_step, items, base_model)
     unreadable: dict[int, Exception] = {}
     while left := [s for s in self.steps() if s not in unreadable]:
       try:
@@ -117,6 +140,23 @@ class Reader:
       "remove the directory to start from the beginning.\n  "
       + "\n  ".join(f"{s}: {_short(e)}" for s, e in unreadable.items())
     )
+
+  def _read_named(
+    self,
+    train_step: int,
+    items: Mapping[str, types.Tree],
+    base_model: Mapping[str, Any] | None,
+  ) -> tuple[dict[str, types.Tree], dict[str, Any]]:
+    try:
+      return self._read(train_step, items, base_model)
+    except errors.UserError:
+      raise
+    except Exception as error:
+      raise errors.UserError(
+        f"The checkpoint {str(self._path(train_step))!r} is damaged, or was "
+        f"deleted by a run for a newer one ({_short(error)}). Now there are "
+        f"those of the train steps {self.steps()}."
+      ) from error
 
   def _path(self, train_step: int) -> epath.Path:
     return self.directory / str(train_step)

@@ -144,6 +144,10 @@ def rl() -> ConfigDict:
   grading.num_workers = 2  # processes
   grading.timeout_seconds = 10.0  # per completion
 
+  # Checkpoints kept besides the newest: those of the highest eval/accuracy (of
+  # equal ones the earlier). A new best is saved when it is evaluated.
+  c.train.keep_best = 0  # 0: off
+
   c.evaluate = e = ConfigDict()
   _sampling(e)
   e.every = 0  # train steps between evaluations; 0: never

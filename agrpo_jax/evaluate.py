@@ -1,19 +1,22 @@
 """Held-out accuracy of a model under given sampling settings.
 
     python -m agrpo_jax.evaluate --config=configs/gsm8k.py \
-      [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR] [--sampler=NAME] \
-      [--num_samples=8 --k=1,4,8] [--output=FOLDER or FILE.jsonl]
+      [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR[:best|:TRAIN_STEP]] \
+      [--sampler=NAME] [--num_samples=8 --k=1,4,8] \
+      [--output=FOLDER or FILE.jsonl]
 
 Without --model it is the model of `config.model.path`; --checkpoint takes what
-was trained on top of it from a run's newest checkpoint. `presets.py` lists the
-samplers, `records.py` what --output holds. The same command goes on where it
-was stopped. For more than one setting or model: `agrpo_jax.sweep`.
+was trained on top of it from a run's newest checkpoint, its most accurate one,
+or that of a train step. `presets.py` lists the samplers, `records.py` what
+--output holds. The same command goes on where it was stopped. For more than one
+setting or model: `agrpo_jax.sweep`.
 """
 
 from collections.abc import Sequence
 
 from absl import flags
 
+from agrpo_jax import candidate
 from agrpo_jax import command
 from agrpo_jax import evaluation
 from agrpo_jax import presets
@@ -60,9 +63,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "model", "", "Folder or hub id, instead of config.model.path."
   )
-  flags.DEFINE_string(
-    "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
-  )
+  flags.DEFINE_string("checkpoint", "", candidate.CHECKPOINT_HELP)
   flags.DEFINE_string(
     "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
   )

@@ -180,9 +180,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "model", "", "Folder or hub id, instead of config.model.path."
   )
-  flags.DEFINE_string(
-    "checkpoint", "", "Work directory of a run; its newest checkpoint is used."
-  )
+  flags.DEFINE_string("checkpoint", "", candidate.CHECKPOINT_HELP)
   flags.DEFINE_integer("num_draws", 128, "Masks per completion.")
   flags.DEFINE_string(
     "output", "", "Folder, or file ending in .jsonl, for the records."

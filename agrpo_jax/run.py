@@ -44,7 +44,10 @@ class Run:
     self._stop = stop
     self.folder = folder
     self._checkpoints = checkpoint.Checkpoints(
-      folder, keep=c.train.keep, every=c.train.checkpoint_every
+      folder,
+      keep=c.train.keep,
+      keep_best=c.train.get("keep_best", 0),
+      every=c.train.checkpoint_every,
     )
     self._writer: metrics.Writer | None = None
     self._base_model: Mapping[str, Any] = {}
@@ -109,6 +112,7 @@ class Run:
     self._checkpoints.save(
       state,
       {"config": self._config.to_dict(), "base_model": dict(self._base_model)},
+      accuracy=scalars.get("eval/accuracy"),
       force=is_last or asked > 0,
     )
     if asked and not is_last:

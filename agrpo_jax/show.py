@@ -56,10 +56,7 @@ _SAMPLER = flags.DEFINE_string(
   allow_override=True,
 )
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint",
-  "",
-  "Work directory of a run of --config; its newest checkpoint is used.",
-  allow_override=True,
+  "checkpoint", "", candidate.CHECKPOINT_HELP, allow_override=True
 )
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "Another folder or hub id, or 'bytes'.", allow_override=True

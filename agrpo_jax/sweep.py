@@ -187,9 +187,7 @@ def _check(
 def _define_flags() -> None:
   # Not when this module is imported: other commands have flags of their own.
   flags.DEFINE_multi_string("model", [], "Folder or hub id.")
-  flags.DEFINE_multi_string(
-    "checkpoint", [], "Work directory of a run of config.model.path."
-  )
+  flags.DEFINE_multi_string("checkpoint", [], candidate.CHECKPOINT_HELP)
   flags.DEFINE_string(
     "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
   )

@@ -124,6 +124,81 @@ def test_which_train_steps_are_saved_and_kept(tmp_path):
   assert names == ["6", "7"]
 
 
+def _save_evaluated(workdir, accuracies, **options):
+  with checkpoint.Checkpoints(workdir, **options) as checkpoints:
+    return [
+      checkpoints.save(_state(step), META, accuracy=accuracy)
+      for step, accuracy in accuracies.items()
+    ]
+
+
+def _kept(workdir) -> list[int]:
+  return checkpoint_read.Reader(workdir).steps()
+
+
+def test_the_best_is_saved_when_it_is_evaluated_and_stays(tmp_path):
+  options = dict(every=10, keep=1, keep_best=1)
+  accuracies = {5: 0.1, 10: None, 15: 0.3, 20: 0.2, 25: 0.2, 30: None}
+  saved = _save_evaluated(tmp_path, accuracies, **options)
+  assert saved == [True, True, True, True, False, True]
+  assert _kept(tmp_path) == [30, 15]
+  # A process of its own knows the best from the files.
+  saved = _save_evaluated(tmp_path, {35: 0.3, 40: 0.2, 45: 0.4}, **options)
+  assert saved == [False, True, True]
+  assert _kept(tmp_path) == [45]
+  assert checkpoint_read.Reader(tmp_path).best_step == 45
+  # What a run goes on from is the newest one.
+  _save_evaluated(tmp_path, {50: 0.0}, **options)
+  with checkpoint.Checkpoints(tmp_path, **options) as checkpoints:
+    restored, meta = checkpoints.restore(_abstract(_state()))
+  assert restored.train_step == 50
+  assert meta["accuracy"] == 0.0
+
+
+def test_of_equally_good_ones_the_earlier_stay(tmp_path):
+  accuracies = {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.7, 5: 0.1}
+  _save_evaluated(tmp_path, accuracies, keep=1, keep_best=2)
+  assert _kept(tmp_path) == [5, 4, 1]
+  assert checkpoint_read.Reader(tmp_path).accuracies() == {
+    5: 0.1,
+    4: 0.7,
+    1: 0.5,
+  }
+
+
+def test_without_keep_best_accuracy_changes_nothing(tmp_path):
+  saved = _save_evaluated(tmp_path, {1: 0.9, 2: 0.1, 4: 0.1}, every=2, keep=1)
+  assert saved == [False, True, True]
+  assert _kept(tmp_path) == [4]
+  assert checkpoint_read.Reader(tmp_path).best_step == 4
+
+
+@pytest.mark.parametrize("damage", ["meta", "arrays"])
+def test_a_damaged_best_stops_no_run(tmp_path, damage):
+  options = dict(keep=1, keep_best=1)
+  _save_evaluated(tmp_path, {1: 0.9, 2: 0.1}, **options)
+  best = tmp_path / "checkpoints" / "1"
+  (_truncate_meta if damage == "meta" else _truncate_data)(best)
+  with checkpoint.Checkpoints(tmp_path, **options) as checkpoints:
+    restored, _ = checkpoints.restore(_abstract(_state()))
+    assert restored.train_step == 2
+    checkpoints.save(_state(3), META, accuracy=0.5)
+  # Whose accuracy cannot be read is not known to be the best.
+  assert _kept(tmp_path) == ([3] if damage == "meta" else [3, 1])
+
+
+def test_an_unreadable_best_is_forgotten(tmp_path):
+  """It was the newest too: its train step is done and judged again."""
+  options = dict(keep=1, keep_best=1)
+  _save_evaluated(tmp_path, {1: 0.1, 2: 0.9}, keep=2, keep_best=1)
+  _truncate_data(tmp_path / "checkpoints" / "2")
+  with checkpoint.Checkpoints(tmp_path, every=9, **options) as checkpoints:
+    restored, _ = checkpoints.restore(_abstract(_state()))
+    assert restored.train_step == 1
+    assert checkpoints.save(_state(2), META, accuracy=0.9)
+  assert _kept(tmp_path) == [2]
+
+
 def test_donated_arrays_do_not_change_a_save_under_way(tmp_path):
   """`save` returns before the files are written; the next update reuses the
   memory at once."""

@@ -17,7 +17,7 @@ def test_shipped_configs_hold(name):
   config_check.check(fixtures.config(name))
 
 
-@pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "h100"])
+@pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "v5p"])
 def test_variants_of_gsm8k_hold(arg):
   c = fixtures.config("gsm8k", arg)
   config_check.check(c)
@@ -70,6 +70,20 @@ def test_all_problems_at_once_by_their_full_names():
     "config.task.name",
   ):
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "keep_best,every,is_fine",
+  [(0, 0, True), (1, 5, True), (2, 4, True), (1, 0, False), (1, 6, False)],
+)
+def test_the_best_checkpoint_needs_an_evaluation(keep_best, every, is_fine):
+  c = fixtures.config("gsm8k")
+  c.optimizer.schedule = "constant"
+  c.train.update(num_steps=5, keep_best=keep_best)
+  c.evaluate.every = every
+  problems = config_check.problems(c)
+  assert bool(problems) != is_fine
+  assert is_fine or f"evaluate.every={every}" in problems[0]
 
 
 def test_use_task_lists_every_option_and_part():
