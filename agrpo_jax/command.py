@@ -1,8 +1,11 @@
 """How the commands start and how they end."""
 
+import json
 import logging as python_logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +41,8 @@ def main(
   A mistake of the user ends it with one message and code 2, a value that is not
   finite with code 3, the loss of another process with code 4, a signal to
   stop with 128 plus its number. Everything else is our mistake and shows its
-  traceback. Of several processes the first speaks.
+  traceback. Of several processes, which must agree in flags and config, the
+  first speaks.
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
@@ -68,26 +72,25 @@ def main(
       distributed.initialize()
       if not distributed.is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+      distributed.check_same(_settings())
       function(argv)
     except errors.UserError as error:
       _fail(str(error))
     except errors.Stopped as stopped:
-      _fail(str(stopped), code=stopped.code)
+      _fail(str(stopped), stopped.code, is_shared=True)
     except FloatingPointError as error:
-      _fail(str(error), code=3)
+      _fail(str(error), code=3, is_shared=True)
     except KeyboardInterrupt:
       _fail(
         "Stopped. The same command goes on from the last checkpoint.", code=130
       )
-    except jax.errors.JaxRuntimeError as error:
-      if not distributed.is_lost(error):
+    except Exception as error:
+      if distributed.is_lost(error):
+        first_line = str(error).splitlines()[0][:200]
+        distributed.leave(f"{distributed.LOST} ({first_line})")
+      if not jax.distributed.is_initialized():
         raise
-      _fail(
-        "Another process of the run does not answer; its own output says why. "
-        "The same command, on all of them, goes on from the last checkpoint. "
-        f"({str(error).splitlines()[0][:200]})",
-        code=4,
-      )
+      _fail(traceback.format_exc(), code=1)
 
   logging.set_verbosity(logging.WARNING)
   # Orbax warns of options that it fills in by itself.
@@ -115,10 +118,28 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
   return found
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
+def _settings() -> dict[str, Any]:
+  """What must be the same on all processes: the config and our own flags."""
+  found: dict[str, Any] = {
+    f"--{flag.name}": flag.value
+    for module, own in flags.FLAGS.flags_by_module_dict().items()
+    if not module.startswith("absl")
+    for flag in own
+    if not flag.name.startswith("config")
+  }
+  if CONFIG.value is not None:
+    found["config"] = json.loads(CONFIG.value.to_json())
+  return found
+
+
+def _fail(message: str, code: int = 2, *, is_shared: bool = False) -> NoReturn:
+  """Says why and ends; `is_shared` says that all processes do so here."""
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
-  if code < 128 and jax.distributed.is_initialized():
+  if jax.distributed.is_initialized() and not is_shared:
+    if code == 2 and distributed.is_main():
+      # JAX ends the others with this one; those that failed alike say so first.
+      time.sleep(1)
     # An orderly end waits for the others, who may be waiting for this process.
     os._exit(code)
   sys.exit(code)

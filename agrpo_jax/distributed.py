@@ -5,9 +5,16 @@ to all of them together; what a host computes on its own (texts, grades) is
 shared out by row and gathered, so that all take every decision alike.
 """
 
+import ctypes
+import hashlib
 import json
 import os
+import pathlib
+import signal
+import threading
+from collections.abc import Mapping
 from typing import Any
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -16,8 +23,16 @@ from jax.experimental import multihost_utils
 from agrpo_jax import errors
 
 _VARIABLES = ("AGRPO_COORDINATOR", "AGRPO_NUM_PROCESSES", "AGRPO_PROCESS_ID")
-# A process that stops answering ends the others after this long.
-_HEARTBEAT_SECONDS = 60
+_JOIN = ("AGRPO_JOIN_SECONDS", 300)
+_HEARTBEAT = ("AGRPO_HEARTBEAT_SECONDS", 60)
+
+LOST = (
+  "Another process of the run ended or does not answer; its own output says "
+  "why. What was saved is kept: the same command, on all processes, goes on "
+  "from there."
+)
+_leaving = threading.Lock()
+_handlers: list[Any] = []  # C keeps none alive
 
 
 def initialize() -> None:
@@ -28,26 +43,36 @@ def initialize() -> None:
   AGRPO_COORDINATOR (host:port of process 0), AGRPO_NUM_PROCESSES and
   AGRPO_PROCESS_ID. With none of these the process is alone.
 
+  All must have come within AGRPO_JOIN_SECONDS (300). From then on, one that
+  dies, or does not answer for AGRPO_HEARTBEAT_SECONDS (60), ends the others:
+  they `leave`.
+
   Raises:
     UserError: the variables contradict each other.
-    Stopped: the other processes cannot be reached.
   """
   given = {name: os.environ.get(name) for name in _VARIABLES}
   is_auto = os.environ.get("AGRPO_DISTRIBUTED") == "auto"
   if not is_auto and not any(given.values()):
     return
-  settings = {}
-  if not is_auto:
-    settings = _settings(given)
+  settings = {} if is_auto else _settings(given)
+  join_seconds = _seconds(*_JOIN)
+  heartbeat_seconds = _seconds(*_HEARTBEAT)
+  missed = (
+    f"The processes of the run did not find each other in {join_seconds} s "
+    f"({_JOIN[0]}): not all were started, or they cannot reach process 0."
+  )
+  # It would catch SIGTERM, from here on until somebody else does.
+  jax.config.update("jax_enable_preemption_service", False)
+  _when_aborted(missed)
   try:
     jax.distributed.initialize(
-      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, **settings
+      initialization_timeout=join_seconds,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      **settings,
     )
   except (RuntimeError, ValueError) as error:
-    # Not a mistake in the command: a launcher may well try again.
-    raise errors.Stopped(
-      f"The processes of the run did not find each other: {error}", code=1
-    ) from error
+    leave(f"{missed} ({error})")
+  _when_aborted(f"{LOST} (JAX's lines are above.)")
 
 
 def _settings(given: dict[str, str | None]) -> dict:
@@ -71,18 +96,87 @@ def _settings(given: dict[str, str | None]) -> dict:
   )
 
 
+def _seconds(name: str, default: int) -> int:
+  text = os.environ.get(name, str(default))
+  if not text.isdecimal() or int(text) < 1:
+    raise errors.UserError(f"{name}={text} is no number of seconds, 1 or more.")
+  return int(text)
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+  """Compares JSON settings, the code and JAX's version across processes.
+
+  Processes that differ in them would train something else each, or wait for
+  each other in different places.
+
+  Raises:
+    UserError: on every process, with all that differs.
+  """
+  folder = pathlib.Path(__file__).parent
+  sources = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+  every = exchange(
+    {
+      "code": hashlib.sha256(b"".join(sources)).hexdigest()[:12],
+      "jax": jax.__version__,
+      **_flat(settings),
+    }
+  )
+  lines = []
+  for name in sorted({name for one in every for name in one}):
+    values = [json.dumps(one.get(name)) for one in every]
+    if len({*values}) > 1:
+      # Of each value the first process that has it.
+      said = [f"{v} (process {values.index(v)})" for v in dict.fromkeys(values)]
+      lines.append(f"{name}: {', '.join(said)}")
+  if lines:
+    raise errors.UserError(
+      "The processes of the run differ in\n  "
+      + "\n  ".join(lines)
+      + "\nStart all of them with the same command, config files and code."
+    )
+
+
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  if not isinstance(settings, Mapping):
+    return {name: settings}
+  return {
+    path: leaf
+    for key, value in settings.items()
+    for path, leaf in _flat(value, f"{name}.{key}" if name else key).items()
+  }
+
+
 def is_lost(error: BaseException) -> bool:
   """Whether an error is that another process of the run does not answer.
 
   So it shows where that process was being waited for. Where nothing was, and
-  when process 0 is the one, JAX ends this process with a message of its own.
+  when process 0 is the one, JAX aborts this process: `_when_aborted`.
   """
+  # By its words: JAX raises ValueError where a call fails at once, its own
+  # error where a result is waited for.
   signs = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier", "NCCL")
-  return (
-    jax.distributed.is_initialized()
-    and isinstance(error, jax.errors.JaxRuntimeError)
-    and any(sign in str(error) for sign in signs)
-  )
+  is_one_of_several = jax.distributed.is_initialized()
+  return is_one_of_several and any(sign in str(error) for sign in signs)
+
+
+def leave(message: str) -> NoReturn:
+  """Ends this process at once, with code 4: another one is not there."""
+  _leaving.acquire()  # for good: the first caller speaks and ends all
+  os.write(2, f"{message}\n".encode())
+  os._exit(4)
+
+
+def _when_aborted(message: str) -> None:
+  """Has this process `leave` with a message when JAX aborts it.
+
+  That is how JAX ends it when another one is not there: by a thread of its own
+  and no exception. Python runs its own signal handlers only after the signal's
+  are done, too late for SIGABRT; hence a handler for C.
+  """
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: leave(message))
+  _handlers.append(handler)
+  ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def is_main() -> bool:
