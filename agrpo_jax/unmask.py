@@ -16,6 +16,7 @@ likelihood has a further factor for every position that stayed masked: the
 probability that its draw was not confident enough (`order_logprob`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -58,18 +59,53 @@ def _temper(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
   return logits
 
 
-def _keep_top_p(
-  sorted_logits_S: jax.Array, sampling: sampling_lib.Sampling
-) -> jax.Array:
-  """bool [S]: what top-p keeps of logits sorted in descending order."""
-  prob_S = jax.nn.softmax(sorted_logits_S)
-  mass_S = jnp.cumsum(prob_S)  # its own token included
+def _nucleus(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
+  """bool [S]: what top-p keeps of logits in any order.
+
+  Of equal logits the first come first. Two bisections take the place of a sort,
+  which would need the whole vocabulary in one place: of the least logit that is
+  kept, and among those equal to it, of the last.
+  """
+  prob = jax.nn.softmax(logits)
+  # Integers in the order of the floats; adding 0 makes the two zeros one.
+  bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.int32)
+  rank = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+  def mass_above(least: jax.Array) -> jax.Array:
+    return jnp.where(rank > least, prob, 0.0).sum()
+
+  least = _bisect(
+    lambda x: mass_above(x) < sampling.top_p, rank.min(), rank.max()
+  )
+  is_least = rank == least
+  before, own = mass_above(least), jnp.where(is_least, prob, 0.0).max()
+  room = (sampling.top_p - before) / own
   if sampling.top_p_rule == "keep":
-    mass_S -= prob_S
-    kept_S = mass_S < sampling.top_p
-  else:
-    kept_S = mass_S <= sampling.top_p
-  return kept_S.at[0].set(True)
+    count = jnp.ceil(room)
+  else:  # the very first stays even if it crosses
+    count = jnp.maximum(jnp.floor(room), before == 0)
+  index = jnp.arange(logits.size, dtype=jnp.int32)
+  last = _bisect(
+    lambda x: (is_least & (index <= x)).sum() >= count,
+    jnp.int32(0),
+    jnp.int32(logits.size - 1),
+  )
+  return (rank > least) | (is_least & (index <= last) & (count > 0))
+
+
+def _bisect(
+  is_enough: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array
+) -> jax.Array:
+  """The least int32 from low to high that is enough; `high` is taken to be."""
+
+  def halve(_, ends):
+    low, high = ends
+    # Not (low + high) // 2, nor high - low: either could overflow.
+    middle = (low & high) + ((low ^ high) >> 1)
+    enough = is_enough(middle)
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
 
 
 def filter_logits(
@@ -102,17 +138,12 @@ def filter_logits(
     logits_S, ids_S = top_k(logits_V, support_size(sampling, vocab_size))
     kept_S = logits_S >= logits_S[sampling.top_k - 1]
     logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
-    if sampling.top_p < 1:
-      kept_S &= _keep_top_p(logits_S, sampling)
-      logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
-    return Filtered(jax.nn.log_softmax(logits_S), ids_S)
-  ids_V = jnp.arange(vocab_size, dtype=jnp.int32)
+  else:
+    logits_S, ids_S = logits_V, jnp.arange(vocab_size, dtype=jnp.int32)
   if sampling.top_p < 1:
-    order_V = jnp.argsort(logits_V, descending=True)
-    kept_V = _keep_top_p(logits_V[order_V], sampling)
-    kept_V = jnp.zeros_like(kept_V).at[order_V].set(kept_V)
-    logits_V = jnp.where(kept_V, logits_V, -jnp.inf)
-  return Filtered(jax.nn.log_softmax(logits_V), ids_V)
+    kept_S = _nucleus(logits_S, sampling)
+    logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
+  return Filtered(jax.nn.log_softmax(logits_S), ids_S)
 
 
 def support_size(sampling: sampling_lib.Sampling, vocab_size: int) -> int:

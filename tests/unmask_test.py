@@ -83,6 +83,34 @@ def test_top_p_keeps_or_drops_the_token_that_crosses():
     assert np.isfinite(filtered.logprob).tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("rule", ["keep", "drop"])
+@pytest.mark.parametrize("top_k", [0, 30])
+def test_top_p_equals_a_sort(top_k, rule):
+  """Ties included: of equal logits the first come first."""
+  sampling = make(top_p=0.8, top_p_rule=rule, top_k=top_k)
+  for seed in range(40):
+    generator = np.random.default_rng(seed)
+    # Sixteenths of probability: sums are exact, and ties many.
+    with np.errstate(divide="ignore"):
+      logits = np.log(generator.integers(0, 4, 50) / 16, dtype=np.float32)
+    filtered = unmask.filter_logits(jnp.asarray(logits), sampling)
+    kept = np.asarray(filtered.ids)[np.isfinite(filtered.logprob)]
+    order = np.argsort(-logits, kind="stable")
+    if top_k:
+      order = order[logits[order] >= logits[order[top_k - 1]]]
+    weight = np.round(np.exp(logits[order]) * 16)
+    before = np.cumsum(weight) - weight
+    limit = np.float32(0.8) * weight.sum()
+    if rule == "keep":
+      expected = before < limit
+    else:
+      expected = before + weight <= limit
+    expected[0] = True
+    # A sum that is the limit itself is rounded to either side.
+    if not np.isclose(before, limit).any():
+      assert {*kept.tolist()} == {*order[expected].tolist()}
+
+
 def test_ties_at_the_kth_logit_all_stay():
   logits = jnp.array([0.0, 1.0, 1.0, 1.0, -1.0, 2.0])
   filtered = unmask.filter_logits(logits, make(top_k=2))
