@@ -42,6 +42,8 @@ class Checkpoints:
     keep_best: how many to keep besides, the most accurate; of equal ones the
       earlier.
     every: `save` acts on train steps that this divides.
+    before_commit: called when a checkpoint is written and just before it gets
+      its name, by a thread of process 0.
   """
 
   def __init__(
@@ -51,15 +53,18 @@ class Checkpoints:
     keep: int = 2,
     keep_best: int = 0,
     every: int = 1,
+    before_commit: Callable[[], None] | None = None,
   ):
     self._reader = checkpoint_read.Reader(workdir)
     self._keep_best = keep_best
     self._every = every
+    self._is_due = False
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(
         [checkpoint_managers.LatestN(keep), _Only(self._best_steps)]
       ),
       cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=before_commit),
     )
     directory = self._reader.directory
     try:
@@ -78,6 +83,11 @@ class Checkpoints:
   def __exit__(self, *exception: object) -> None:
     self.close()
 
+  @property
+  def is_busy(self) -> bool:
+    """Whether a checkpoint is being written; processes may differ in it."""
+    return self._manager.is_saving_in_progress()
+
   def save(
     self,
     train_state: types.TrainState,
@@ -85,8 +95,12 @@ class Checkpoints:
     *,
     accuracy: float | None = None,
     force: bool = False,
+    is_busy: bool = False,
   ) -> bool:
     """Starts saving when it is time to; the arrays may be donated afterwards.
+
+    The caller is held while the arrays are copied to the host. A save that has
+    to be, by `force` or as a new best, also waits for the one before it.
 
     Args:
       train_state: what to save.
@@ -95,14 +109,20 @@ class Checkpoints:
       accuracy: of this very state, if it was evaluated, the same on all
         processes. One of the `keep_best` highest is saved in any case.
       force: save although `every` does not divide the train step.
+      is_busy: whether a checkpoint is still being written on any process: a
+        save that is due then waits for the next call without.
 
     Returns:
       Whether this train step was or is being saved by this call.
     """
     train_step = int(jax.device_get(train_state.train_step))
-    is_due = force or self._is_best(accuracy) or train_step % self._every == 0
-    if not is_due or train_step in self._manager.all_steps():
+    if train_step in self._manager.all_steps():
       return False
+    self._is_due |= train_step % self._every == 0
+    must = force or self._is_best(accuracy)
+    if not must and (is_busy or not self._is_due):
+      return False
+    self._is_due = False
     if accuracy is not None:
       self._accuracies[train_step] = accuracy
       meta = {**meta, "accuracy": accuracy}

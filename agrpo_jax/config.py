@@ -73,7 +73,9 @@ def _common() -> ConfigDict:
 
   c.train = train = ConfigDict()
   train.num_steps = 100  # train steps
-  train.checkpoint_every = 20  # train steps; the last is always saved
+  # Train steps between saves, or until the one before is written; the last is
+  # always saved.
+  train.checkpoint_every = 20
   train.keep = 3  # newest checkpoints kept
   train.log_samples = 2  # completions per train step written to samples.jsonl
 

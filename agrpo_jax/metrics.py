@@ -87,7 +87,7 @@ class Writer:
       backend.texts(int(train_step), samples)
 
   def flush(self) -> None:
-    """Sends what is held back; lines of JSON never are."""
+    """Sends what is held back; lines of JSON then outlive a loss of power."""
     for backend in self._backends:
       backend.flush()
 
@@ -144,7 +144,8 @@ class _JsonLines:
       _write_line(self._samples, {"train_step": train_step, **sample})
 
   def flush(self) -> None:
-    pass
+    for file in (self._metrics, self._samples):
+      os.fsync(file.fileno())
 
   def close(self) -> None:
     self._metrics.close()
@@ -165,6 +166,8 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
           new.write(line.removesuffix(b"\n") + b"\n")
         else:
           num_dropped += 1
+      new.flush()
+      os.fsync(new.fileno())  # a renamed file may be empty after a power loss
     os.replace(shorter, path)
     if num_dropped:
       logging.info(

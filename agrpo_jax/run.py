@@ -48,6 +48,9 @@ class Run:
       keep=c.train.keep,
       keep_best=c.train.get("keep_best", 0),
       every=c.train.checkpoint_every,
+      # Else the log of a machine that lost its power might end before the
+      # checkpoint does.
+      before_commit=lambda: self.writer.flush(),
     )
     self._writer: metrics.Writer | None = None
     self._base_model: Mapping[str, Any] = {}
@@ -93,6 +96,9 @@ class Run:
   ) -> None:
     """Logs a train step and saves when it is time.
 
+    A save that is due while the one before is still being written is put off to
+    the next train step; the last one and that of a stopped run are not.
+
     A value that is not finite stops the run here, before it can be saved: the
     last checkpoint is from before it.
 
@@ -107,13 +113,15 @@ class Run:
       self.writer.texts(train_step, samples)
     metrics.check_finite(train_step, scalars)
     is_last = train_step + 1 == self._config.train.num_steps
-    signals = distributed.exchange(self._stop.signal)
-    asked = max(signals)
+    # Processes get signals, and are done writing, at different times.
+    heard = distributed.exchange((self._stop.signal, self._checkpoints.is_busy))
+    asked = max(number for number, _ in heard)
     self._checkpoints.save(
       state,
       {"config": self._config.to_dict(), "base_model": dict(self._base_model)},
       accuracy=scalars.get("eval/accuracy"),
       force=is_last or asked > 0,
+      is_busy=any(is_busy for _, is_busy in heard),
     )
     if asked and not is_last:
       self._checkpoints.wait()

@@ -146,8 +146,8 @@ def drill(kills: Sequence[Kill], folder: pathlib.Path) -> int:
       ),
       flush=True,
     )
-    if not 0 <= logged - saved <= 2 * _EVERY:
-      problems.append(f"kill {number}: {saved=}, {logged=}")
+    if not before <= saved <= logged:
+      problems.append(f"kill {number}: {before=}, {saved=}, {logged=}")
   before = broken.newest_save()
   problems += _wrong_start(len(kills) + 1, broken.finish(), before, num_steps)
   problems += differences(whole.workdir, broken.workdir, num_steps)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import chex
 import jax
@@ -122,6 +123,58 @@ def test_which_train_steps_are_saved_and_kept(tmp_path):
     assert not checkpoints.save(_state(7), META, force=True)
   names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
   assert names == ["6", "7"]
+
+
+def test_a_save_that_is_due_waits_for_a_train_step_when_none_is_written(
+  tmp_path,
+):
+  with checkpoint.Checkpoints(tmp_path, every=2, keep=9) as checkpoints:
+    for step, is_busy, is_saved in (
+      (1, False, False),
+      (2, False, True),
+      (3, True, False),
+      (4, True, False),  # due from here on
+      (5, True, False),
+      (6, False, True),  # once, although two are due
+      (7, False, False),
+      (8, True, False),
+      (9, False, True),
+    ):
+      assert checkpoints.save(_state(step), META, is_busy=is_busy) == is_saved
+    assert checkpoints.save(_state(10), META, is_busy=True, force=True)
+    assert not checkpoints.save(_state(11), META)
+
+
+def test_a_new_best_is_not_put_off(tmp_path):
+  options = dict(every=9, keep=1, keep_best=1)
+  with checkpoint.Checkpoints(tmp_path, **options) as checkpoints:
+    for step, accuracy, is_saved in ((1, 0.1, True), (2, 0.1, False)):
+      saved = checkpoints.save(
+        _state(step), {}, accuracy=accuracy, is_busy=True
+      )
+      assert saved == is_saved
+
+
+def test_busy_while_a_checkpoint_is_being_written(tmp_path):
+  go_on = threading.Event()
+  seen = []
+
+  def before_commit():
+    go_on.wait(timeout=30)
+    seen.extend(checkpoint_read.Reader(tmp_path).steps())
+
+  with checkpoint.Checkpoints(
+    tmp_path, before_commit=before_commit
+  ) as checkpoints:
+    assert not checkpoints.is_busy
+    checkpoints.save(_state(1), META)
+    assert checkpoints.is_busy
+    go_on.set()
+    checkpoints.wait()
+    assert not checkpoints.is_busy
+  # What is called has happened before anybody can see the checkpoint.
+  assert seen == []
+  assert checkpoint_read.Reader(tmp_path).steps() == [1]
 
 
 def _save_evaluated(workdir, accuracies, **options):

@@ -16,6 +16,7 @@ from agrpo_jax import metrics
 from agrpo_jax import train
 
 any_reward = train_test.any_reward
+patient = train_test.patient
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def biggest_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def test_a_save_without_room_stops_the_run_which_can_go_on(
-  tmp_path, monkeypatch, any_reward
+  tmp_path, monkeypatch, any_reward, patient
 ):
   def save(self, train_step, *args, **kwargs):
     if train_step == 4:
@@ -91,7 +92,7 @@ def test_a_log_without_room_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_costs_its_steps_alone(
-  tmp_path, any_reward, caplog
+  tmp_path, any_reward, patient, caplog
 ):
   c = train_test.small(tmp_path)
   c.train.num_steps = 3

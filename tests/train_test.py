@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fixtures
+from agrpo_jax import checkpoint
 from agrpo_jax import checkpoint_read
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
@@ -67,6 +68,12 @@ def any_reward(monkeypatch):
 
   original = grading.concatenate
   monkeypatch.setattr(grading, "concatenate", concatenate)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+  """Each save waits for the one before: train steps here are too short."""
+  monkeypatch.setattr(checkpoint.Checkpoints, "is_busy", False)
 
 
 def losses(c) -> list[tuple]:
