@@ -45,6 +45,37 @@ def network_at(folder):
   return config, params, llada.logits_fn(config, params)
 
 
+def random_network(**changes):
+  """(config, params): grouped heads, biases, more embeddings than tokens."""
+  config = llada.Config(
+    **{
+      "vocab_size": 37,
+      "embedding_size": 40,
+      "num_layers": 3,
+      "width": 32,
+      "num_heads": 4,
+      "num_kv_heads": 2,
+      "mlp_width": 48,
+      "rope_theta": 500.0,
+      "norm_eps": 1e-5,
+      "qkv_bias": True,
+      "tied_head": False,
+      "max_length": 64,
+      "mask_id": 36,
+      "eos_id": 35,
+      "pad_id": 35,
+      **changes,
+    }
+  )
+  rng = np.random.default_rng(0)
+  # Biases and scales too, so that they can be wrong.
+  params = jax.tree.map(
+    lambda one: jnp.asarray(rng.normal(0.2, 0.3, one.shape), one.dtype),
+    llada.abstract_params(config),
+  )
+  return config, params
+
+
 def prompts(ids_BxP: np.ndarray, valid_BxP: np.ndarray | None) -> types.Prompts:
   """Left-padded prompts as recorded -> ours; keys are the row numbers."""
   num_rows, width = ids_BxP.shape

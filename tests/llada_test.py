@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fixtures
 from agrpo_jax import llada
 from agrpo_jax import lora as lora_lib
 from agrpo_jax import port
@@ -62,42 +63,11 @@ class TestGolden:
       )
 
 
-def random_network(**changes):
-  """A small network with grouped heads, biases and a wide embedding."""
-  config = llada.Config(
-    **{
-      "vocab_size": 37,
-      "embedding_size": 40,
-      "num_layers": 3,
-      "width": 32,
-      "num_heads": 4,
-      "num_kv_heads": 2,
-      "mlp_width": 48,
-      "rope_theta": 500.0,
-      "norm_eps": 1e-5,
-      "qkv_bias": True,
-      "tied_head": False,
-      "max_length": 64,
-      "mask_id": 36,
-      "eos_id": 35,
-      "pad_id": 35,
-      **changes,
-    }
-  )
-  rng = np.random.default_rng(0)
-  # Biases and scales too, so that they can be wrong.
-  params = jax.tree.map(
-    lambda one: jnp.asarray(rng.normal(0.2, 0.3, one.shape), one.dtype),
-    llada.abstract_params(config),
-  )
-  return config, params
-
-
 class TestInvariance:
   """A row's logits depend on its own tokens and on nothing else."""
 
   def test_padding_and_batch(self):
-    config, params = random_network()
+    config, params = fixtures.random_network()
     logits_fn = jax.jit(llada.logits_fn(config, params))
     rng = np.random.default_rng(0)
     length = np.array([11, 1, 11, 16], np.int32)
@@ -184,7 +154,7 @@ class TestNetwork:
     changes = dict(changes)
     if changes.pop("head_dim_of", None):
       changes |= {"num_heads": 2, "num_kv_heads": 1}
-    config, params = random_network(**changes)
+    config, params = fixtures.random_network(**changes)
     tokens = np.random.default_rng(3).integers(0, 37, 9)
     positions = np.array([[4, 0, 8, 4]])
     logits = jax.jit(llada.logits_fn(config, params))(
@@ -211,7 +181,7 @@ class TestNetwork:
 
   def test_who_influences_whom(self):
     """Every real token every position, the padding none."""
-    config, params = random_network()
+    config, params = fixtures.random_network()
     length, positions = np.array([6]), np.array([[0, 3, 5]])
     tokens = np.arange(9)[None]
     table = params["embed"]["table"]
@@ -229,7 +199,7 @@ class TestNetwork:
       np.testing.assert_array_equal(influence[6:], 0)
 
   def test_logits_exist_only_where_asked(self):
-    config, params = random_network()
+    config, params = fixtures.random_network()
     tokens = np.zeros((2, 16), np.int32)
     args = tokens, np.array([16, 9]), np.zeros((2, 3), np.int32)
 
@@ -256,7 +226,9 @@ class TestNetwork:
     assert sizes == {(2, 3, config.embedding_size)}
 
   def test_flops_of_the_compiled_network(self):
-    config, params = random_network(num_layers=1, width=64, mlp_width=128)
+    config, params = fixtures.random_network(
+      num_layers=1, width=64, mlp_width=128
+    )
     args = np.zeros((1, 32), np.int32), np.array([32]), np.zeros((1, 8), int)
     compiled = jax.jit(llada.logits_fn(config, params)).lower(*args).compile()
     flops = llada.forward_flops(config, 32, 8)
@@ -296,7 +268,7 @@ class TestParameters:
   )
   def test_one_table(self, changes):
     """The network, `init`, shapes and axes agree on every array."""
-    config, _ = random_network(**changes)
+    config, _ = fixtures.random_network(**changes)
     shapes = llada.abstract_params(config)
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     length = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -314,7 +286,7 @@ class TestParameters:
     assert ("head" in params) == (not config.tied_head)
 
   def test_fresh_logits_are_of_order_one(self):
-    config, _ = random_network(width=64, mlp_width=96, num_layers=6)
+    config, _ = fixtures.random_network(width=64, mlp_width=96, num_layers=6)
     params = llada.init(config, jax.random.key(1))
     tokens = np.random.default_rng(0).integers(0, 37, (4, 12))
     logits = jax.jit(llada.logits_fn(config, params))(
@@ -325,7 +297,7 @@ class TestParameters:
 
 class TestLora:
   def test_adapter_equals_merged(self):
-    config, params = random_network()
+    config, params = fixtures.random_network()
     settings = lora_lib.Lora(3, 6.0, lora_lib.TARGETS)
     adapter = lora_lib.init(settings, params, jax.random.key(2))
     args = np.arange(12)[None], np.array([10]), np.array([[0, 9, 4]])

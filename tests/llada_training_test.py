@@ -2,46 +2,17 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+import fixtures
 from agrpo_jax import llada
-
-
-def network(**changes):
-  """A small network with grouped heads, biases and a wide embedding."""
-  config = llada.Config(
-    **{
-      "vocab_size": 37,
-      "embedding_size": 40,
-      "num_layers": 3,
-      "width": 32,
-      "num_heads": 4,
-      "num_kv_heads": 2,
-      "mlp_width": 48,
-      "rope_theta": 500.0,
-      "norm_eps": 1e-5,
-      "qkv_bias": True,
-      "tied_head": False,
-      "max_length": 64,
-      "mask_id": 36,
-      "eos_id": 35,
-      "pad_id": 35,
-      **changes,
-    }
-  )
-  rng = np.random.default_rng(0)
-  # Biases and scales too, so that they can be wrong.
-  params = jax.tree.map(
-    lambda one: jnp.asarray(rng.normal(0.2, 0.3, one.shape), one.dtype),
-    llada.abstract_params(config),
-  )
-  return config, params
 
 
 class TestRemat:
   def gradients(self, remat):
-    config, params = network(remat=remat, num_layers=4, qkv_bias=False)
+    config, params = fixtures.random_network(
+      remat=remat, num_layers=4, qkv_bias=False
+    )
     tokens = np.random.default_rng(0).integers(0, 37, (2, 24))
     args = tokens, np.array([24, 9]), np.array([[3, 20], [0, 8]])
 

@@ -52,13 +52,15 @@ def reward_weights(protocol: str) -> dict[str, float]:
   return {"think_tag": tag, "answer_tag": tag, "correct": 3.0}
 
 
-def tag_parts(completion: str, protocol: str) -> dict[str, float]:
-  """Whether the tags of the protocol are there, opened and closed: 1 or 0."""
+def reward(completion: str, gold: str, protocol: str) -> dict[str, float]:
+  """Parts, 1 or 0 each: tags opened and closed, and the released verdict."""
+  completion = answers.clip(completion)
   think = THINK_TAG[protocol] or "think"
   text = PREFILL[protocol] + completion
   return {
     "think_tag": float(answers.in_tag(text, think) is not None),
     "answer_tag": float(answers.in_tag(text, "answer") is not None),
+    "correct": float(released_correct(completion, gold)),
   }
 
 

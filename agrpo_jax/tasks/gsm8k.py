@@ -103,11 +103,8 @@ def reward(
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
   """Parts think_tag, answer_tag, correct: 1 or 0 each."""
-  text = answers.clip(completion)
-  return {
-    **boxed.tag_parts(text, _settings(options)["protocol"]),
-    "correct": float(boxed.released_correct(text, fields["gold"])),
-  }
+  protocol = _settings(options)["protocol"]
+  return boxed.reward(completion, fields["gold"], protocol)
 
 
 def grade(
