@@ -286,9 +286,8 @@ class Command:
 
   def phase(self) -> str:
     """What the killed process was at."""
-    if not self._trace.exists():
-      return "start"
-    return self._trace.read_text().split()[-1]
+    phases = self._trace.read_text().split() if self._trace.exists() else []
+    return phases[-1] if phases else "start"
 
   def leftovers(self) -> list[str]:
     """What only a killed process leaves behind."""
