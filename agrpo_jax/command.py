@@ -72,7 +72,14 @@ def main(
       distributed.initialize()
       if not distributed.is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-      distributed.check_same(_settings())
+      different = distributed.differences(_settings())
+      if different:
+        _fail(
+          "The processes of the run differ in\n  "
+          + "\n  ".join(different)
+          + "\nStart all of them with the same command, config files and code.",
+          is_shared=True,
+        )
       function(argv)
     except errors.UserError as error:
       _fail(str(error))

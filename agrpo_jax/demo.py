@@ -16,6 +16,7 @@ from absl import flags
 
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
+from agrpo_jax import distributed
 from agrpo_jax import errors
 from agrpo_jax import evaluation
 from agrpo_jax import metrics
@@ -39,7 +40,8 @@ def run(c: config_lib.ConfigDict) -> None:
   train.train(c)
   after = evaluation.run(c, c.workdir, "")
   picture = pathlib.Path(c.workdir) / "curves.png"
-  draw(pathlib.Path(c.workdir) / "metrics.jsonl", before, picture)
+  if distributed.is_main():
+    draw(pathlib.Path(c.workdir) / "metrics.jsonl", before, picture)
   gain = 100 * (after.accuracy - before.accuracy)
   rows = [
     ("", "solved", "cells right"),
@@ -106,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     )
   c = command.CONFIG.value
   c.seed = _SEED.value
-  stamp = time.strftime("%Y%m%d-%H%M%S")
+  stamp = distributed.exchange(time.strftime("%Y%m%d-%H%M%S"))[0]
   c.workdir = str(pathlib.Path("runs") / f"demo-{stamp}-seed{c.seed}")
   run(c)
 

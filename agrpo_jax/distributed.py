@@ -103,14 +103,11 @@ def _seconds(name: str, default: int) -> int:
   return int(text)
 
 
-def check_same(settings: Mapping[str, Any]) -> None:
-  """Compares JSON settings, the code and JAX's version across processes.
+def differences(settings: Mapping[str, Any]) -> list[str]:
+  """A line for each of these JSON settings that processes do not share.
 
-  Processes that differ in them would train something else each, or wait for
-  each other in different places.
-
-  Raises:
-    UserError: on every process, with all that differs.
+  The code and JAX's version count as settings. Processes that differ would
+  train something else each, or wait for each other in different places.
   """
   folder = pathlib.Path(__file__).parent
   sources = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
@@ -128,12 +125,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
       # Of each value the first process that has it.
       said = [f"{v} (process {values.index(v)})" for v in dict.fromkeys(values)]
       lines.append(f"{name}: {', '.join(said)}")
-  if lines:
-    raise errors.UserError(
-      "The processes of the run differ in\n  "
-      + "\n  ".join(lines)
-      + "\nStart all of them with the same command, config files and code."
-    )
+  return lines
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

@@ -186,14 +186,21 @@ def finished(
 ) -> scores.Result | None:
   """The result of a complete evaluation in `output`, else None.
 
+  Of several processes the first looks, and tells the others.
+
   Raises:
     UserError: what is there, complete or not, was made with other settings.
   """
-  records.check(output, asked)
-  if not output or records.result(output) is None:
+  found = None
+  if distributed.is_main():
+    records.check(output, asked)
+    if output and records.result(output) is not None:
+      kept = records.Records(output)
+      found = {"records": kept.done, "seconds": kept.seconds}
+  found = distributed.exchange(found)[0]
+  if found is None:
     return None
-  kept = records.Records(output)
-  return scores.Result(kept.done, num_samples, kept.seconds)
+  return scores.Result(found["records"], num_samples, found["seconds"])
 
 
 def measure(

@@ -22,6 +22,7 @@ import optax
 from agrpo_jax import build
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
+from agrpo_jax import distributed
 from agrpo_jax import errors
 from agrpo_jax import llada
 from agrpo_jax import lora as lora_lib
@@ -200,7 +201,7 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
 
 def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
   """A checkpoint of random parameters and the byte tokenizer; made once."""
-  if not (folder / "config.json").exists():
+  if distributed.is_main() and not (folder / "config.json").exists():
     vocab = tokens.write_byte_tokenizer(folder)
     asked = c.model.network.to_dict()
     defaults = dict(
@@ -218,6 +219,7 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
       raise errors.UserError(f"config.model.network: {error}") from error
     params = llada.init(network, jax.random.key(c.seed))
     port.save(folder, network, params)
+  distributed.exchange(None)  # the others read it when it is all there
   return folder
 
 

@@ -13,10 +13,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Train steps of some 0.1 s, each with a line in metrics.jsonl.
 TINY = (
+  "-m",
+  "agrpo_jax.main",
   "--config=configs/sudoku_tiny.py",
-  "--config.evaluate.every=6",
-  "--config.evaluate.num_examples=8",
-  "--config.evaluate.batch_size=8",
+  "--config.evaluate.every=0",
   "--config.rollout.num_prompts=2",
   "--config.rollout.group_size=4",
   "--config.rollout.batch_size=8",
@@ -43,12 +43,10 @@ def environment(programs: pathlib.Path, devices: int) -> dict[str, str]:
   }
 
 
-def alone(
-  folder: pathlib.Path, *flags: str, module: str = "main", devices: int = 2
-) -> str:
-  """Runs one process to its end; what it printed."""
+def alone(folder: pathlib.Path, *words: str, devices: int = 2) -> str:
+  """Runs Python on `words` in one process to its end; what it printed."""
   done = subprocess.run(
-    [sys.executable, "-m", f"agrpo_jax.{module}", *flags],
+    [sys.executable, *words],
     cwd=ROOT,
     env=environment(folder / "programs", devices),
     capture_output=True,
@@ -67,9 +65,8 @@ class Pair:
 
   Args:
     folder: for what they say, and for programs compiled before.
-    flags: of both processes.
-    own: more flags, of process 0 and of process 1; None: it is not started.
-    module: of the package.
+    words: after `python`, for both processes.
+    own: more words, of process 0 and of process 1; None: it is not started.
     devices: virtual ones per process.
     variables: more of the environment.
   """
@@ -77,9 +74,8 @@ class Pair:
   def __init__(
     self,
     folder: pathlib.Path,
-    *flags: str,
+    *words: str,
     own: Sequence[Sequence[str] | None] = ((), ()),
-    module: str = "main",
     devices: int = 1,
     **variables: str,
   ):
@@ -90,7 +86,7 @@ class Pair:
     self._said = [folder / f"said_{i}.txt" for i in range(2)]
     self.processes = [
       subprocess.Popen(
-        [sys.executable, "-m", f"agrpo_jax.{module}", *flags, *more],
+        [sys.executable, *words, *more],
         cwd=ROOT,
         env={
           **environment(folder / "programs", devices),
