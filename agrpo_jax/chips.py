@@ -38,6 +38,10 @@ class Chip:
   shapes: tuple[str, ...] = ()
   options: tuple[tuple[str, str], ...] = ()
 
+  @property
+  def is_tpu(self) -> bool:
+    return bool(self.shapes)
+
 
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -73,7 +77,7 @@ class Topology:
 
   @property
   def is_tpu(self) -> bool:
-    return self.chip is not None and bool(self.chip.shapes)
+    return self.chip is not None and self.chip.is_tpu
 
 
 def parse(name: str) -> Topology:
@@ -86,7 +90,7 @@ def parse(name: str) -> Topology:
   chip = CHIPS.get(kind)
   sizes = shape.split("x")
   is_shape = all(size.isdecimal() and int(size) > 0 for size in sizes)
-  if chip and chip.shapes:
+  if chip and chip.is_tpu:
     is_known = is_shape and len(sizes) == chip.shapes[0].count("x") + 1
   else:
     is_known = (chip is not None or kind == "cpu") and shape.isdecimal()
@@ -94,7 +98,7 @@ def parse(name: str) -> Topology:
     tpus = "".join(
       f"\n  {kind}:{', '.join(chip.shapes)} ..."
       for kind, chip in CHIPS.items()
-      if chip.shapes
+      if chip.is_tpu
     )
     others = ", ".join(
       f"{kind}:N" for kind in [*CHIPS, "cpu"] if not _is_tpu(kind)
@@ -107,7 +111,7 @@ def parse(name: str) -> Topology:
 
 
 def _is_tpu(kind: str) -> bool:
-  return kind in CHIPS and bool(CHIPS[kind].shapes)
+  return kind in CHIPS and CHIPS[kind].is_tpu
 
 
 def devices(topology: Topology) -> list[jax.Device]:

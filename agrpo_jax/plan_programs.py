@@ -87,12 +87,18 @@ class Program:
     return not self.refusal and (chip is None or self.total <= chip.hbm_bytes)
 
   def seconds(self, chip: chips.Chip) -> dict[str, float]:
-    """The least time of one run for each resource."""
-    return {
+    """The least time of one run for each resource.
+
+    Without memory for GPUs: which products pass through it is up to their
+    compiler, and this program is of the one for CPUs.
+    """
+    seconds = {
       "compute": self.cost.flops / chip.flops,
-      "memory": self.cost.bytes / chip.hbm_bandwidth,
       "network": self.cost.wire_bytes / chip.wire_bandwidth,
     }
+    if chip.is_tpu:
+      seconds["memory"] = self.cost.bytes / chip.hbm_bandwidth
+    return seconds
 
 
 def network_of(c: config_lib.ConfigDict) -> llada.Config:

@@ -292,6 +292,13 @@ def test_what_fits():
   assert _program(temporaries=8 * 2**30).fits(None)
 
 
+def test_memory_traffic_of_cpu_code_says_nothing_about_gpus():
+  assert {*_program().seconds(chips.CHIPS["v5e"])} == {
+    *("compute", "network", "memory")
+  }
+  assert {*_program().seconds(chips.CHIPS["h100"])} == {"compute", "network"}
+
+
 def test_the_run_as_a_whole():
   c = gsm8k.get_config()
   c.train.num_steps = 600
