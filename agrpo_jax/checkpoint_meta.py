@@ -88,8 +88,8 @@ def _checksum(array: jax.Array) -> jax.Array:
 def checksums(tree: types.Tree) -> list[int]:
   """A number per array, in the order of the leaves."""
   # One program, and waited for: collectives of several in flight can block each
-  # other on CPUs. It reads the device's memory once, far faster than the copy
-  # to the host that a save makes.
+  # other on CPUs. An accelerator reads its memory once for it, which takes far
+  # less than the copy to the host that a save makes.
   sums = _checksums(jax.tree.leaves(tree))
   return [int(value) for value in jax.device_get(sums)]
 
