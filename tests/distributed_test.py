@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types as python_types
 
 import numpy as np
 import pytest
@@ -127,6 +128,25 @@ def test_alone_there_is_nothing_to_exchange():
   assert distributed.is_main()
   assert distributed.exchange({"a": 1}) == [{"a": 1}]
   assert distributed.own_rows(3).tolist() == [0, 1, 2]
+
+
+def test_a_process_grades_its_own_rows(monkeypatch):
+  """The second of two; the fifth row only fills a batch of four up."""
+  monkeypatch.setattr(distributed, "to_host", np.asarray)
+  monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
+  monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+
+  class Fake:
+    def decode_batch(self, rows):
+      return [f"text {row[0]}" for row in rows]
+
+    def submit(self, completions, fields):
+      return completions, fields
+
+  rollout = python_types.SimpleNamespace(completion=np.arange(5)[:, None])
+  pending = scoring.submit(rollout, ["a", "b", "c", "d"], Fake(), Fake())
+  assert pending.texts == [f"text {row}" for row in range(4)]
+  assert pending.own == (["text 1", "text 3"], ["b", "d"])
 
 
 def test_shares_of_rows_come_back_in_their_places(monkeypatch):
