@@ -93,8 +93,8 @@ def _take(lock: TextIO, directory: pathlib.Path) -> None:
     "host": socket.gethostname(),
     "since": datetime.datetime.now().isoformat(" ", "seconds"),
   }
-  lock.write(json.dumps(owner) + "\n")
-  lock.flush()
+  # Past the buffer: what finds no room in it would be tried again by close().
+  os.write(lock.fileno(), f"{json.dumps(owner)}\n".encode())
 
 
 def _owner(lock: TextIO) -> str:

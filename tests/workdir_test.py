@@ -71,6 +71,30 @@ def test_an_unwritable_directory_is_a_users_mistake(tmp_path, name):
       pass
 
 
+def test_a_disk_that_is_full_already_is_a_users_mistake(tmp_path):
+  """Of a process that may write no byte, as on a full disk."""
+  script = """
+import resource, sys
+from agrpo_jax import errors
+from agrpo_jax import workdir
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+  with workdir.claim(sys.argv[1]):
+    pass
+except errors.UserError as error:
+  print(error)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", script, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "There is no room to write to the work directory" in done.stdout
+
+
 def test_a_bucket_is_refused():
   with pytest.raises(errors.UserError, match=r"'gs://bucket/run' is not a loc"):
     with workdir.claim("gs://bucket/run"):
