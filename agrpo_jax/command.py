@@ -23,6 +23,13 @@ from agrpo_jax import errors
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.KEY=VALUE changes a key."
 )
+_PROCESSES = {
+  "coordinator": "Of a run of several processes: HOST:PORT of process 0.",
+  "num_processes": "How many they are.",
+  "process_id": "Which of them this one is, from 0.",
+}
+for _name, _meaning in _PROCESSES.items():
+  flags.DEFINE_string(_name, None, f"{_meaning} Else AGRPO_{_name.upper()}.")
 
 
 def main(
@@ -69,7 +76,7 @@ def main(
       unknown = " ".join(argv[1 + num_words :])
       _fail(f"Unknown arguments {unknown}; settings start with --.")
     try:
-      distributed.initialize()
+      distributed.initialize(**{n: flags.FLAGS[n].value for n in _PROCESSES})
       if not distributed.is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
       different = distributed.differences(_settings())
@@ -132,7 +139,7 @@ def _settings() -> dict[str, Any]:
     for module, own in flags.FLAGS.flags_by_module_dict().items()
     if not module.startswith("absl")
     for flag in own
-    if not flag.name.startswith("config")
+    if not flag.name.startswith("config") and flag.name not in _PROCESSES
   }
   if CONFIG.value is not None:
     found["config"] = json.loads(CONFIG.value.to_json())

@@ -35,13 +35,18 @@ _leaving = threading.Lock()
 _handlers: list[Any] = []  # C keeps none alive
 
 
-def initialize() -> None:
+def initialize(
+  coordinator: str | None = None,
+  num_processes: str | None = None,
+  process_id: str | None = None,
+) -> None:
   """Joins the other processes of the run; must come before any use of JAX.
 
   With AGRPO_DISTRIBUTED=auto, JAX finds them itself: on TPU pods, under SLURM
-  and on GKE. Otherwise three environment variables name them:
-  AGRPO_COORDINATOR (host:port of process 0), AGRPO_NUM_PROCESSES and
-  AGRPO_PROCESS_ID. With none of these the process is alone.
+  and on GKE. Otherwise the arguments name them, or in their place the
+  environment variables AGRPO_COORDINATOR (host:port of process 0),
+  AGRPO_NUM_PROCESSES and AGRPO_PROCESS_ID. With none of these the process is
+  alone.
 
   All must have come within AGRPO_JOIN_SECONDS (300). From then on, one that
   dies, or does not answer for AGRPO_HEARTBEAT_SECONDS (60), ends the others:
@@ -50,8 +55,12 @@ def initialize() -> None:
   Raises:
     UserError: the variables contradict each other.
   """
-  given = {name: os.environ.get(name) for name in _VARIABLES}
-  is_auto = os.environ.get("AGRPO_DISTRIBUTED") == "auto"
+  arguments = (coordinator, num_processes, process_id)
+  given = {
+    name: value or os.environ.get(name)
+    for name, value in zip(_VARIABLES, arguments, strict=True)
+  }
+  is_auto = os.environ.get("AGRPO_DISTRIBUTED") == "auto" and not any(arguments)
   if not is_auto and not any(given.values()):
     return
   settings = {} if is_auto else _settings(given)

@@ -172,8 +172,12 @@ def test_our_own_mistake_in_one_process_ends_the_other(tmp_path):
 
 
 def test_processes_with_other_settings_are_refused(tmp_path):
+  """And flags say who is who, where the environment says something else."""
   with processes.Pair(
-    tmp_path, *processes.TINY, own=((), ("--config.seed=1",))
+    tmp_path,
+    *processes.TINY,
+    own=(("--process_id=0",), ("--process_id=1", "--config.seed=1")),
+    AGRPO_PROCESS_ID="7",
   ) as pair:
     assert pair.codes(seconds=60) == [2, 2], pair.said(0) + pair.said(1)
     for i in range(2):
