@@ -47,8 +47,8 @@ def _find(checkpoint: str) -> tuple[checkpoint_read.Reader, int | None]:
   if train_step is None:
     raise errors.UserError(
       f"--checkpoint={checkpoint!r}: the run evaluated none of its checkpoints "
-      f"{steps}. Give one of those numbers instead of 'best'; the next run "
-      "keeps its best with config.train.keep_best=1."
+      f"{steps}. Give one of those numbers instead of 'best'; a run "
+      "with config.evaluate.every and config.train.keep_best keeps its best."
     )
   if train_step not in steps:
     raise errors.UserError(

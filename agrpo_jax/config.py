@@ -147,8 +147,9 @@ def rl() -> ConfigDict:
   grading.timeout_seconds = 10.0  # per completion
 
   # Checkpoints kept besides the newest: those of the highest eval/accuracy (of
-  # equal ones the earlier). A new best is saved when it is evaluated.
-  c.train.keep_best = 0  # 0: off
+  # equal ones the earlier), if evaluate.every lets a run know it. A new best is
+  # saved when it is evaluated.
+  c.train.keep_best = 1  # 0: off
 
   c.evaluate = e = ConfigDict()
   _sampling(e)

@@ -31,7 +31,6 @@ def get_config() -> config_lib.ConfigDict:
   c.optimizer.learning_rate = 5e-6
   c.optimizer.warmup_steps = 10
   c.train.num_steps = 1000
-  c.train.keep_best = 1
   c.evaluate.every = 100
   c.evaluate.confidence = "model"
   return c

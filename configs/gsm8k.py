@@ -72,7 +72,6 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   c.optimizer.warmup_steps = 23  # 1 %
   c.train.num_steps = 2335  # five epochs
   c.train.checkpoint_every = 15
-  c.train.keep_best = 1
 
   c.evaluate.every = 100
   c.evaluate.num_examples = 256

@@ -72,20 +72,6 @@ def test_all_problems_at_once_by_their_full_names():
     assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-  "keep_best,every,is_fine",
-  [(0, 0, True), (1, 5, True), (2, 4, True), (1, 0, False), (1, 6, False)],
-)
-def test_the_best_checkpoint_needs_an_evaluation(keep_best, every, is_fine):
-  c = fixtures.config("gsm8k")
-  c.optimizer.schedule = "constant"
-  c.train.update(num_steps=5, keep_best=keep_best)
-  c.evaluate.every = every
-  problems = config_check.problems(c)
-  assert bool(problems) != is_fine
-  assert is_fine or f"evaluate.every={every}" in problems[0]
-
-
 def test_use_task_lists_every_option_and_part():
   c = config_lib.rl()
   config_lib.use_task(c, "sudoku", protocol="bare")
