@@ -27,7 +27,7 @@ from agrpo_jax import config as config_lib
 # Completions drawn at once, (completion, step) pairs at once, recomputation.
 _MACHINES = {
   "v5e": (128, 128, "full"),  # 32 chips
-  "v6e": (128, 64, "dots"),  # 16 chips
+  "v6e": (64, 64, "full"),  # 16 chips
   "v5p": (128, 32, "dots"),  # 4 chips
 }
 _VARIANTS = (*_MACHINES, "exact", "debug")
