@@ -245,7 +245,8 @@ def check_sampler(
   network: llada.Config,
 ) -> None:
   """Raises UserError for rows that do not fit the mesh or the network."""
-  check_rows(mesh, "batch_size", sub.batch_size)
+  name = "rollout" if "num_prompts" in sub else "evaluate"
+  check_rows(mesh, f"{name}.batch_size", sub.batch_size)
   longest = c.data.max_prompt_length + sub.completion_length
   if longest > network.max_length:
     raise errors.UserError(

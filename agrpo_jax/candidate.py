@@ -33,13 +33,16 @@ def _find(checkpoint: str) -> tuple[checkpoint_read.Reader, int | None]:
     folder, which = checkpoint, ""
   if not (pathlib.Path(folder).expanduser() / "checkpoints").is_dir():
     raise errors.UserError(
-      f"--checkpoint={checkpoint!r} is not a work directory with checkpoints/."
+      f"--checkpoint={checkpoint!r} is not a work directory with checkpoints/; "
+      "give a run's config.workdir, with :best or :TRAIN_STEP behind it if you "
+      "want another than the newest."
     )
   reader = checkpoint_read.Reader(folder)
   steps = reader.steps()
   if not steps:
     raise errors.UserError(
-      f"--checkpoint={checkpoint!r} holds no checkpoint yet."
+      f"--checkpoint={checkpoint!r} holds no checkpoint yet: the run saves one "
+      "every config.train.checkpoint_every train steps, and at its end."
     )
   if not which:
     return reader, None
@@ -56,6 +59,14 @@ def _find(checkpoint: str) -> tuple[checkpoint_read.Reader, int | None]:
       f"{steps}, not of {train_step}."
     )
   return reader, train_step
+
+
+def train_step(checkpoint: str) -> int | None:
+  """Of the checkpoint that is meant now: a run beside us may save others."""
+  if not checkpoint:
+    return None
+  reader, found = _find(checkpoint)
+  return reader.latest_step if found is None else found
 
 
 def policy(c: config_lib.ConfigDict, checkpoint: str = "") -> build.Policy:
@@ -117,6 +128,7 @@ def settings(
       "evaluate": sampling,
     },
     "checkpoint": checkpoint,
+    "train_step": train_step(checkpoint),
     "num_samples": num_samples,
     "problems": tasks.provenance(build.task(c), examples),
   }

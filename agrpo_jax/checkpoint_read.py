@@ -91,7 +91,8 @@ class Reader:
       try:
         yield train_step, self._meta(train_step)
       except Exception as error:
-        self._warn(train_step, error)
+        if train_step in self.steps():  # else a run beside us deleted it
+          self._warn(train_step, error)
 
   def read(
     self,

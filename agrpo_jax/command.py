@@ -68,7 +68,7 @@ def main(
       _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
     if missing:
       listed = ", ".join(f"--{name}=..." for name in missing)
-      _fail(f"Missing: {listed} (--help lists all flags).")
+      _fail(f"Missing: {listed} (--helpfull lists all flags).")
     return rest
 
   def guarded(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +82,7 @@ def initialize(
     )
   except (RuntimeError, ValueError) as error:
     leave(f"{missed} ({error})")
-  _when_aborted(f"{LOST} (JAX's lines are above.)")
+  _when_aborted(f"This process was aborted. If no line above says why: {LOST}")
 
 
 def _settings(given: dict[str, str | None]) -> dict:
@@ -92,17 +93,34 @@ def _settings(given: dict[str, str | None]) -> dict:
       f"there are {said}."
     )
   address, num_text, id_text = (str(given[name]) for name in _VARIABLES)
-  if not (num_text.isdecimal() and id_text.isdecimal() and ":" in address):
+  host, _, port = address.rpartition(":")
+  is_address = host and port.isdecimal() and 0 < int(port) < 2**16
+  if not (num_text.isdecimal() and id_text.isdecimal() and is_address):
     raise errors.UserError(
       f"{said}: the first is host:port, the others are numbers."
     )
   if int(id_text) >= int(num_text):
     raise errors.UserError(f"{said}: ids go from 0 to the number minus 1.")
+  if int(id_text) == 0:
+    _check_free(int(port), said)
   return dict(
     coordinator_address=address,
     num_processes=int(num_text),
     process_id=int(id_text),
   )
+
+
+def _check_free(port: int, said: str) -> None:
+  """JAX's service dies of a segmentation fault on a port that is taken."""
+  try:
+    with socket.socket() as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(("", port))
+  except OSError as error:
+    raise errors.UserError(
+      f"{said}: process 0 cannot listen on port {port} ({error.strerror}); "
+      "give all processes another one."
+    ) from error
 
 
 def _seconds(name: str, default: int) -> int:

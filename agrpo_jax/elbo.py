@@ -144,7 +144,7 @@ class Scorer:
     self._policy, self._ids, self._seed = policy, list(ids), seed
     prompt_BxP, prompt_length_B = data.pack(prompts, bucket)
     completion_BxC, length_B = data.pack(completions, bucket)
-    build.check_rows(policy.mesh, "batch_size", batch_size)
+    build.check_rows(policy.mesh, "evaluate.batch_size", batch_size)
     longest = int((prompt_length_B + length_B).max(initial=0))
     if length_B.min(initial=1) < 1:
       raise errors.UserError("A completion without tokens has no likelihood.")

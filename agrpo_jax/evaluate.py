@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model under given sampling settings.
+r"""Held-out accuracy of a model under given sampling settings.
 
     python -m agrpo_jax.evaluate --config=configs/gsm8k.py \
       [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR[:best|:TRAIN_STEP]] \

@@ -1,4 +1,4 @@
-"""How likely a model finds given completions: `elbo.py` over a file.
+r"""How likely a model finds given completions: `elbo.py` over a file.
 
     python -m agrpo_jax.likelihood --config=configs/gsm8k.py \
       --pairs=FILE.jsonl [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR] \
@@ -31,6 +31,7 @@ from agrpo_jax import demonstrations
 from agrpo_jax import distributed
 from agrpo_jax import elbo
 from agrpo_jax import errors
+from agrpo_jax import evaluation
 from agrpo_jax import presets
 from agrpo_jax import progress
 from agrpo_jax import records
@@ -76,6 +77,7 @@ def run(
       "data": {"max_prompt_length": c.data.max_prompt_length},
     },
     "checkpoint": checkpoint,
+    "train_step": candidate.train_step(checkpoint),
     "num_draws": num_draws,
     "pairs": hashlib.sha256(
       json.dumps(
@@ -83,9 +85,9 @@ def run(
       ).encode()
     ).hexdigest()[:16],
   }
-  records.check(output, asked)
-  if output and records.result(output) is not None:
-    return records.Records(output).done
+  complete = evaluation.finished(output, asked, 1)
+  if complete is not None:
+    return [dict(record) for record in complete.records]
   policy = candidate.policy(c, checkpoint)
   prompts = data.Dataset(
     examples, policy.tokenizer, c.data.max_prompt_length

@@ -1,4 +1,4 @@
-"""A model for EleutherAI's lm-evaluation-harness (`pip install lm-eval`).
+r"""A model for EleutherAI's lm-evaluation-harness (`pip install lm-eval`).
 
     python -m agrpo_jax.lm_eval --model agrpo_jax \
       --model_args path=FOLDER,completion_length=256,num_denoise_steps=256 \

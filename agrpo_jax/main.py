@@ -1,4 +1,4 @@
-"""Trains a masked diffusion language model by AGRPO.
+r"""Trains a masked diffusion language model by AGRPO.
 
     python -m agrpo_jax.main --config=configs/gsm8k.py \
       --config.workdir=runs/gsm8k

@@ -67,9 +67,10 @@ def problems(settings: Optimizer) -> list[str]:
   want(settings.clip_norm > 0, "clip_norm", "positive (inf for no clipping)")
   if settings.schedule == "cosine":
     want(
-      settings.num_updates > settings.warmup_steps,
-      "num_updates",
-      f"more than warmup_steps={settings.warmup_steps} with a cosine schedule",
+      settings.warmup_steps < settings.num_updates,
+      "warmup_steps",
+      f"less than the run's {settings.num_updates} updates (train.num_steps "
+      "and objective.updates_per_batch), or the schedule constant",
     )
   return found
 

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's layout <-> our parameters.
+r"""Checkpoints in Hugging Face's layout <-> our parameters.
 
     python -m agrpo_jax.port --from=<folder or hub id> --to=<folder> \
       [--dtype=bfloat16] [--merge_adapter=<PEFT folder>]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a masked diffusion language model.
+r"""Supervised fine-tuning of a masked diffusion language model.
 
     python -m agrpo_jax.sft --config=configs/sft_sudoku.py \
       --config.workdir=runs/sft_sudoku

@@ -1,4 +1,4 @@
-"""Accuracy over a grid of sampling settings, for several models.
+r"""Accuracy over a grid of sampling settings, for several models.
 
     python -m agrpo_jax.sweep --config=configs/gsm8k.py --output=FOLDER \
       [--model=A --model=B] [--checkpoint=WORKDIR ...] [--sampler=NAME] \

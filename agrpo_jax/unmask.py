@@ -67,8 +67,10 @@ def _nucleus(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
   kept, and among those equal to it, of the last.
   """
   prob = jax.nn.softmax(logits)
-  # Integers in the order of the floats; adding 0 makes the two zeros one.
-  bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.int32)
+  # Integers in the order of the floats. The two zeros are one; compilers take
+  # away an addition of 0, which would make them so.
+  bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+  bits = jnp.where(logits == 0, 0, bits)
   rank = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
   def mass_above(least: jax.Array) -> jax.Array:
@@ -80,10 +82,9 @@ def _nucleus(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
   is_least = rank == least
   before, own = mass_above(least), jnp.where(is_least, prob, 0.0).max()
   room = (sampling.top_p - before) / own
-  if sampling.top_p_rule == "keep":
-    count = jnp.ceil(room)
-  else:  # the very first stays even if it crosses
-    count = jnp.maximum(jnp.floor(room), before == 0)
+  count = (jnp.ceil if sampling.top_p_rule == "keep" else jnp.floor)(room)
+  # The very first stays, even if it crosses or top_p is 0 in float32.
+  count = jnp.maximum(count, before == 0)
   index = jnp.arange(logits.size, dtype=jnp.int32)
   last = _bisect(
     lambda x: (is_least & (index <= x)).sum() >= count,

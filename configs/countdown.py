@@ -1,4 +1,4 @@
-"""AGRPO on Countdown (3 numbers) with LLaDA-8B-Instruct.
+r"""AGRPO on Countdown (3 numbers) with LLaDA-8B-Instruct.
 
     python -m agrpo_jax.main --config=configs/countdown.py \
       --config.workdir=runs/countdown

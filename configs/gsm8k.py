@@ -1,4 +1,4 @@
-"""AGRPO on GSM8K with LLaDA-8B-Instruct: the settings released with the paper.
+r"""AGRPO on GSM8K with LLaDA-8B-Instruct: the settings released with the paper.
 
     python -m agrpo_jax.main --config=configs/gsm8k.py \
       --config.workdir=runs/gsm8k

@@ -126,7 +126,7 @@ def test_every_wrong_setting_is_reported_at_once():
   with pytest.raises(errors.UserError) as caught:
     optimizer.make(settings)
   message = str(caught.value)
-  for name in ("learning_rate", "num_updates", "b1", "b2", "eps"):
+  for name in ("learning_rate", "warmup_steps", "b1", "b2", "eps"):
     assert f"optimizer.{name}=" in message
   assert "optimizer.weight_decay=-0.1: must be 0 or more" in message
   assert "optimizer.clip_norm=0.0: must be positive" in message

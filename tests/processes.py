@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Train steps of some 0.1 s, each with a line in metrics.jsonl.
+# Short train steps, each with a line in metrics.jsonl.
 TINY = (
   "-m",
   "agrpo_jax.main",

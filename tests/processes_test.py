@@ -22,6 +22,11 @@ def num_lines(folder: pathlib.Path) -> int:
   return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def has_checkpoint(folder: pathlib.Path) -> bool:
+  saved = folder / "checkpoints"
+  return saved.exists() and any(p.name.isdigit() for p in saved.iterdir())
+
+
 def assert_same_training(folder: pathlib.Path, other: pathlib.Path) -> None:
   """Equal completions and, up to float noise, metrics; no line twice."""
   ours, theirs = lines(folder), lines(other)
@@ -55,7 +60,8 @@ def test_a_run_goes_on_after_the_death_of_either_process(tmp_path):
     assert "the same command, on all processes, goes on" in said
 
   with processes.Pair(tmp_path, *words, f"--config.workdir={run}") as pair:
-    pair.wait_until(lambda: num_lines(run) >= 4)
+    # One save complete: the next start has something to go on from.
+    pair.wait_until(lambda: num_lines(run) >= 4 and has_checkpoint(run))
     assert_end(pair, victim=1)  # which process 0 exchanges results with
   with processes.Pair(tmp_path, *words, f"--config.workdir={run}") as pair:
     pair.wait_until(lambda: "train step compiles" in pair.said(0))

@@ -111,6 +111,22 @@ def test_top_p_equals_a_sort(top_k, rule):
       assert {*kept.tolist()} == {*order[expected].tolist()}
 
 
+@pytest.mark.parametrize("rule", ["keep", "drop"])
+def test_top_p_at_its_edges(rule):
+  """Compiled, as it always runs."""
+
+  def kept(logits, top_p):
+    sampling = make(top_p=top_p, top_p_rule=rule)
+    filtered = jax.jit(lambda x: unmask.filter_logits(x, sampling))(logits)
+    return np.flatnonzero(np.isfinite(filtered.logprob)).tolist()
+
+  zeros = jnp.array([-0.0, 0.0, -0.0, 0.0])
+  assert kept(zeros, 0.5) == [0, 1]  # two zeros are equal logits
+  assert kept(jnp.array([1.0, 3.0, 2.0]), 1e-45) == [1]
+  assert kept(jnp.array([-jnp.inf, 5.0, -jnp.inf]), 0.9) == [1]
+  assert kept(jnp.array([2.0]), 0.3) == [0]
+
+
 def test_ties_at_the_kth_logit_all_stay():
   logits = jnp.array([0.0, 1.0, 1.0, 1.0, -1.0, 2.0])
   filtered = unmask.filter_logits(logits, make(top_k=2))
