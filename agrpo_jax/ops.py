@@ -35,7 +35,7 @@ def matmul(
     it is while it is multiplied. Left to itself the compiler may pass shards
     around and add up products of each, which reads and writes the float32 sums
     once per device, and it may do so before the kernel is rounded to x's
-    dtype; and it may sum whole gradients on every device.
+    dtype; and it may sum whole gradients on every device, as libtpu did.
   """
   return jax.lax.dot_general(
     x,
