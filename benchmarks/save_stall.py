@@ -17,6 +17,7 @@ step that is given its memory (`donate`). Medians over --repeats, in seconds:
 
 import argparse
 import functools
+import pathlib
 import statistics
 import sys
 import tempfile
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--folder", help="to write in; default: a temporary one")
   args = parser.parse_args(argv)
+  if args.folder:
+    pathlib.Path(args.folder).mkdir(parents=True, exist_ok=True)
   print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}\n")
   print(f"| MB | {' | '.join(_COLUMNS)} |")
   print("| --- " * (1 + len(_COLUMNS)) + "|")
@@ -101,9 +104,10 @@ def seconds(fn: Callable[..., object], *args: object) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(size: int) -> types.TrainState:
-  """Three arrays of `size` float32 for each of _NUM_ARRAYS names."""
+  """Three arrays of some `size` float32 for each of _NUM_ARRAYS names."""
   keys = jax.random.split(jax.random.key(0), 3 * _NUM_ARRAYS)
-  arrays = [jax.random.normal(key, (size,)) for key in keys]
+  shape = (31, size // (31 * 64), 64)  # of LLaDA-8B's adapters
+  arrays = [jax.random.normal(key, shape) for key in keys]
   trained, opt_state = arrays[:_NUM_ARRAYS], arrays[_NUM_ARRAYS:]
   return types.TrainState(jnp.int32(0), {}, {"layers": trained}, opt_state)
 
