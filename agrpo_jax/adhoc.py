@@ -7,7 +7,7 @@ from typing import Any
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import presets
-from agrpo_jax import sampling as sampling_lib
+from agrpo_jax.samplers import sampling as sampling_lib
 
 
 def config(

@@ -11,26 +11,26 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from agrpo_jax import checkpoint_meta
 from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import demonstrations
 from agrpo_jax import errors
-from agrpo_jax import grading
 from agrpo_jax import learner as learner_lib
-from agrpo_jax import llada
-from agrpo_jax import lora as lora_lib
-from agrpo_jax import mc_steps
-from agrpo_jax import mesh as mesh_lib
-from agrpo_jax import objective
-from agrpo_jax import ops
 from agrpo_jax import optimizer
-from agrpo_jax import port
-from agrpo_jax import sampler
-from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import tasks
-from agrpo_jax import tokens
 from agrpo_jax import types
+from agrpo_jax.grading import pool
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.models import ops
+from agrpo_jax.models import tokens
+from agrpo_jax.models import transformer
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.port import model_folder
+from agrpo_jax.runs import checkpoint_meta
+from agrpo_jax.samplers import host
+from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Policy:
   """
 
   mesh: mesh_lib.Mesh
-  network: llada.Config
+  network: transformer.Config
   params: types.Tree
   lora: types.Tree | None
   lora_settings: lora_lib.Lora | None
@@ -63,7 +63,7 @@ class Policy:
 
 
 def _bind(network, lora_scale, rows, params, lora):
-  return llada.logits_fn(network, params, lora, lora_scale, rows)
+  return transformer.logits_fn(network, params, lora, lora_scale, rows)
 
 
 def policy(c: config_lib.ConfigDict, *, is_trained: bool = True) -> Policy:
@@ -74,11 +74,13 @@ def policy(c: config_lib.ConfigDict, *, is_trained: bool = True) -> Policy:
   trained ones from a checkpoint.
   """
   mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-  network, params = port.load(
+  network, params = model_folder.load(
     c.model.path,
     dtype="float32" if is_trained and not c.lora.rank else c.model.dtype,
     shardings=lambda network: mesh_lib.shardings(
-      mesh, llada.logical_axes(network), llada.abstract_params(network)
+      mesh,
+      transformer.logical_axes(network),
+      transformer.abstract_params(network),
     ),
     revision=c.model.revision or None,
     compute_dtype=c.model.dtype,
@@ -91,7 +93,7 @@ def policy(c: config_lib.ConfigDict, *, is_trained: bool = True) -> Policy:
 def from_params(
   c: config_lib.ConfigDict,
   mesh: mesh_lib.Mesh,
-  network: llada.Config,
+  network: transformer.Config,
   params: types.Tree,
 ) -> Policy:
   """Adds adapters and tokenizer to a network whose parameters are there."""
@@ -99,10 +101,10 @@ def from_params(
   if c.lora.rank:
     settings = lora_lib.Lora(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
     init = functools.partial(
-      lora_lib.init, settings, llada.abstract_params(network)
+      lora_lib.init, settings, transformer.abstract_params(network)
     )
     key = jax.random.fold_in(jax.random.key(c.seed), 1)
-    axes = lora_lib.logical_axes(settings, llada.logical_axes(network))
+    axes = lora_lib.logical_axes(settings, transformer.logical_axes(network))
     adapters = jax.jit(
       init,
       out_shardings=mesh_lib.shardings(mesh, axes, jax.eval_shape(init, key)),
@@ -207,8 +209,8 @@ def pairs(
   )
 
 
-def grader(c: config_lib.ConfigDict) -> grading.Grader:
-  return grading.Grader(
+def grader(c: config_lib.ConfigDict) -> pool.Grader:
+  return pool.Grader(
     c.task.name,
     c.task.options.to_dict(),
     {k: w for k, w in c.task.reward_weights.items() if w is not None},
@@ -242,7 +244,7 @@ def check_sampler(
   c: config_lib.ConfigDict,
   sub: config_lib.ConfigDict,
   mesh: mesh_lib.Mesh,
-  network: llada.Config,
+  network: transformer.Config,
 ) -> None:
   """Raises UserError for rows that do not fit the mesh or the network."""
   name = "rollout" if "num_prompts" in sub else "evaluate"
@@ -258,14 +260,14 @@ def check_sampler(
 
 def make_sampler(
   c: config_lib.ConfigDict, sub: config_lib.ConfigDict, policy: Policy
-) -> sampler.Sampler:
+) -> host.Sampler:
   """Draws completions under the settings of a sub-tree of the config.
 
   Raises:
     UserError: see `check_sampler`.
   """
   check_sampler(c, sub, policy.mesh, policy.network)
-  return sampler.Sampler(
+  return host.Sampler(
     policy=policy.logits_fn,
     sampling=sampling(sub, policy.tokenizer),
     mesh=policy.mesh,
@@ -288,7 +290,7 @@ def make_learner(
     policy=policy.logits_fn,
     optimizer=optimizer.make(config_lib.optimizer_settings(c)),
     sampling=sampling(c.rollout, policy.tokenizer),
-    objective=_settings(objective.Objective, o),
+    objective=_settings(agrpo.Objective, o),
     steps=_settings(mc_steps.McSteps, o),
     baseline=o.baseline,
     group_size=c.rollout.group_size,

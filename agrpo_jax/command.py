@@ -17,8 +17,8 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
-from agrpo_jax import distributed
 from agrpo_jax import errors
+from agrpo_jax.parallel import processes
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.KEY=VALUE changes a key."
@@ -76,10 +76,10 @@ def main(
       unknown = " ".join(argv[1 + num_words :])
       _fail(f"Unknown arguments {unknown}; settings start with --.")
     try:
-      distributed.initialize(**{n: flags.FLAGS[n].value for n in _PROCESSES})
-      if not distributed.is_main():
+      processes.initialize(**{n: flags.FLAGS[n].value for n in _PROCESSES})
+      if not processes.is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-      different = distributed.differences(_settings())
+      different = processes.differences(_settings())
       if different:
         _fail(
           "The processes of the run differ in\n  "
@@ -99,9 +99,9 @@ def main(
         "Stopped. The same command goes on from the last checkpoint.", code=130
       )
     except Exception as error:
-      if distributed.is_lost(error):
+      if processes.is_lost(error):
         first_line = str(error).splitlines()[0][:200]
-        distributed.leave(f"{distributed.LOST} ({first_line})")
+        processes.leave(f"{processes.LOST} ({first_line})")
       if not jax.distributed.is_initialized():
         raise
       _fail(traceback.format_exc(), code=1)
@@ -151,7 +151,7 @@ def _fail(message: str, code: int = 2, *, is_shared: bool = False) -> NoReturn:
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
   if jax.distributed.is_initialized() and not is_shared:
-    if code == 2 and distributed.is_main():
+    if code == 2 and processes.is_main():
       # JAX ends the others with this one; those that failed alike say so first.
       time.sleep(1)
     # An orderly end waits for the others, who may be waiting for this process.

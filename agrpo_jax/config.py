@@ -12,8 +12,8 @@ from typing import TypeAlias
 import ml_collections
 
 from agrpo_jax import optimizer
-from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import tasks
+from agrpo_jax.samplers import sampling as sampling_lib
 
 ConfigDict: TypeAlias = ml_collections.ConfigDict
 

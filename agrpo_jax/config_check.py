@@ -6,13 +6,13 @@ Cheap: nothing is loaded, downloaded or compiled.
 import pathlib
 from typing import Any
 
-from agrpo_jax import advantage
 from agrpo_jax import config
 from agrpo_jax import errors
-from agrpo_jax import mc_steps
-from agrpo_jax import objective
 from agrpo_jax import optimizer
-from agrpo_jax import sampling as sampling_lib
+from agrpo_jax.objectives import advantage
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.samplers import sampling as sampling_lib
 
 
 def check(c: config.ConfigDict) -> None:
@@ -138,9 +138,9 @@ def _rl_problems(c: config.ConfigDict) -> list[str]:
   found.known("objective.stratified", o.stratified, mc_steps.STRATA)
   found.known("objective.steps", o.steps, mc_steps.STEPS)
   found.known("objective.normalize", o.normalize, mc_steps.NORMALIZE)
-  found.known("objective.likelihood", o.likelihood, objective.LIKELIHOODS)
+  found.known("objective.likelihood", o.likelihood, agrpo.LIKELIHOODS)
   found.known("objective.baseline", o.baseline, advantage.BASELINES)
-  found.known("objective.kl_estimator", o.kl_estimator, objective.KL_ESTIMATORS)
+  found.known("objective.kl_estimator", o.kl_estimator, agrpo.KL_ESTIMATORS)
   for name in ("clip_low", "clip_high"):
     found.want(o[name] > 0, f"objective.{name}", o[name], "positive")
   found.want(o.kl_coef >= 0, "objective.kl_coef", o.kl_coef, "0 or more")

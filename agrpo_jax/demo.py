@@ -16,12 +16,12 @@ from absl import flags
 
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
-from agrpo_jax import distributed
 from agrpo_jax import errors
-from agrpo_jax import evaluation
-from agrpo_jax import metrics
-from agrpo_jax import scores
 from agrpo_jax import train
+from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import statistics
+from agrpo_jax.parallel import processes
+from agrpo_jax.runs import metrics
 
 _SEED = flags.DEFINE_integer("seed", 0, "Of prompts, draws and evaluation.")
 
@@ -35,12 +35,12 @@ def run(c: config_lib.ConfigDict) -> None:
     f"temperature {e.temperature:g}"
   )
   print(f"Held-out puzzles: {e.num_examples}. Sampler: {sampler}.", flush=True)
-  before = evaluation.run(c, "", "")
+  before = accuracy.run(c, "", "")
   print(f"Before: {percent(before)} solved. Training ...", flush=True)
   train.train(c)
-  after = evaluation.run(c, c.workdir, "")
+  after = accuracy.run(c, c.workdir, "")
   picture = pathlib.Path(c.workdir) / "curves.png"
-  if distributed.is_main():
+  if processes.is_main():
     draw(pathlib.Path(c.workdir) / "metrics.jsonl", before, picture)
   gain = 100 * (after.accuracy - before.accuracy)
   rows = [
@@ -60,14 +60,14 @@ def run(c: config_lib.ConfigDict) -> None:
   )
 
 
-def percent(result: scores.Result) -> str:
+def percent(result: statistics.Result) -> str:
   """Accuracy and its standard error."""
   error = 100 * result.standard_error
   return f"{100 * result.accuracy:.1f} % ± {error:.1f}"
 
 
 def draw(
-  log: pathlib.Path, before: scores.Result, picture: pathlib.Path
+  log: pathlib.Path, before: statistics.Result, picture: pathlib.Path
 ) -> None:
   """Reward and accuracy over train steps, held-out accuracy with errors."""
   import matplotlib.figure
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     )
   c = command.CONFIG.value
   c.seed = _SEED.value
-  stamp = distributed.exchange(time.strftime("%Y%m%d-%H%M%S"))[0]
+  stamp = processes.exchange(time.strftime("%Y%m%d-%H%M%S"))[0]
   c.workdir = str(pathlib.Path("runs") / f"demo-{stamp}-seed{c.seed}")
   run(c)
 

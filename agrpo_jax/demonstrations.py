@@ -11,7 +11,7 @@ import numpy as np
 from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import tasks
-from agrpo_jax import tokens
+from agrpo_jax.models import tokens
 
 CompletionFn = Callable[[tasks.Example, random.Random], str]
 

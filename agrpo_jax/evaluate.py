@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from agrpo_jax import candidate
 from agrpo_jax import command
-from agrpo_jax import evaluation
 from agrpo_jax import presets
-from agrpo_jax import scores
+from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import candidate
+from agrpo_jax.evaluation import statistics
 
 
-def report(result: scores.Result, ks: Sequence[int] = ()) -> str:
+def report(result: statistics.Result, ks: Sequence[int] = ()) -> str:
   """The figures as lines for a person."""
   found = result.scalars()
   lines = [f"problems: {result.problems}"]
@@ -31,8 +31,8 @@ def report(result: scores.Result, ks: Sequence[int] = ()) -> str:
     if name.startswith("accuracy"):
       text = f"{name} {100 * score_N.mean():.1f} %"
       if score_N.size > 1:
-        error = 100 * scores.standard_error(score_N)
-        low, high = scores.bootstrap_interval(score_N)
+        error = 100 * statistics.standard_error(score_N)
+        low, high = statistics.bootstrap_interval(score_N)
         text += (
           f" ± {error:.1f} (standard error), {100 * low:.1f} to "
           f"{100 * high:.1f} (95 % by bootstrap)"
@@ -80,9 +80,9 @@ def main(argv: Sequence[str]) -> None:
   del argv
   asked = flags.FLAGS
   ks = command.numbers("k", asked.k, int)
-  scores.check_k(ks, asked.num_samples)
+  statistics.check_k(ks, asked.num_samples)
   c = presets.config(asked.sampler, asked.model)
-  result = evaluation.run(
+  result = accuracy.run(
     c, asked.checkpoint, asked.output, num_samples=asked.num_samples
   )
   print(report(result, ks))

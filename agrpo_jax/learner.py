@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agrpo_jax import advantage as advantage_lib
-from agrpo_jax import mc_steps
-from agrpo_jax import noise as noise_lib
-from agrpo_jax import objective as objective_lib
-from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
+from agrpo_jax.objectives import advantage as advantage_lib
+from agrpo_jax.objectives import agrpo as objective_lib
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.samplers import noise as noise_lib
+from agrpo_jax.samplers import sampling as sampling_lib
 
 PolicyFn = Callable[[types.Tree, types.Tree | None], types.LogitsFn]
 """(params, lora) -> the network bound to them."""

@@ -22,21 +22,21 @@ import numpy as np
 from absl import flags
 
 from agrpo_jax import build
-from agrpo_jax import candidate
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
 from agrpo_jax import config_check
 from agrpo_jax import data
 from agrpo_jax import demonstrations
-from agrpo_jax import distributed
-from agrpo_jax import elbo
 from agrpo_jax import errors
-from agrpo_jax import evaluation
 from agrpo_jax import presets
-from agrpo_jax import progress
-from agrpo_jax import records
-from agrpo_jax import scores
 from agrpo_jax import tasks
+from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import candidate
+from agrpo_jax.evaluation import records
+from agrpo_jax.evaluation import statistics
+from agrpo_jax.objectives import elbo
+from agrpo_jax.parallel import processes
+from agrpo_jax.runs import progress
 
 
 def run(
@@ -85,7 +85,7 @@ def run(
       ).encode()
     ).hexdigest()[:16],
   }
-  complete = evaluation.finished(output, asked, 1)
+  complete = accuracy.finished(output, asked, 1)
   if complete is not None:
     return [dict(record) for record in complete.records]
   policy = candidate.policy(c, checkpoint)
@@ -106,10 +106,10 @@ def run(
   )
   asked["weights"] = candidate.fingerprint(policy)
   with (
-    records.start(output if distributed.is_main() else "", asked) as kept,
+    records.start(output if processes.is_main() else "", asked) as kept,
     progress.bar(len(prompts), "scoring") as bar,
   ):
-    kept.done = distributed.exchange(kept.done)[0]
+    kept.done = processes.exchange(kept.done)[0]
     first = len(kept.done)
     bar.update(first)
     last = time.monotonic()
@@ -120,7 +120,7 @@ def run(
         "completion": texts[place],
         "num_tokens": len(completions[place]),
         "log_likelihood": float(draws_M.mean()),
-        "standard_error": scores.standard_error(draws_M)
+        "standard_error": statistics.standard_error(draws_M)
         if num_draws > 1
         else None,
       }
@@ -172,7 +172,7 @@ def figures(done: Sequence[dict[str, Any]]) -> dict[str, float]:
     "num_tokens": float(num_tokens),
   }
   if value_N.size > 1:
-    found["log_likelihood_standard_error"] = scores.standard_error(value_N)
+    found["log_likelihood_standard_error"] = statistics.standard_error(value_N)
   return found
 
 

@@ -22,19 +22,19 @@ import optax
 from agrpo_jax import build
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
-from agrpo_jax import distributed
 from agrpo_jax import errors
-from agrpo_jax import llada
-from agrpo_jax import lora as lora_lib
-from agrpo_jax import mesh as mesh_lib
-from agrpo_jax import metrics
 from agrpo_jax import optimizer
-from agrpo_jax import port
-from agrpo_jax import progress
-from agrpo_jax import rollout as rollout_lib
-from agrpo_jax import run as run_lib
-from agrpo_jax import tokens
 from agrpo_jax import types
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.models import tokens
+from agrpo_jax.models import transformer
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import processes
+from agrpo_jax.port import model_folder
+from agrpo_jax.runs import metrics
+from agrpo_jax.runs import progress
+from agrpo_jax.runs import run as run_lib
+from agrpo_jax.samplers import rollout as rollout_lib
 
 _MIN_MASK_RATIO = 1e-3
 
@@ -201,7 +201,7 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
 
 def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
   """A checkpoint of random parameters and the byte tokenizer; made once."""
-  if distributed.is_main() and not (folder / "config.json").exists():
+  if processes.is_main() and not (folder / "config.json").exists():
     vocab = tokens.write_byte_tokenizer(folder)
     asked = c.model.network.to_dict()
     defaults = dict(
@@ -214,12 +214,12 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
       max_length=4096,
     )
     try:
-      network = llada.Config(**(vocab | defaults | asked))
+      network = transformer.Config(**(vocab | defaults | asked))
     except TypeError as error:
       raise errors.UserError(f"config.model.network: {error}") from error
-    params = llada.init(network, jax.random.key(c.seed))
-    port.save(folder, network, params)
-  distributed.exchange(None)  # the others read it when it is all there
+    params = transformer.init(network, jax.random.key(c.seed))
+    model_folder.save(folder, network, params)
+  processes.exchange(None)  # the others read it when it is all there
   return folder
 
 
@@ -231,7 +231,7 @@ def export(
   if policy.lora_settings is not None:
     params = lora_lib.merge(params, state.lora, policy.lora_settings.scale)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  port.save(c.sft.output, policy.network, params, source=c.model.path)
+  model_folder.save(c.sft.output, policy.network, params, source=c.model.path)
   print(f"Wrote {c.sft.output}")
 
 

@@ -25,18 +25,18 @@ from typing import Any
 from absl import flags
 
 from agrpo_jax import build
-from agrpo_jax import candidate
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
 from agrpo_jax import config_check
-from agrpo_jax import distributed
 from agrpo_jax import errors
-from agrpo_jax import evaluation
-from agrpo_jax import mesh as mesh_lib
-from agrpo_jax import port
 from agrpo_jax import presets
-from agrpo_jax import table
 from agrpo_jax import tasks
+from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import candidate
+from agrpo_jax.evaluation import table
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import processes
+from agrpo_jax.port import model_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +122,11 @@ def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
     for group in models:
       loaded = None
       for cell in group:
-        result = evaluation.finished(cell.output, asked[cell.output], 1)
+        result = accuracy.finished(cell.output, asked[cell.output], 1)
         if result is None:
           if loaded is None:
             loaded = candidate.policy(cell.config, cell.checkpoint)
-          result = evaluation.measure(
+          result = accuracy.measure(
             cell.config,
             loaded,
             examples,
@@ -148,7 +148,9 @@ def _check(
   found: dict[str, list[Cell]] = collections.defaultdict(list)
   c = every[0].config
   load_network = functools.cache(
-    lambda path: port.load_config(path, revision=c.model.revision or None)
+    lambda path: model_folder.load_config(
+      path, revision=c.model.revision or None
+    )
   )
   for cell in every:
     for problem in config_check.problems(cell.config):
@@ -169,7 +171,7 @@ def _check(
         cell.config, examples, cell.checkpoint, 1
       )
       try:
-        evaluation.finished(cell.output, asked[cell.output], 1)
+        accuracy.finished(cell.output, asked[cell.output], 1)
       except errors.UserError as error:
         found[str(error)].append(cell)
   if found:
@@ -217,9 +219,9 @@ def main(argv: Sequence[str]) -> None:
       print(table.line())
     rows.append(row)
     print(table.line(row), flush=True)
-    if distributed.is_main():
+    if processes.is_main():
       table.write_csv(output / "sweep.csv", rows)
-  if distributed.is_main():
+  if processes.is_main():
     table.draw(rows, output / "sweep.png")
     print(f"{output / 'sweep.csv'}\n{output / 'sweep.png'}")
 

@@ -10,14 +10,14 @@ import numpy as np
 from agrpo_jax import build
 from agrpo_jax import config as config_lib
 from agrpo_jax import data
-from agrpo_jax import evaluation
-from agrpo_jax import grading
-from agrpo_jax import lora as lora_lib
-from agrpo_jax import metrics
-from agrpo_jax import progress
-from agrpo_jax import run as run_lib
-from agrpo_jax import scoring
 from agrpo_jax import types
+from agrpo_jax.evaluation import accuracy
+from agrpo_jax.grading import pool
+from agrpo_jax.grading import shares
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.runs import metrics
+from agrpo_jax.runs import progress
+from agrpo_jax.runs import run as run_lib
 
 
 def train(c: config_lib.ConfigDict) -> None:
@@ -59,18 +59,18 @@ def train(c: config_lib.ConfigDict) -> None:
       )
       rows = Rows(batch, c.rollout.group_size)
 
-      pending: list[scoring.Pending] = []
+      pending: list[shares.Pending] = []
       chunks: list[types.Rollout] = []
       for chunk in sampler.sample(
         state.params, state.lora, rows.prompts, rollout_key, rows.id_Bx2
       ):
         fields = rows.fields[len(chunks) * sampler.batch_size :]
         fields = fields[: sampler.batch_size]
-        pending.append(scoring.submit(chunk, fields, policy.tokenizer, grader))
+        pending.append(shares.submit(chunk, fields, policy.tokenizer, grader))
         chunks.append(chunk)
       rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
       clock.lap("rollout")
-      graded = scoring.collect(pending)
+      graded = shares.collect(pending)
       clock.lap("grade")
 
       state, learned = learn(
@@ -88,7 +88,7 @@ def train(c: config_lib.ConfigDict) -> None:
       completion_BxC = np.concatenate([x.completion_BxC for x in pending])
       scalars |= length_scalars(completion_BxC, policy.tokenizer.eos_id)
       if c.evaluate.every and (train_step + 1) % c.evaluate.every == 0:
-        result = evaluation.evaluate(
+        result = accuracy.evaluate(
           evaluation_sampler,
           state.params,
           state.lora,
@@ -126,7 +126,7 @@ class Rows:
     )
 
 
-def reward_scalars(graded: grading.Graded, group_size: int) -> dict[str, float]:
+def reward_scalars(graded: pool.Graded, group_size: int) -> dict[str, float]:
   """Rewards and grades of a batch, under the names TRL gives them."""
   reward_NxG = graded.reward_B.reshape(-1, group_size)
   scalars = {
@@ -155,7 +155,7 @@ def length_scalars(completion_BxC: np.ndarray, eos_id: int) -> dict[str, float]:
 
 
 def samples(
-  rows: Rows, completions: Sequence[str], graded: grading.Graded, count: int
+  rows: Rows, completions: Sequence[str], graded: pool.Graded, count: int
 ) -> list[dict[str, Any]]:
   """The first completions of a batch, for a person to read."""
   return [

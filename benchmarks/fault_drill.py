@@ -41,10 +41,10 @@ from typing import Any
 import orbax.checkpoint as ocp
 from absl import logging
 
-from agrpo_jax import checkpoint_read
-from agrpo_jax import metrics
-from agrpo_jax import sampler
-from agrpo_jax import scoring
+from agrpo_jax.grading import shares
+from agrpo_jax.runs import checkpoint_read
+from agrpo_jax.runs import metrics
+from agrpo_jax.samplers import host
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -349,8 +349,8 @@ def _be_victim() -> None:
 
   write_line = metrics._write_line
   metrics._write_line = write_half
-  announce(sampler.Sampler, "sample", "rollout")
-  announce(scoring, "collect", "grade", "update")
+  announce(host.Sampler, "sample", "rollout")
+  announce(shares, "collect", "grade", "update")
   announce(metrics.Writer, "scalars", "log")
   announce(ocp.CheckpointManager, "save", "save")
   sys.argv = ["agrpo_jax.main", *sys.argv[2:]]

@@ -26,12 +26,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from agrpo_jax import distributed
-from agrpo_jax import llada
-from agrpo_jax import mesh as mesh_lib
-from agrpo_jax import port
-from agrpo_jax import port_files
-from agrpo_jax import port_names
+from agrpo_jax.models import names
+from agrpo_jax.models import transformer
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import processes as processes_lib
+from agrpo_jax.port import files as files_lib
+from agrpo_jax.port import model_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GB = 1e9
@@ -65,7 +65,7 @@ def generate(folder: pathlib.Path, gigabytes: float) -> None:
   )
   (folder / "config.json").write_text(json.dumps(raw))
   rng = np.random.default_rng(0)
-  config = port.load_config(str(folder))
+  config = model_folder.load_config(str(folder))
   shard: dict[str, np.ndarray] = {}
   weight_map: dict[str, str] = {}
   files: list[str] = []
@@ -77,16 +77,16 @@ def generate(folder: pathlib.Path, gigabytes: float) -> None:
     files.append(name)
     shard.clear()
 
-  entries = jax.tree.leaves(port_names.table(config))
+  entries = jax.tree.leaves(names.table(config))
   sizes = {n: e.stored_shape for e in entries for n in e.names}
-  for name in sorted(sizes, key=port_names.order):
+  for name in sorted(sizes, key=names.order):
     bits = rng.integers(0x3C00, 0x3D00, sizes[name], np.uint16)
     shard[name] = bits.view(ml_dtypes.bfloat16)
     if sum(x.nbytes for x in shard.values()) >= _SHARD_BYTES:
       flush()
   if shard:
     flush()
-  (folder / port_files.INDEX).write_text(
+  (folder / files_lib.INDEX).write_text(
     json.dumps({"metadata": {}, "weight_map": weight_map})
   )
 
@@ -113,14 +113,16 @@ def own_memory() -> int:
 
 def load(folder: str, axes: dict[str, int]) -> None:
   """Loads, and prints what it took as JSON."""
-  distributed.initialize()
+  processes_lib.initialize()
   mesh = mesh_lib.make(axes["data"], axes["fsdp"], axes["tensor"])
   jax.block_until_ready(jax.device_put(np.zeros(8)))
   before, peak, began = own_memory(), Peak(), time.monotonic()
-  _, params = port.load(
+  _, params = model_folder.load(
     folder,
     shardings=lambda config: mesh_lib.shardings(
-      mesh, llada.logical_axes(config), llada.abstract_params(config)
+      mesh,
+      transformer.logical_axes(config),
+      transformer.abstract_params(config),
     ),
   )
   jax.block_until_ready(params)
@@ -182,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
     load(args.folder, json.loads(args.load))
     return
   folder = pathlib.Path(args.folder).resolve()
-  if not (folder / port_files.INDEX).exists():
+  if not (folder / files_lib.INDEX).exists():
     generate(folder, args.gigabytes)
   files = list(folder.glob("*.safetensors"))
   size = sum(file.stat().st_size for file in files)

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agrpo_jax import checkpoint
-from agrpo_jax import checkpoint_meta
 from agrpo_jax import types
+from agrpo_jax.runs import checkpoint
+from agrpo_jax.runs import checkpoint_meta
 
 _NUM_ARRAYS = 12  # of trained arrays; Adam has twice as many besides
 _COLUMNS = (

@@ -27,17 +27,17 @@ from absl import app
 from absl import flags
 
 from agrpo_jax import build
-from agrpo_jax import grading
 from agrpo_jax import learner as learner_lib
-from agrpo_jax import llada
-from agrpo_jax import lora as lora_lib
-from agrpo_jax import mc_steps
-from agrpo_jax import mesh as mesh_lib
-from agrpo_jax import objective
 from agrpo_jax import optimizer
-from agrpo_jax import sampler as sampler_lib
-from agrpo_jax import sampling as sampling_lib
-from agrpo_jax import tokens
+from agrpo_jax.grading import pool
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.models import tokens
+from agrpo_jax.models import transformer
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.samplers import host as sampler_lib
+from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +139,12 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
   """The table of one preset, as a dict."""
   mesh = mesh_lib.make()
-  config = llada.Config(**preset.network, dtype=preset.dtype, remat=remat)
+  config = transformer.Config(**preset.network, dtype=preset.dtype, remat=remat)
   axes = mesh_lib.shardings(
-    mesh, llada.logical_axes(config), llada.abstract_params(config)
+    mesh, transformer.logical_axes(config), transformer.abstract_params(config)
   )
   init = jax.jit(
-    lambda key: llada.init(
+    lambda key: transformer.init(
       config, key, jnp.dtype(preset.dtype if preset.lora_rank else "float32")
     ),
     out_shardings=axes,
@@ -173,7 +173,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     policy=policy.logits_fn,
     optimizer=optimizer.make(optimizer.Optimizer(learning_rate=1e-6)),
     sampling=sampling,
-    objective=objective.Objective(),
+    objective=agrpo.Objective(),
     steps=mc_steps.McSteps(num_mc_steps=preset.num_mc_steps),
     baseline="leave_one_out",
     group_size=preset.group_size,
@@ -190,7 +190,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
   seconds: dict[str, list[float]] = {"rollout": [], "grade": [], "update": []}
   flops: dict[str, list[float]] = {"rollout": [], "update": []}
   row_id = np.stack([np.arange(num_rows)] * 2, axis=1).astype(np.uint32)
-  with grading.Grader("gsm8k") as grader:
+  with pool.Grader("gsm8k") as grader:
     for repeat in range(repeats + 1):
       row_key = jax.random.fold_in(jax.random.key(2), repeat)
       begin = time.perf_counter()
@@ -214,7 +214,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
       )
       metrics = jax.device_get(metrics)
       seconds["update"].append(time.perf_counter() - begin)
-      forward = llada.forward_flops(
+      forward = transformer.forward_flops(
         config,
         preset.prompt_length + preset.completion_length,
         sampling.tokens_per_step,

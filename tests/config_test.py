@@ -2,24 +2,24 @@
 
 import pytest
 
-import fixtures
 from agrpo_jax import config as config_lib
 from agrpo_jax import config_check
 from agrpo_jax import errors
-from agrpo_jax import mc_steps
-from agrpo_jax import objective
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import mc_steps
+from fixtures import recordings
 
-CONFIGS = sorted(path.stem for path in fixtures.CONFIGS.glob("*.py"))
+CONFIGS = sorted(path.stem for path in recordings.CONFIGS.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_hold(name):
-  config_check.check(fixtures.config(name))
+  config_check.check(recordings.config(name))
 
 
 @pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "v5p"])
 def test_variants_of_gsm8k_hold(arg):
-  c = fixtures.config("gsm8k", arg)
+  c = recordings.config("gsm8k", arg)
   config_check.check(c)
   is_exact = c.objective.normalize == "sum"
   assert is_exact == ("exact" in arg)
@@ -46,7 +46,7 @@ def test_settings_and_records_have_the_same_names_and_defaults():
   """A key that a record lacks would be ignored without a word."""
   o = config_lib.rl().objective
   records = {
-    **vars(objective.Objective()),
+    **vars(agrpo.Objective()),
     **vars(mc_steps.McSteps(num_mc_steps=1)),
   }
   learner = {"baseline", "updates_per_batch", "microbatch"}

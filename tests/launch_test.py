@@ -909,10 +909,10 @@ def test_local_processes_are_killed_when_told_twice():
 def test_local_processes_find_each_other():
   """The same variables that the program reads."""
   script = """
-from agrpo_jax import distributed
-distributed.initialize()
+from agrpo_jax.parallel import processes
+processes.initialize()
 import jax, sys
-found = jax.device_count(), distributed.exchange(jax.process_index())
+found = jax.device_count(), processes.exchange(jax.process_index())
 print(*found, file=sys.stderr)  # Gloo writes in between on stdout
 """
   done = local(

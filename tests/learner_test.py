@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-import fixtures
 from agrpo_jax import learner as learner_lib
-from agrpo_jax import llada
-from agrpo_jax import mc_steps
-from agrpo_jax import noise as noise_lib
-from agrpo_jax import objective as objective_lib
-from agrpo_jax import rollout as rollout_lib
-from agrpo_jax import sampling as sampling_lib
 from agrpo_jax import types
+from agrpo_jax.models import transformer
+from agrpo_jax.objectives import agrpo as objective_lib
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.samplers import noise as noise_lib
+from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.samplers import sampling as sampling_lib
+from fixtures import recordings
 
 NUM_ROWS, GROUP_SIZE = 8, 4
 ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
@@ -25,7 +25,7 @@ ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
 
 def setting(rule="random", **changes):
   """(learner, state, rollout, keys) on a recorded tiny network."""
-  config, params, _ = fixtures.network("tiny_loss")
+  config, params, _ = recordings.network("tiny_loss")
   sampling = sampling_lib.Sampling(
     mask_id=config.mask_id,
     eos_id=config.eos_id,
@@ -38,7 +38,7 @@ def setting(rule="random", **changes):
   )
 
   def policy(params, lora):
-    return llada.logits_fn(config, params, lora)
+    return transformer.logits_fn(config, params, lora)
 
   options = dict(
     policy=policy,

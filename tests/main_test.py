@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import fixtures
 from agrpo_jax import build
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
-from agrpo_jax import run as run_lib
 from agrpo_jax import train
+from agrpo_jax.runs import run as run_lib
+from fixtures import recordings
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT / "tests" / "testdata" / "gsm8k"
-MODEL = fixtures.GOLDEN / "ckpt" / "tiny_mha"
+MODEL = recordings.GOLDEN / "ckpt" / "tiny_mha"
 
 
 def command(*flags: str, module: str = "main") -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def test_a_run_that_cannot_start_says_why(tmp_path):
 
 
 def debug_config(tmp_path, **changes) -> config_lib.ConfigDict:
-  c = fixtures.config("gsm8k", "debug")
+  c = recordings.config("gsm8k", "debug")
   c.model.path = str(MODEL)
   c.model.tokenizer = "bytes"
   c.data.path = str(DATA)

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from agrpo_jax import errors
-from agrpo_jax import mesh
 from agrpo_jax import optimizer
+from agrpo_jax.parallel import mesh
 
 SETTINGS = optimizer.Optimizer(
   learning_rate=0.1,

@@ -11,33 +11,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "agrpo_jax"
 
-MAX_LINES = 350
-
-# From the ground up: a module imports only modules named before it. `tasks` is
-# one name here; inside it the rule is that nothing imports in a circle.
-ORDER = """
-  errors distributed command types masked mesh
-  llada_config llada_params ops llada lora
-  hub port_names port_files port_arrays port_write peft port
-  tokens_bytes tokens_fast tokens
-  sampling unmask noise rollout mc_steps advantage objective
-  optimizer learner
-  tasks worker_process grading scoring data demonstrations
-  checkpoint_meta checkpoint_read checkpoint workdir metrics progress
-  records scores config config_check sampler build run presets
-  candidate evaluation evaluate table sweep elbo likelihood
-  sft train main demo
-  adhoc replay show_terminal show_page show
-  greedy harness lm_eval
-  chips hlo hlo_cost plan_programs plan
+# The folders from the ground up: a folder imports only folders before it.
+LAYERS = """
+  parallel models samplers objectives port tasks grading runs evaluation
+  lm_eval show plan
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.
-BEFORE_NETWORKS = {
-  *("types", "masked", "sampling", "unmask", "noise", "rollout"),
-  *("mc_steps", "advantage", "objective"),
-}
-NETWORKS = {"llada", "llada_config", "llada_params", "lora", "port", "tokens"}
+WITHOUT_NETWORK = {"types", "samplers", "objectives"}
+NETWORKS = {"models", "port"}
 
 # Grading runs in processes that must start fast and never touch a device.
 WITHOUT_JAX = {"errors", "tasks", "grading"}
@@ -91,33 +73,23 @@ def _own_imports(name: str) -> set[str]:
 
 def _unit(name: str) -> str:
   """agrpo_jax.tasks.sudoku -> tasks."""
-  return name.split(".")[1]
+  return [*name.split("."), ""][1]
 
 
-def test_modules_are_short():
-  lengths = {
-    _name(path): len(path.read_text("utf-8").splitlines()) for path in MODULES
-  }
-  long = {name: n for name, n in lengths.items() if n > MAX_LINES}
-  assert not long, "one noun per module; split by meaning"
-
-
-def test_every_module_has_a_place_in_the_order():
-  units = {_unit(name) for name in TREES if name != "agrpo_jax"}
-  assert units <= {*ORDER}, "give these a place in ORDER"
-  assert len(ORDER) == len({*ORDER})
-
-
-def test_imports_point_downward():
+def test_a_folder_imports_only_folders_before_it():
   upward = [
     f"{name} imports {imported}"
     for name in TREES
-    if name != "agrpo_jax"
     for imported in sorted(_own_imports(name))
-    if _unit(name) != _unit(imported)
-    and ORDER.index(_unit(imported)) > ORDER.index(_unit(name))
+    if {_unit(name), _unit(imported)} <= {*LAYERS}
+    and LAYERS.index(_unit(imported)) > LAYERS.index(_unit(name))
   ]
   assert not upward
+
+
+def test_every_folder_is_a_layer():
+  folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+  assert folders == {*LAYERS}
 
 
 def test_no_import_cycles():
@@ -132,7 +104,7 @@ def test_no_import_cycles():
 
 def test_the_estimator_knows_no_network():
   for name in TREES:
-    if name != "agrpo_jax" and _unit(name) in BEFORE_NETWORKS:
+    if name != "agrpo_jax" and _unit(name) in WITHOUT_NETWORK:
       known = {_unit(imported) for imported in _own_imports(name)}
       assert not known & NETWORKS, name
 

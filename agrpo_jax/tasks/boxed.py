@@ -12,9 +12,9 @@ bare: the question alone.
 The required format is that of the released prompts; the wording is ours.
 """
 
-from agrpo_jax.tasks import answers
 from agrpo_jax.tasks import base
-from agrpo_jax.tasks import equality
+from agrpo_jax.tasks.verdicts import answers
+from agrpo_jax.tasks.verdicts import equality
 
 PROTOCOLS = ("agrpo", "d1", "llada", "bare")
 PREFILL = {"agrpo": "", "d1": "<reasoning>", "llada": "", "bare": ""}

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from agrpo_jax import errors
-from agrpo_jax.tasks import answers
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks import boxed
-from agrpo_jax.tasks import d1
-from agrpo_jax.tasks import equality
 from agrpo_jax.tasks import files
-from agrpo_jax.tasks import tolerant
+from agrpo_jax.tasks.verdicts import answers
+from agrpo_jax.tasks.verdicts import d1
+from agrpo_jax.tasks.verdicts import equality
+from agrpo_jax.tasks.verdicts import tolerant
 
 NAME = "gsm8k"
 DEFAULTS = {

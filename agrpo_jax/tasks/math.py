@@ -18,13 +18,13 @@ from typing import Any
 from absl import logging
 
 from agrpo_jax import errors
-from agrpo_jax.tasks import answers
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks import boxed
-from agrpo_jax.tasks import d1
-from agrpo_jax.tasks import equality
 from agrpo_jax.tasks import files
-from agrpo_jax.tasks import tolerant
+from agrpo_jax.tasks.verdicts import answers
+from agrpo_jax.tasks.verdicts import d1
+from agrpo_jax.tasks.verdicts import equality
+from agrpo_jax.tasks.verdicts import tolerant
 
 NAME = "math"
 DEFAULTS = {

@@ -1,0 +1,324 @@
+"""Rewards and grades of completions, computed in worker processes.
+
+Grading runs beside the device work: `submit` returns at once, and the workers
+start while the first rollout compiles. Whatever a completion does to a grader
+costs that completion only: an answer whose grader raises, crashes or takes too
+long scores 0, is counted and logged, and the rest goes on.
+
+    with grading.Grader("gsm8k", num_workers=4) as grader:
+      pending = grader.submit(completions, fields)
+      ...  # device work
+      graded = pending.result()
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import queue
+import threading
+import types
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from agrpo_jax import errors
+from agrpo_jax import tasks
+from agrpo_jax.grading import process
+
+MAX_CHARS = 100_000  # of a completion; the rest is not looked at
+# What a worker is sent at once. Fits the socket's buffer, so that sending
+# never waits for an answer.
+_BATCH_ITEMS = 16
+_BATCH_BYTES = 64_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+  """What the B completions of one `submit` earned, in their order.
+
+  reward_B: float64 [B], the weighted sum of the parts.
+  parts: name -> float64 [B], unweighted.
+  grades: name -> float64 [B]; "accuracy" is always there.
+  num_failed: completions whose grader raised or crashed.
+  num_timed_out: completions whose grader was stopped. Parts that it had decided
+    by then are kept: an answer too hard to check can still have its tags.
+  answers: the extracted answer of each completion, "" where there is none.
+  Whatever a grader could not decide is 0.
+  """
+
+  reward_B: np.ndarray
+  parts: dict[str, np.ndarray]
+  grades: dict[str, np.ndarray]
+  num_failed: int
+  num_timed_out: int
+  answers: tuple[str, ...]
+
+  @property
+  def grade_B(self) -> np.ndarray:
+    """float64 [B] in [0, 1]: the strict accuracy."""
+    return self.grades["accuracy"]
+
+
+def concatenate(batches: Sequence[Graded]) -> Graded:
+  """The completions of several `submit`s of one grader, in order.
+
+  A grade that a batch lacks, because all of its completions failed, is 0 there.
+  """
+  names = dict.fromkeys(name for batch in batches for name in batch.grades)
+  return Graded(
+    reward_B=np.concatenate([batch.reward_B for batch in batches]),
+    parts={
+      name: np.concatenate([batch.parts[name] for batch in batches])
+      for name in batches[0].parts
+    },
+    grades={
+      name: np.concatenate(
+        [
+          batch.grades.get(name, np.zeros_like(batch.reward_B))
+          for batch in batches
+        ]
+      )
+      for name in names
+    },
+    num_failed=sum(batch.num_failed for batch in batches),
+    num_timed_out=sum(batch.num_timed_out for batch in batches),
+    answers=tuple(answer for batch in batches for answer in batch.answers),
+  )
+
+
+class Grader:
+  """A pool of grading workers for one task. Use as a context manager."""
+
+  def __init__(
+    self,
+    task: str,
+    options: Mapping[str, Any] | None = None,
+    weights: Mapping[str, float] | None = None,
+    num_workers: int = 2,
+    timeout_seconds: float = 5.0,
+    *,
+    task_path: str | None = None,
+  ):
+    """Starts the workers without waiting for them.
+
+    task, task_path, options: as for `tasks.get` and the functions of a task.
+    weights: part name -> weight, over the task's defaults.
+    timeout_seconds: processor time for one completion; after twice that by the
+      clock, plus one second, its worker is killed and replaced.
+
+    Raises UserError for bad options and weights of unknown parts.
+    """
+    if num_workers < 1 or timeout_seconds <= 0:
+      raise errors.UserError(
+        f"grading: {num_workers=} must be at least 1 and {timeout_seconds=} "
+        "above 0."
+      )
+    options = dict(options or {})
+    self.weights = _weights(tasks.get(task, task_path), options, weights)
+    start = {
+      "task": task,
+      "path": task_path,
+      "options": options,
+      "timeout_seconds": timeout_seconds,
+    }
+    self._queue: queue.SimpleQueue = queue.SimpleQueue()
+    self._closed = threading.Event()
+    self._workers = [
+      process.WorkerProcess(start, 2 * timeout_seconds + 1)
+      for _ in range(num_workers)
+    ]
+    self._threads = [
+      threading.Thread(target=self._serve, args=(worker,), daemon=True)
+      for worker in self._workers
+    ]
+    for thread in self._threads:
+      thread.start()
+
+  def __enter__(self) -> "Grader":
+    return self
+
+  def __exit__(self, *unused_exception: object) -> None:
+    self.close()
+
+  def submit(
+    self, completions: Sequence[str], fields: Sequence[Mapping[str, Any]]
+  ) -> "concurrent.futures.Future[Graded]":
+    """Grades completions[i] against fields[i]; `.result()` gives `Graded`.
+
+    Raises ValueError for lists of unequal length and on a closed grader.
+    """
+    if len(completions) != len(fields):
+      raise ValueError(f"{len(completions)=} and {len(fields)=} differ.")
+    if self._closed.is_set():
+      raise ValueError("the grader is closed.")
+    job = _Job(len(completions), self.weights)
+    items = [
+      _Item(job, index, completion, _line(completion, field))
+      for index, (completion, field) in enumerate(
+        zip(completions, fields, strict=True)
+      )
+    ]
+    share = -(-len(items) // len(self._workers))
+    for batch in _batches(items, min(_BATCH_ITEMS, share)):
+      self._queue.put(batch)
+    return job.future
+
+  def close(self) -> None:
+    """Ends the workers; what is still pending is cancelled."""
+    self._closed.set()
+    for worker in self._workers:
+      self._queue.put(None)
+      worker.hang_up()
+    for thread in self._threads:
+      thread.join()
+    for worker in self._workers:
+      worker.kill()
+    while not self._queue.empty():
+      for item in self._queue.get() or ():
+        item.job.cancel()
+
+  def _serve(self, worker: process.WorkerProcess) -> None:
+    """The life of one thread: takes batches to its worker."""
+    while (batch := self._queue.get()) is not None:
+      items = collections.deque(batch)
+      while items and not self._closed.is_set():
+        try:
+          worker.ensure_ready()
+        except ConnectionError as error:
+          if not self._closed.is_set():
+            for item in items:
+              item.job.fail(RuntimeError(str(error)))
+          break
+        self._grade(worker, items)
+      for item in items:
+        item.job.cancel()
+
+  def _grade(
+    self,
+    worker: process.WorkerProcess,
+    items: "collections.deque[_Item]",
+  ) -> None:
+    """Takes items off as they are answered; a bad worker costs one at most."""
+    try:
+      worker.send(item.line for item in items)
+      while items:
+        items[0].finish(worker.receive())
+        items.popleft()
+    except TimeoutError:
+      worker.kill()
+      items.popleft().finish({"timed_out": True})
+    except ConnectionError:
+      worker.kill()
+      if not self._closed.is_set():
+        items.popleft().finish({"error": "crashed its worker"})
+
+
+def _weights(
+  task: types.ModuleType,
+  options: Mapping[str, Any],
+  weights: Mapping[str, float] | None,
+) -> dict[str, float]:
+  defaults = task.reward_weights(options)
+  weights = dict(weights or {})
+  unknown = sorted(set(weights) - set(defaults))
+  if unknown:
+    raise errors.UserError(
+      f"reward weights of unknown parts: {', '.join(unknown)}. The parts are "
+      f"{', '.join(defaults)}."
+    )
+  return {**defaults, **weights}
+
+
+class _Job:
+  """Collects the replies to one `submit`."""
+
+  def __init__(self, size: int, weights: Mapping[str, float]):
+    self.future: concurrent.futures.Future[Graded] = concurrent.futures.Future()
+    self._weights = weights
+    self._replies: list[dict[str, Any]] = [{}] * size
+    self._num_missing = size
+    self._lock = threading.Lock()
+    if not size:
+      self.future.set_result(self._graded())
+
+  def finish(self, index: int, reply: dict[str, Any]) -> None:
+    with self._lock:
+      self._replies[index] = reply
+      self._num_missing -= 1
+      if self._num_missing == 0 and not self.future.done():
+        self.future.set_result(self._graded())
+
+  def fail(self, error: Exception) -> None:
+    with self._lock:
+      if not self.future.done():
+        self.future.set_exception(error)
+
+  def cancel(self) -> None:
+    with self._lock:
+      self.future.cancel()
+
+  def _graded(self) -> Graded:
+    def column(kind: str, name: str) -> np.ndarray:
+      return np.array(
+        [reply.get(kind, {}).get(name, 0.0) for reply in self._replies],
+        dtype=np.float64,
+      )
+
+    parts = {name: column("parts", name) for name in self._weights}
+    reward_B = np.zeros(len(self._replies))
+    for name, weight in self._weights.items():
+      reward_B += weight * parts[name]
+    names = {"accuracy": None}
+    for reply in self._replies:
+      names.update(dict.fromkeys(reply.get("grades", ())))
+    return Graded(
+      reward_B=reward_B,
+      parts=parts,
+      grades={name: column("grades", name) for name in names},
+      num_failed=sum("error" in reply for reply in self._replies),
+      num_timed_out=sum("timed_out" in reply for reply in self._replies),
+      answers=tuple(reply.get("answer", "") for reply in self._replies),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+  job: _Job
+  index: int
+  completion: str
+  line: bytes
+
+  def finish(self, reply: dict[str, Any]) -> None:
+    if "error" in reply or "timed_out" in reply:
+      logging.log_every_n_seconds(
+        logging.WARNING,
+        "A grader %s, and what it could not decide is 0: %r",
+        1.0,  # all are counted; that many are shown
+        reply.get("error", "took too long"),
+        self.completion[:200],
+      )
+    self.job.finish(self.index, reply)
+
+
+def _line(completion: str, fields: Mapping[str, Any]) -> bytes:
+  message = {"completion": completion[:MAX_CHARS], "fields": dict(fields)}
+  return json.dumps(message).encode() + b"\n"
+
+
+def _batches(items: Sequence[_Item], max_items: int) -> Iterable[list[_Item]]:
+  batch: list[_Item] = []
+  num_bytes = 0
+  for item in items:
+    is_full = len(batch) == max_items
+    if batch and (is_full or num_bytes + len(item.line) > _BATCH_BYTES):
+      yield batch
+      batch, num_bytes = [], 0
+    batch.append(item)
+    num_bytes += len(item.line)
+  if batch:
+    yield batch

@@ -1,0 +1,111 @@
+"""The parent's side of one grading worker: its process and the socket to it."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
+
+START_SECONDS = 120.0
+MAX_STARTS = 3  # failed starts in a row before it gives up
+
+
+class WorkerProcess:
+  """A process that runs `worker`; replaced when it goes bad."""
+
+  def __init__(self, start: Mapping[str, Any], seconds: float):
+    """Starts the process without waiting for it.
+
+    start: the first message, which names the task.
+    seconds: by the clock, to wait for one reply.
+    """
+    self._start = json.dumps(start).encode() + b"\n"
+    self._seconds = seconds
+    self._is_hung_up = False
+    self._spawn()
+
+  def _spawn(self) -> None:
+    self._socket, theirs = socket.socketpair()
+    self._received = b""
+    self._is_ready = False
+    root = str(pathlib.Path(__file__).parents[2])
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    with theirs:
+      self._process = subprocess.Popen(
+        [
+          sys.executable,
+          "-m",
+          "agrpo_jax.grading.worker",
+          str(theirs.fileno()),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # what a task prints goes where the log goes
+        pass_fds=[theirs.fileno()],
+        env={
+          **os.environ,
+          "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+          "PYTHONUNBUFFERED": "1",
+          "OPENBLAS_NUM_THREADS": "1",  # the cores are for the workers
+        },
+        start_new_session=True,  # Ctrl-C reaches the parent alone
+      )
+      self.send([self._start])  # it loads its task while nobody waits
+
+  def ensure_ready(self) -> None:
+    """Waits until the worker has loaded its task, replacing it if need be.
+
+    Raises ConnectionError if that fails again and again.
+    """
+    for _ in range(MAX_STARTS):
+      if self._is_hung_up or (self._is_ready and not self._has_ended()):
+        return
+      if self._has_ended():
+        self.kill()
+        self._spawn()
+      try:
+        self._is_ready = "ready" in self.receive(START_SECONDS)
+      except OSError:  # closed, or TimeoutError
+        self.kill()
+    if self._is_ready:
+      return
+    raise ConnectionError(
+      f"the grading worker failed to start {MAX_STARTS} times; see the log "
+      "above for its own message."
+    )
+
+  def _has_ended(self) -> bool:
+    return self._process.poll() is not None
+
+  def send(self, lines: Iterable[bytes]) -> None:
+    self._socket.settimeout(self._seconds)
+    self._socket.sendall(b"".join(lines))
+
+  def receive(self, seconds: float | None = None) -> dict[str, Any]:
+    """The next reply. Raises TimeoutError or ConnectionError."""
+    self._socket.settimeout(seconds or self._seconds)
+    while b"\n" not in self._received:
+      chunk = self._socket.recv(65_536)
+      if not chunk:
+        raise ConnectionError("the worker closed its socket")
+      self._received += chunk
+    line, _, self._received = self._received.partition(b"\n")
+    return json.loads(line)
+
+  def hang_up(self) -> None:
+    """Makes a `receive` that waits in another thread end, for good."""
+    self._is_hung_up = True
+    try:
+      self._socket.shutdown(socket.SHUT_RDWR)
+    except OSError:
+      pass  # closed already
+
+  def kill(self) -> None:
+    """Ends the process at once and leaves no zombie."""
+    self._is_ready = False
+    self._socket.close()
+    self._process.kill()
+    self._process.wait()

@@ -1,0 +1,314 @@
+r"""A model for EleutherAI's lm-evaluation-harness (`pip install lm-eval`).
+
+    python -m agrpo_jax.lm_eval --model agrpo_jax \
+      --model_args path=FOLDER,completion_length=256,num_denoise_steps=256 \
+      --tasks gsm8k --batch_size 8
+
+The command is `lm_eval` itself, with this model known to it; lm-eval has no
+way for other packages to add models to its own command. `--model_args` are the
+arguments of `Adapter` and the sampling settings of `config.evaluate`.
+
+A completion is drawn by these settings, not by those of the task: how long a
+diffusion model's canvas is and in how many steps it is filled belongs to the
+model here. Of a task's generation settings only `until` is heeded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from agrpo_jax import adhoc
+from agrpo_jax import build
+from agrpo_jax import data
+from agrpo_jax import errors
+from agrpo_jax.lm_eval import greedy
+from agrpo_jax.lm_eval import harness
+from agrpo_jax.objectives import elbo
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import processes
+from agrpo_jax.runs import progress
+
+# Marks a context that `apply_chat_template` made.
+_CHAT = "\x02chat\x03"
+
+
+class Adapter:
+  """lm-eval's interface of a model, without its base class (see `register`)."""
+
+  cache_hook: Any  # of the base class: keeps answers under --use_cache
+
+  def __init__(
+    self,
+    path: str = "",
+    *,
+    batch_size: int | str = 8,
+    num_draws: int = 128,
+    seed: int = 0,
+    sampler: str = "config",
+    dtype: str = "bfloat16",
+    tokenizer: str = "",
+    revision: str = "",
+    bucket: int = 64,
+    max_batch_size: int | None = None,
+    device: str | None = None,
+    **settings: Any,
+  ):
+    """Loads a model.
+
+    Args:
+      path: folder or hub id of a checkpoint.
+      batch_size: completions drawn, or masked copies scored, at once.
+      num_draws: masks per log-likelihood; 1 is exact for a single token.
+      seed: of draws and masks.
+      sampler: sampling settings by name, see `presets`.
+      dtype: of activations.
+      tokenizer: another folder or hub id, or "bytes".
+      revision: on the hub.
+      bucket: prompts and continuations are padded to a multiple of this.
+      max_batch_size: lm-eval passes it; without effect.
+      device: lm-eval passes it; without effect, JAX knows its devices.
+      **settings: keys of `config.evaluate`.
+
+    Raises:
+      UserError: anything that the user has to change.
+    """
+    del max_batch_size, device
+    super().__init__()
+    c = adhoc.config(None, path, sampler, **settings)
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+      raise errors.UserError(
+        f"{batch_size=} must be a number; a batch is not fitted to memory."
+      )
+    c.seed = seed
+    c.evaluate.batch_size = int(batch_size)
+    c.data.bucket = bucket
+    c.model.update(dtype=dtype, tokenizer=tokenizer, revision=revision)
+    self._config = c
+    self._num_draws = num_draws
+    self._policy = build.policy(c, is_trained=False)
+    self._tokenizer = self._policy.tokenizer
+    self._greedy = jax.jit(
+      lambda params, pairs: greedy.match(
+        self._policy.logits_fn(params, None), pairs, self._tokenizer.mask_id
+      )
+    )
+
+  def apply_chat_template(
+    self,
+    chat_history: Sequence[dict[str, str]],
+    add_generation_prompt: bool = True,
+  ) -> str:
+    """The chat as a context, which `encode` reads.
+
+    Not the text that the template makes of it: in that, what a message says
+    could not be told from the template's special tokens.
+    """
+    del add_generation_prompt  # without it, the last turn is the model's own
+    return _CHAT + json.dumps(list(chat_history), ensure_ascii=False)
+
+  @property
+  def tokenizer_name(self) -> str:
+    return self._config.model.tokenizer or self._config.model.path
+
+  def encode(self, context: str) -> list[int]:
+    """Token ids of a context, plain or from `apply_chat_template`."""
+    if not context.startswith(_CHAT):
+      return self._tokenizer.encode(context)
+    messages = json.loads(context.removeprefix(_CHAT))
+    prefill = ""
+    if messages[-1]["role"] == "assistant":
+      prefill = messages.pop()["content"]
+    return self._tokenizer.encode_chat(messages, prefill)
+
+  def encode_pair(
+    self, context: str, continuation: str
+  ) -> tuple[list[int], list[int]]:
+    """Ids of both, cut where the context ends.
+
+    After a plain context both are encoded as one text, and spaces at the
+    context's end go to the continuation, where tokens have them.
+    """
+    if context.startswith(_CHAT):
+      return self.encode(context), self._tokenizer.encode(continuation)
+    bare = context.rstrip()
+    continuation = context[len(bare) :] + continuation
+    ids = self._tokenizer.encode(bare)
+    return ids, self._tokenizer.encode(bare + continuation)[len(ids) :]
+
+  def generate_until(
+    self, requests: Sequence[harness.Request], disable_tqdm: bool = False
+  ) -> list[str]:
+    """A completion per request, cut before the first of its stop strings."""
+    del disable_tqdm
+    harness.warn_of_ignored(requests)
+    prompts = [self.encode(request.args[0]) for request in requests]
+    longest = max(map(len, prompts), default=0)
+    self._check_length(longest + self._config.evaluate.completion_length)
+    self._config.data.max_prompt_length = longest
+    sampler = build.make_sampler(
+      self._config, self._config.evaluate, self._policy
+    )
+    row_id_Bx2 = harness.row_ids(requests)
+    texts = [""] * len(requests)
+    bar = progress.bar(len(requests), "completions")
+    for group in harness.groups(
+      [(len(prompt),) for prompt in prompts], self._config.data.bucket
+    ):
+      drawn = sampler.sample(
+        self._policy.params,
+        None,
+        [prompts[at] for at in group],
+        jax.random.key(self._config.seed),
+        row_id_Bx2[group],
+      )
+      rows = itertools.chain.from_iterable(
+        processes.to_host(rollout.completion).tolist() for rollout in drawn
+      )
+      # The last batch is filled up with repetitions.
+      for at, ids in zip(group, rows, strict=False):
+        request = requests[at]
+        texts[at] = harness.cut(self._text(ids), request.args[1].get("until"))
+        self.cache_hook.add_partial("generate_until", request.args, texts[at])
+        bar.update()
+    bar.close()
+    return texts
+
+  def loglikelihood(
+    self, requests: Sequence[harness.Request], disable_tqdm: bool = False
+  ) -> list[tuple[float, bool]]:
+    """Per (context, continuation): its ELBO, and whether greedy decoding, one
+    token a step, most confident first, gives just this continuation."""
+    del disable_tqdm
+    pairs = [self.encode_pair(*request.args) for request in requests]
+    found = self._score(pairs, is_greedy_asked=True)
+    for request, answer in zip(requests, found, strict=True):
+      self.cache_hook.add_partial("loglikelihood", request.args, answer)
+    return found
+
+  def loglikelihood_rolling(
+    self, requests: Sequence[harness.Request], disable_tqdm: bool = False
+  ) -> list[float]:
+    """The ELBO of each text as a whole; texts are not cut into windows."""
+    del disable_tqdm
+    pairs: list[tuple[list[int], list[int]]] = [
+      ([], self.encode(request.args[0])) for request in requests
+    ]
+    found = [value for value, _ in self._score(pairs, is_greedy_asked=False)]
+    for request, value in zip(requests, found, strict=True):
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+    return found
+
+  def _score(
+    self,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    is_greedy_asked: bool,
+  ) -> list[tuple[float, bool]]:
+    widths = [(len(prompt), len(rest)) for prompt, rest in pairs]
+    self._check_length(max(map(sum, widths), default=0))
+    # Nothing is certain: log 1.
+    found = [(0.0, True)] * len(pairs)
+    bar = progress.bar(len(pairs), "log-likelihoods")
+    for group in harness.groups(widths, self._config.data.bucket):
+      group = [at for at in group if pairs[at][1]]
+      if not group:
+        continue
+      prompts = [pairs[at][0] for at in group]
+      rest = [pairs[at][1] for at in group]
+      # Masks come from the text, so that they do not depend on other requests.
+      ids = [harness.number(json.dumps(pairs[at])) for at in group]
+      scorer = elbo.Scorer(
+        self._policy,
+        prompts,
+        rest,
+        ids,
+        num_draws=self._num_draws,
+        batch_size=self._config.evaluate.batch_size,
+        bucket=self._config.data.bucket,
+        seed=self._config.seed,
+      )
+      is_greedy = [False] * len(group)
+      if is_greedy_asked:
+        is_greedy = list(self._match(prompts, rest))
+      for at, draws_M, matches in zip(
+        group, scorer.estimates(), is_greedy, strict=True
+      ):
+        found[at] = (float(draws_M.mean()), bool(matches))
+        bar.update()
+    bar.close()
+    return found
+
+  def _match(
+    self, prompts: Sequence[list[int]], rest: Sequence[list[int]]
+  ) -> Iterator[bool]:
+    """`greedy.match` of each pair, batch by batch."""
+    size = self._config.evaluate.batch_size
+    bucket = self._config.data.bucket
+    columns = (*data.pack(prompts, bucket), *data.pack(rest, bucket))
+    rows = mesh_lib.rows(self._policy.mesh)
+    for start in range(0, len(rest), size):
+      row = np.minimum(np.arange(start, start + size), len(rest) - 1)
+      batch = jax.device_put([column[row] for column in columns], rows)
+      matches_B = self._greedy(self._policy.params, elbo.Pairs(*batch))
+      yield from processes.to_host(matches_B)[: len(rest) - start]
+
+  def _text(self, ids: Sequence[int]) -> str:
+    """What stands before the first end of text or turn."""
+    ends = {self._tokenizer.eos_id, self._tokenizer.eot_id}
+    kept = itertools.takewhile(lambda one: one not in ends, ids)
+    return self._tokenizer.decode(list(kept))
+
+  def _check_length(self, longest: int) -> None:
+    limit = self._policy.network.max_length
+    if longest > limit:
+      raise errors.UserError(
+        f"The longest request has {longest} tokens with its completion, more "
+        f"than the model's {limit}: use fewer examples (--num_fewshot) or a "
+        "shorter completion_length. Nothing is cut off."
+      )
+
+
+@functools.cache
+def register() -> type:
+  """Makes the model known to lm-eval as `agrpo_jax`, in this process.
+
+  Raises:
+    UserError: lm-eval is not installed.
+  """
+  try:
+    from lm_eval.api import model
+    from lm_eval.api import registry
+  except ImportError as error:
+    raise errors.UserError(
+      f"lm-eval is needed: pip install 'agrpo_jax[lm-eval]' ({error})."
+    ) from error
+  found = type("AgrpoJax", (Adapter, model.LM), {"__doc__": Adapter.__doc__})
+  registry.register_model("agrpo_jax")(found)
+  return found
+
+
+def main() -> None:
+  # lm-eval's bootstrap starts processes; forks of a process in which JAX has
+  # threads may hang.
+  multiprocessing.set_start_method("spawn")
+  try:
+    register()
+    from lm_eval import __main__ as lm_eval_command
+
+    lm_eval_command.cli_evaluate()
+  except errors.UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

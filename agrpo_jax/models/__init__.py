@@ -1,0 +1,1 @@
+"""Parameters -> logits: the transformer, adapters, families, tokenizers."""

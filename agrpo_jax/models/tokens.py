@@ -1,0 +1,83 @@
+"""Text <-> token ids, with the checkpoint's own tokenizer and chat template.
+
+Text is never interpreted. What a message, a demonstration or a completion
+contains is encoded as plain text: a user who writes "<|eot_id|>" gets the
+tokens of these characters, not the special token. Special tokens come only
+from the chat template.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from agrpo_jax.models import tokens_bytes
+from agrpo_jax.models import tokens_fast
+from agrpo_jax.models import transformer
+from agrpo_jax.port import hub
+
+write_byte_tokenizer = tokens_bytes.write
+
+
+class Tokenizer(Protocol):
+  """What the rest of the package needs of a tokenizer.
+
+  Attributes:
+    mask_id: id of the mask token.
+    eos_id: id that ends (and fills up) a completion.
+    eot_id: id that ends a turn of the chat, or None.
+    pad_id: id that fills padding.
+  """
+
+  mask_id: int
+  eos_id: int
+  eot_id: int | None
+  pad_id: int
+
+  def encode_chat(
+    self, messages: Sequence[Mapping[str, str]], prefill: str = ""
+  ) -> list[int]:
+    """The prompt that asks for the next turn, which begins with `prefill`.
+
+    messages: of "role" and "content".
+    """
+
+  def encode(self, text: str) -> list[int]:
+    """Plain text; nothing in it is special."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text without special tokens and without ids that are no token.
+
+    What stands after the first EOS is kept: the released code grades it too.
+    """
+
+  def decode_raw(self, ids: Sequence[int]) -> str:
+    """Text in which special tokens, and ids that are no token, can be seen."""
+
+  def decode_batch(self, ids_BxC: np.ndarray) -> list[str]:
+    """`decode` of every row."""
+
+
+def load(
+  path: str | pathlib.Path,
+  network: transformer.Config,
+  revision: str | None = None,
+) -> Tokenizer:
+  """The tokenizer of a checkpoint, checked against its network.
+
+  Args:
+    path: a folder or hub id, or "bytes" for `tokens_bytes.ByteTokenizer`.
+    network: whose vocabulary and special ids the tokenizer must agree with.
+    revision: on the hub.
+
+  Raises:
+    UserError: if there is no tokenizer, or it does not fit the network.
+  """
+  if str(path) == "bytes":
+    return tokens_bytes.ByteTokenizer(network)
+  folder = hub.folder(str(path), tokens_fast.FILES, revision)
+  return tokens_fast.FastTokenizer(folder, network)

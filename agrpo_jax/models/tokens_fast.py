@@ -1,0 +1,260 @@
+"""A checkpoint's fast tokenizer and chat template, without running its code."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import tokenizers
+
+from agrpo_jax import errors
+from agrpo_jax.models import transformer
+from agrpo_jax.port import files
+
+# On import, transformers says that there is no PyTorch; we need none.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+import transformers
+
+EOT = "<|eot_id|>"
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template*")
+_REMEDY = (
+  "Set model.tokenizer to a folder or hub id that has one, or to 'bytes' for "
+  "raw bytes."
+)
+# Names of special tokens that a tokenizer_config.json may give.
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class FastTokenizer:
+  """`tokenizer.json` and chat template of a folder; no code of it is run."""
+
+  def __init__(self, folder: pathlib.Path, network: transformer.Config):
+    self._tokenizer = _read(folder / "tokenizer.json")
+    settings = _settings(folder)
+    template = _chat_template(folder, settings)
+    _check_ids(folder, self._tokenizer, settings, network)
+    self.mask_id = network.mask_id
+    self.eos_id = network.eos_id
+    self.pad_id = network.pad_id
+    self.eot_id = self._tokenizer.token_to_id(EOT)
+    self._vocab_size = network.vocab_size
+    if self.eot_id is not None:
+      self._tokenizer.add_special_tokens([EOT])  # if it was not special yet
+    # Only renders the template; the folder's `tokenizer_class` is not used.
+    self._renderer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=self._tokenizer,
+      chat_template=template,
+      **{name: settings[name] for name in _NAMED if name in settings},
+    )
+    self._special = {
+      token.content: at
+      for at, token in self._tokenizer.get_added_tokens_decoder().items()
+      if token.special
+    }
+    longest_first = sorted(self._special, key=len, reverse=True)
+    self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+    self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+    self._plain.encode_special_tokens = True
+
+  def encode_chat(self, messages: Messages, prefill: str = "") -> list[int]:
+    shield = _Shield(self._pattern, prefill, *map(_content, messages))
+    try:
+      text = self._renderer.apply_chat_template(
+        [
+          {**message, "content": shield.hide(message["content"])}
+          for message in messages
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+      )
+    except jinja2.TemplateError as error:
+      raise errors.UserError(
+        f"The tokenizer's chat template cannot write these messages: {error}"
+      ) from error
+    text = str(text) + shield.hide(prefill)
+    if not shield.hidden:
+      return self._ids(self._tokenizer, text)
+    # Text between special tokens is encoded by itself anyhow, so this differs
+    # from the above only where a message contains a special token's name.
+    ids: list[int] = []
+    at = 0
+    for match in self._pattern.finditer(text):
+      ids += self.encode(shield.show(text[at : match.start()]))
+      ids.append(self._special[match.group()])
+      at = match.end()
+    return ids + self.encode(shield.show(text[at:]))
+
+  def encode(self, text: str) -> list[int]:
+    return self._ids(self._plain, text)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+  def decode_raw(self, ids: Sequence[int]) -> str:
+    pieces = []
+    for is_token, run in itertools.groupby(
+      ids, key=lambda one: self._tokenizer.id_to_token(one) is not None
+    ):
+      if is_token:
+        run_ids = list(run)
+        pieces.append(
+          self._tokenizer.decode(run_ids, skip_special_tokens=False)
+        )
+      else:
+        pieces += [f"<|id {one}|>" for one in run]
+    return "".join(pieces)
+
+  def decode_batch(self, ids_BxC: np.ndarray) -> list[str]:
+    return [self.decode(row) for row in np.asarray(ids_BxC).tolist()]
+
+  def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    beyond = sorted({one for one in ids if one >= self._vocab_size})
+    if beyond:
+      listed = ", ".join(
+        f"{tokenizer.id_to_token(one)!r} {one}" for one in beyond
+      )
+      raise errors.UserError(
+        f"The tokenizer has tokens that the network lacks (vocab_size "
+        f"{self._vocab_size}): {listed}. Use the tokenizer that the network "
+        "was trained with."
+      )
+    return ids
+
+
+class _Shield:
+  """Hides the names of special tokens in what a template is given.
+
+  The template may trim or join texts; what stands for a name survives that,
+  and is turned back when the special tokens of the template are known.
+
+  Attributes:
+    hidden: the names found so far.
+  """
+
+  def __init__(self, pattern: re.Pattern[str], *texts: str):
+    self._pattern = pattern
+    # A character of Unicode's private use area that no text contains.
+    self._mark = next(
+      chr(one)
+      for one in range(0xE000, 0xF900)
+      if not any(chr(one) in text for text in texts)
+    )
+    self.hidden: list[str] = []
+
+  def hide(self, text: str) -> str:
+    def put(match: re.Match[str]) -> str:
+      self.hidden.append(match.group())
+      return f"{self._mark}{len(self.hidden) - 1}{self._mark}"
+
+    return self._pattern.sub(put, text)
+
+  def show(self, text: str) -> str:
+    return re.sub(
+      f"{self._mark}([0-9]+){self._mark}",
+      lambda match: self.hidden[int(match.group(1))],
+      text,
+    )
+
+
+def _content(message: Mapping[str, str]) -> str:
+  text = message.get("content")
+  if not isinstance(text, str) or not isinstance(message.get("role"), str):
+    raise errors.UserError(
+      f"A message needs the texts 'role' and 'content'; it is {dict(message)!r}"
+    )
+  return text
+
+
+def _read(path: pathlib.Path) -> tokenizers.Tokenizer:
+  if not path.is_file():
+    raise errors.UserError(f"{path.parent} has no {path.name}. {_REMEDY}")
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # tokenizers raises nothing more specific
+    raise errors.UserError(
+      f"{path} cannot be read: {error}. {_REMEDY}"
+    ) from error
+  # A saved tokenizer may still carry the last call's limits.
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+  """tokenizer_config.json, with the names of special tokens as strings."""
+  path = folder / "tokenizer_config.json"
+  raw = files.read_json(path) if path.exists() else {}
+  if not isinstance(raw, dict):
+    raise errors.UserError(f"{path} does not hold a JSON object")
+  for name in _NAMED:
+    value = raw.pop(name, None)
+    if isinstance(value, dict):
+      value = value.get("content")
+    if isinstance(value, str):
+      raw[name] = value
+  return raw
+
+
+def _chat_template(folder: pathlib.Path, settings: dict[str, Any]) -> str:
+  path = folder / "chat_template.jinja"
+  template: Any = settings.get("chat_template")
+  if path.exists():
+    template = path.read_text(encoding="utf-8")
+  if isinstance(template, list):  # several, by name
+    by_name = {
+      one.get("name"): one.get("template")
+      for one in template
+      if isinstance(one, dict)
+    }
+    template = by_name.get("default")
+  if not isinstance(template, str):
+    raise errors.UserError(
+      f"{folder} has no chat template: neither chat_template.jinja nor "
+      f"'chat_template' in tokenizer_config.json. Add one, or: {_REMEDY}"
+    )
+  return template
+
+
+def _check_ids(
+  folder: pathlib.Path,
+  tokenizer: tokenizers.Tokenizer,
+  settings: Mapping[str, Any],
+  network: transformer.Config,
+) -> None:
+  """UserError unless the network's special ids are the tokenizer's."""
+  special = {
+    at
+    for at, one in tokenizer.get_added_tokens_decoder().items()
+    if one.special
+  }
+  problems = []
+  for key, name, at in (
+    ("mask_token_id", "mask_token", network.mask_id),
+    ("eos_token_id", "eos_token", network.eos_id),
+  ):
+    token = tokenizer.id_to_token(at)
+    if token is None:
+      problems.append(f"{key} is {at}, which is no token of the tokenizer")
+    elif at not in special:
+      problems.append(f"{key} is {at}, the ordinary token {token!r}")
+    elif settings.get(name, token) != token:
+      problems.append(
+        f"{key} is {at}, {token!r}, but the tokenizer's {name} is "
+        f"{settings[name]!r} ({tokenizer.token_to_id(settings[name])})"
+      )
+  if problems:
+    raise errors.UserError(
+      f"The tokenizer in {folder} does not belong to this network: "
+      + "; ".join(problems)
+      + ". Correct config.json, or use the network's own tokenizer."
+    )

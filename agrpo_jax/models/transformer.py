@@ -1,0 +1,324 @@
+"""LLaDA in Flax: a Llama whose attention sees the whole sequence.
+
+Rows are laid out [prompt | completion | padding] with a length each; every
+position attends to the first `length` positions, so padding and batch mates
+change nothing. `hidden` and `unembed` are apart, and both work only at given
+positions: logits of a whole sequence are never formed, and the last layer
+computes queries and MLP only where a result is asked for.
+
+The parameters are laid out as the table in `llada_params` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import ad_checkpoint
+
+from agrpo_jax import types
+from agrpo_jax.models import base
+from agrpo_jax.models import llada
+from agrpo_jax.models import ops
+from agrpo_jax.parallel import mesh as mesh_lib
+
+Config = llada.Config
+abstract_params = base.abstract_params
+init = base.init
+logical_axes = base.logical_axes
+
+# Below this many queries the scores of the last layer are small, and cuDNN's
+# tiles would be mostly empty.
+_FEWEST_CUDNN_QUERIES = 64
+
+# What remat "dots" keeps: the name of every projection's output.
+_PROJECTION = "projection"
+
+
+def take_positions(x_BxLxD: jax.Array, positions_BxS: jax.Array) -> jax.Array:
+  """x at the positions of each row: [B, S, D]."""
+  return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(
+    x_BxLxD, positions_BxS
+  )
+
+
+class Projection(nn.Module):
+  """x W + b, plus lora_scale (x A) B where an adapter is given.
+
+  `specs` are the arrays of this projection. The adapter lives in the variable
+  collection "lora": a [in, R] and b [R, out]. Where `rows` are split over the
+  mesh, weights split over its axis fsdp are gathered here.
+  """
+
+  specs: dict[str, base.Spec]
+  dtype: str
+  lora_scale: float = 1.0
+  rows: mesh_lib.NamedSharding | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
+    dtype = jnp.dtype(self.dtype)
+    x = x.astype(dtype)
+    kernel = self.param("kernel", self.specs["kernel"].initial)
+    fan_in, fan_out = self.specs["kernel"].axes
+    y = ops.matmul(x, kernel, self._places(fan_in, fan_out))
+    if self.has_variable("lora", "a"):
+      a: jax.Array = self.get_variable("lora", "a")
+      b: jax.Array = self.get_variable("lora", "b")
+      inner = ops.matmul(x, a, self._places(fan_in, "rank")).astype(dtype)
+      outer = ops.matmul(inner, b, self._places("rank", fan_out))
+      # Rounded, since it passes through memory: half the traffic.
+      y += self.lora_scale * outer.astype(dtype)
+    if "bias" in self.specs:
+      bias = self.param("bias", self.specs["bias"].initial)
+      y += ops.last_axis(bias, y.ndim)
+    y = y.astype(out_dtype or dtype)
+    return ad_checkpoint.checkpoint_name(y, _PROJECTION)
+
+  def _places(self, *axes: str) -> mesh_lib.Places | None:
+    return mesh_lib.places(self.rows, axes) if self.rows else None
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps), in float32, times a learned scale."""
+
+  specs: dict[str, base.Spec]
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", self.specs["scale"].initial)
+    return ops.rms_norm(x, scale, self.eps)
+
+
+class Layer(nn.Module):
+  """One transformer layer: attention and a gated MLP, each on a residual.
+
+  Returns (x, None), as `nn.scan` wants. With `positions_BxS` the result is
+  [B, S, D]: keys and values come from all positions, the rest of the work is
+  done only there.
+  """
+
+  config: Config
+  lora_scale: float = 1.0
+  rows: mesh_lib.NamedSharding | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxLxD: jax.Array,
+    length_B: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    positions_BxS: jax.Array | None = None,
+  ) -> tuple[jax.Array, None]:
+    config = self.config
+    table = base.layer_specs(config)
+
+    def project(name: str, x: jax.Array) -> jax.Array:
+      return Projection(
+        table[name],
+        config.dtype,
+        self.lora_scale,
+        self.rows,
+        name=name,
+      )(x)
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+      return RMSNorm(table[name], config.norm_eps, name=name)(x)
+
+    def heads(x: jax.Array) -> jax.Array:
+      return x.reshape(*x.shape[:2], -1, config.head_dim)
+
+    with jax.named_scope("attention"):
+      normed = norm("attn_norm", x_BxLxD)
+      cos, sin = (one[None, :, None, :] for one in rope)
+      k = ops.rotate(heads(project("k", normed)), cos, sin)
+      v = heads(project("v", normed))
+      if positions_BxS is not None:
+        x_BxLxD = take_positions(x_BxLxD, positions_BxS)
+        normed = take_positions(normed, positions_BxS)
+        cos, sin = (one[positions_BxS][:, :, None, :] for one in rope)
+      q = ops.rotate(heads(project("q", normed)), cos, sin)
+      how = _attention(config, num_queries=q.shape[1])
+      mixed = ops.attend(q, k, v, length_B, how)
+      mixed = mixed.reshape(*mixed.shape[:2], config.width)
+      x_BxLxD = x_BxLxD + project("attn_out", mixed)
+    with jax.named_scope("mlp"):
+      normed = norm("mlp_norm", x_BxLxD)
+      gated = ops.gated_silu(project("gate", normed), project("up", normed))
+      x_BxLxD = x_BxLxD + project("down", gated)
+    return _split_rows(x_BxLxD, self.rows), None
+
+
+def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
+  # Where parameters are split over the devices that also split the rows, the
+  # compiler would else gather the activations, and every device would compute
+  # every row.
+  return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+
+
+def _attention(config: Config, num_queries: int) -> str:
+  if config.attention != "auto":
+    return config.attention
+  on_gpu = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+  many = num_queries >= _FEWEST_CUDNN_QUERIES
+  return "cudnn" if on_gpu and many else "xla"
+
+
+def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:
+  """Wraps a layer so that its backward pass keeps only what `remat` says."""
+  if remat == "none":
+    return lambda layer: layer
+  policy = None
+  if remat == "dots":
+    policy = jax.checkpoint_policies.save_only_these_names(_PROJECTION)
+  # Inside a scan nothing can be merged across iterations anyway.
+  return lambda layer: nn.remat(layer, prevent_cse=not in_scan, policy=policy)
+
+
+class LLaDA(nn.Module):
+  """The network. Parameters are laid out as `llada_params.specs` says.
+
+  Attributes:
+    config: shapes and compute switches.
+    lora_scale: factor of the adapter, if the collection "lora" is given.
+    rows: how the rows of a batch are split over devices (`mesh.rows`); needed
+      where parameters are split too.
+  """
+
+  config: Config
+  lora_scale: float = 1.0
+  rows: mesh_lib.NamedSharding | None = None
+
+  def setup(self) -> None:
+    config, table = self.config, base.specs(self.config)
+    self.embed = Embed(table["embed"], self.rows)
+    if config.num_layers > 1:
+      self.layers = nn.scan(
+        _remat(config.remat, in_scan=True)(Layer),
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers - 1,
+      )(config, self.lora_scale, self.rows)
+    self.last_layer = _remat(config.remat, in_scan=False)(Layer)(
+      config, self.lora_scale, self.rows
+    )
+    self.final_norm = RMSNorm(table["final_norm"], config.norm_eps)
+    if not config.tied_head:
+      self.head = Projection(
+        table["head"], config.dtype, self.lora_scale, self.rows
+      )
+
+  def hidden(
+    self,
+    tokens_BxL: jax.Array,
+    length_B: jax.Array,
+    positions_BxS: jax.Array,
+  ) -> jax.Array:
+    """The normalised output of the last layer at the positions, [B, S, D].
+
+    Args:
+      tokens_BxL: int, rows [prompt | completion | padding].
+      length_B: int32, tokens of each row before its padding.
+      positions_BxS: int32, where the output is wanted; may repeat.
+    """
+    chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
+    with jax.named_scope("embed"):
+      x_BxLxD = self.embed(tokens_BxL).astype(self.config.dtype)
+      x_BxLxD = _split_rows(x_BxLxD, self.rows)
+    rope = ops.rope_tables(
+      self.config.head_dim, self.config.rope_theta, tokens_BxL.shape[1]
+    )
+    if self.config.num_layers > 1:
+      with jax.named_scope("layers"):
+        x_BxLxD, _ = self.layers(x_BxLxD, length_B, rope)
+    with jax.named_scope("last_layer"):
+      x_BxSxD, _ = self.last_layer(x_BxLxD, length_B, rope, positions_BxS)
+    return self.final_norm(x_BxSxD)
+
+  def unembed(self, hidden_BxSxD: jax.Array) -> jax.Array:
+    """Logits [B, S, embedding_size], float32."""
+    with jax.named_scope("unembed"):
+      if self.config.tied_head:
+        logits = ops.matmul(hidden_BxSxD, self.embed.table.T)
+      else:
+        logits = self.head(hidden_BxSxD, jnp.float32)
+      if self.config.scale_logits:
+        logits /= math.sqrt(self.config.width)
+      return logits
+
+  def __call__(
+    self,
+    tokens_BxL: jax.Array,
+    length_B: jax.Array,
+    positions_BxS: jax.Array,
+  ) -> jax.Array:
+    return self.unembed(self.hidden(tokens_BxL, length_B, positions_BxS))
+
+
+class Embed(nn.Module):
+  """The table of token embeddings."""
+
+  specs: dict[str, base.Spec]
+  rows: mesh_lib.NamedSharding | None = None
+
+  def setup(self) -> None:
+    self.table = self.param("table", self.specs["table"].initial)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    # Padding may hold anything; "fill" would turn a wild id into NaN, which
+    # no attention mask can undo.
+    tokens = jnp.clip(tokens, 0, self.specs["table"].shape[0] - 1)
+    if self.rows is None:
+      return self.table[tokens]
+    return ops.split_lookup(self.rows, self.table, tokens)
+
+
+def logits_fn(
+  config: Config,
+  params: Any,
+  lora: Any = None,
+  lora_scale: float = 1.0,
+  rows: mesh_lib.NamedSharding | None = None,
+) -> types.LogitsFn:
+  """The network bound to its parameters: (tokens, length, positions) -> logits.
+
+  The logits have `vocab_size` columns, float32. `rows` is how a batch is split
+  over devices, see `LLaDA`.
+  """
+  network = LLaDA(config, lora_scale, rows)
+  variables = {"params": params}
+  if lora is not None:
+    variables["lora"] = lora
+
+  def logits(
+    tokens_BxL: jax.Array, length_B: jax.Array, positions_BxS: jax.Array
+  ) -> jax.Array:
+    logits_BxSxE: Any = network.apply(
+      variables, tokens_BxL, length_B, positions_BxS
+    )
+    return logits_BxSxE[..., : config.vocab_size]
+
+  return logits
+
+
+def forward_flops(config: Config, length: int, num_positions: int) -> float:
+  """FLOPs of the matrix products of one row's forward pass.
+
+  length: L, padding included; num_positions: S, positions unembedded.
+  """
+  width, kv = config.width, config.num_kv_heads * config.head_dim
+  keys_values = 2 * width * kv
+  per_query = 2 * width * width + 3 * width * config.mlp_width
+  attention = 2 * length * width
+  rest = config.num_layers - 1
+  full = length * (keys_values + per_query + attention) * rest
+  last = length * keys_values + num_positions * (per_query + attention)
+  head = num_positions * width * config.embedding_size
+  return 2.0 * (full + last + head)

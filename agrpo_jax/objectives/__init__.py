@@ -1,0 +1,1 @@
+"""Completion and advantage -> loss; knows no network."""

@@ -1,0 +1,1 @@
+"""Devices in a mesh, and the processes of a run."""

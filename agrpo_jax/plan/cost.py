@@ -1,0 +1,262 @@
+"""What a run of a compiled program costs.
+
+XLA's own cost analysis counts the body of a loop once. Ours are nested: the
+layers inside the denoising steps, the layers inside the microbatches. Here a
+loop's body counts as often as it runs: read from the loop's condition where
+that compares a counter with a constant, else (denoising steps end early,
+microbatches depend on the draws) given by the caller.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+from agrpo_jax.plan import hlo
+
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+
+# Instructions that move no data, or whose parts are counted instead.
+_FREE = {
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+  *("while", "conditional", "call", "partition-id", "replica-id", "iota"),
+  *("after-all", "opt-barrier", "async-start", "async-update", "async-done"),
+  *("copy-done", "custom-call"),
+  *(f"{kind}-done" for kind in COLLECTIVES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A kind of communication: what, how large, among how many devices."""
+
+  kind: str
+  shape: str
+  group: int
+  bytes: int  # of its result; of a reduce-scatter, of what it adds up
+  source: str
+
+  @property
+  def wire_bytes(self) -> float:
+    """What a device receives, in a ring."""
+    share = (self.group - 1) / max(1, self.group)
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(
+      self.kind, share
+    )
+    return self.bytes * factor
+
+
+@dataclasses.dataclass
+class Cost:
+  """Of one device and one run of a program.
+
+  Attributes:
+    flops: of matrix products.
+    bytes: read from and written to HBM.
+    collectives: how often each runs.
+    buffers: the largest results that are not fused away: bytes, shape, source.
+  """
+
+  flops: float = 0.0
+  bytes: float = 0.0
+  collectives: collections.Counter[Collective] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  buffers: set[tuple[int, str, str]] = dataclasses.field(default_factory=set)
+
+  @property
+  def wire_bytes(self) -> float:
+    return sum(n * one.wire_bytes for one, n in self.collectives.items())
+
+
+def of(program: hlo.Program, trips: int) -> Cost:
+  """Adds up everything that one run of a program does.
+
+  Args:
+    program: of one device.
+    trips: how often an outermost loop runs that does not say so itself.
+  """
+  cost, seen = Cost(), set()
+
+  def visit(
+    name: str,
+    times: int,
+    is_fused: bool,
+    is_inner: bool,
+    inside: hlo.Instruction | None = None,
+  ) -> None:
+    for one in program.computations[name]:
+      kind = one.opcode.removesuffix("-start")
+      if one.opcode in ("dot", "convolution"):
+        cost.flops += times * _flops(program, one)
+      if kind in COLLECTIVES:
+        # One that runs beside other work appears in all of its pieces.
+        channel = re.search(r"channel_id=(\d+)", one.attributes)
+        if channel and channel.group() in seen:
+          continue
+        seen.add(channel.group() if channel else None)
+        cost.collectives[_collective(kind, one, inside)] += times
+      if not is_fused and one.opcode not in _FREE:
+        cost.bytes += times * _bytes(program, one)
+        cost.buffers.update(
+          (s.hbm_bytes, str(s), one.source) for s in one.shapes
+        )
+      if one.opcode == "while":
+        known = program.trip_count(one)
+        laps = known or (1 if is_inner else trips)
+        for body in one.called:
+          visit(body, times * laps, False, is_inner or known is None)
+      else:
+        for called in one.called:
+          fused = is_fused or one.opcode == "fusion"
+          visit(called, times, fused, is_inner, one)
+
+  visit(program.entry, 1, False, False)
+  return cost
+
+
+def _flops(program: hlo.Program, one: hlo.Instruction) -> float:
+  left, right = (program.instructions[name].shapes[0] for name in one.operands)
+  result = one.shapes[0].dims
+  if one.opcode == "dot":
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+    dims = found.group(1).split(",") if found else []
+    contracted = math.prod(left.dims[int(i)] for i in dims if i)
+    return 2.0 * math.prod(result) * contracted
+  return _convolution_flops(left.dims, right.dims, result, one.attributes)
+
+
+def _bytes(program: hlo.Program, one: hlo.Instruction) -> float:
+  if one.opcode in ("dynamic-slice", "slice", "gather"):
+    return 2.0 * one.hbm_bytes
+  if one.opcode == "dynamic-update-slice":
+    return 2.0 * program.instructions[one.operands[1]].hbm_bytes
+  if one.opcode.endswith("-start"):
+    return sum(program.instructions[name].hbm_bytes for name in one.operands)
+  if one.opcode != "fusion":
+    read = sum(program.instructions[name].hbm_bytes for name in one.operands)
+    return read + one.hbm_bytes
+  root = program.root(one.called[0])
+  results = [root] * len(one.shapes)
+  if root.opcode == "tuple":
+    results = [program.instructions[name] for name in root.operands]
+  return sum(_read(program, one, i) for i in range(len(one.operands))) + sum(
+    _written(program, result, shape)
+    for result, shape in zip(results, one.shapes, strict=True)
+  )
+
+
+def _written(
+  program: hlo.Program, result: hlo.Instruction, shape: hlo.Shape
+) -> int:
+  """Bytes that a fusion writes of one of its results."""
+  if result.opcode == "dynamic-update-slice":  # in place
+    return program.instructions[result.operands[1]].hbm_bytes
+  if result.opcode in ("parameter", *COLLECTIVES):  # passes by
+    return 0
+  return shape.hbm_bytes
+
+
+def _read(program: hlo.Program, fusion: hlo.Instruction, index: int) -> int:
+  """Bytes that a fusion reads of an operand: of a slice only that."""
+  whole = program.instructions[fusion.operands[index]].hbm_bytes
+  body = program.computations[fusion.called[0]]
+  inside = next(
+    one.name
+    for one in body
+    if one.opcode == "parameter" and one.arguments == str(index)
+  )
+  read = 0
+  for user in (one for one in body if inside in one.operands):
+    if user.opcode in ("dynamic-slice", "slice", "gather"):
+      read += sum(shape.bytes for shape in user.shapes)
+    elif user.opcode == "fusion":
+      read += _read(program, user, user.operands.index(inside))
+    elif user.opcode in ("tuple", *COLLECTIVES) or (
+      user.opcode == "dynamic-update-slice" and user.operands[0] == inside
+    ):
+      continue  # passes by, or is written in place
+    else:
+      return whole
+  return min(whole, read)
+
+
+def _collective(
+  kind: str, one: hlo.Instruction, inside: hlo.Instruction | None
+) -> Collective:
+  """The communication of an instruction, which may be fused into another."""
+  # An asynchronous start returns its operand, its result and some counters.
+  is_start = one.opcode.endswith("-start") and kind != "all-reduce"
+  sizes = [shape.bytes for shape in one.shapes]
+  text = ",".join(str(shape) for shape in one.shapes)
+  if is_start and len(sizes) > 1:
+    text, sizes = str(one.shapes[1]), sizes[1:2]
+  if len(text) > 60:
+    text = f"{len(one.shapes)} arrays"
+  group, size = _group(one.attributes), sum(sizes)
+  if kind == "reduce-scatter":
+    size *= group
+  # libtpu writes a reduce-scatter as an all-reduce with a slice behind it.
+  called = "".join(inside.called) if inside else ""
+  if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
+    kind = "reduce-scatter"
+  source = one.source or (inside.source if inside else "")
+  return Collective(kind, text, group, size, source)
+
+
+def _group(attributes: str) -> int:
+  """How many devices take part."""
+  if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+    axes = re.findall(r"'(\w+)'", found.group(2))
+    return math.prod(int(sizes[axis]) for axis in axes)
+  if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+    return int(found.group(1))
+  if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+    return found.group(1).count(",") + 1
+  return 2
+
+
+def _convolution_flops(
+  left: tuple[int, ...],
+  right: tuple[int, ...],
+  result: tuple[int, ...],
+  attributes: str,
+) -> float:
+  """TPUs write matrix products so: batches are dilated spatial dimensions."""
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+  window = re.search(r"window=\{([^}]*)\}", attributes)
+  if labels is None:
+    raise ValueError(f"a convolution without dim_labels: {attributes[:200]!r}")
+  inputs, kernel, output = labels.groups()
+  settings = dict(
+    item.split("=") for item in (window.group(1).split() if window else [])
+  )
+
+  def setting(name: str, axis: int, default: str) -> str:
+    return settings[name].split("x")[axis] if name in settings else default
+
+  flops = 2.0 * right[kernel.index("i")]
+  flops *= result[output.index("b")] * result[output.index("f")]
+  for axis in range(len(kernel) - 2):
+    label = str(axis)
+    size = left[inputs.index(label)]
+    stride = int(setting("stride", axis, "1"))
+    holes = int(setting("lhs_dilate", axis, "1"))
+    low = int(setting("pad", axis, "0_0").split("_")[0])
+    gap = int(setting("rhs_dilate", axis, "1"))
+    flops *= sum(
+      0 <= at <= (size - 1) * holes and at % holes == 0
+      for out in range(result[output.index(label)])
+      for tap in range(right[kernel.index(label)])
+      for at in [out * stride + tap * gap - low]
+    )
+  return flops

@@ -1,0 +1,1 @@
+"""Model folders in the layout of Hugging Face <-> parameters."""

@@ -1,0 +1,157 @@
+"""Loads and saves model folders in the layout of Hugging Face."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from agrpo_jax import errors
+from agrpo_jax import types
+from agrpo_jax.models import names
+from agrpo_jax.models import transformer
+from agrpo_jax.port import arrays
+from agrpo_jax.port import files
+from agrpo_jax.port import hub
+from agrpo_jax.port import write
+
+MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes
+
+Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
+
+
+def load_config(
+  path: str, *, revision: str | None = None, **switches: str
+) -> transformer.Config:
+  """Reads only the `config.json` of a checkpoint; see `load`."""
+  folder = hub.folder(str(path), (files.CONFIG,), revision)
+  return _read_config(folder, switches)
+
+
+def load(
+  path: str | pathlib.Path,
+  *,
+  dtype: Any = None,
+  shardings: Shardings
+  | Callable[[transformer.Config], Shardings]
+  | None = None,
+  revision: str | None = None,
+  **switches: str,
+) -> tuple[transformer.Config, types.Tree]:
+  """Loads a LLaDA checkpoint.
+
+  Tensors are read as they are placed: the host holds one stacked array at a
+  time, and every process reads only what its own devices hold.
+
+  Args:
+    path: a local folder or a hub id.
+    dtype: of the parameters; as stored if None.
+    shardings: where they go: a tree like the parameters', or a function that
+      makes it from the config; JAX's default device if None.
+    revision: branch, tag or commit on the hub.
+    **switches: how to compute: `compute_dtype`, `remat`, `attention` (`dtype`,
+      `remat`, `attention` of `llada.Config`).
+
+  Raises:
+    UserError: naming everything that is wrong with the checkpoint.
+  """
+  folder = hub.folder(str(path), hub.CHECKPOINT, revision)
+  config = _read_config(folder, switches)
+  tensors = files.Tensors(folder)
+  table = names.table(config)
+  problems = arrays.misfits(tensors, table, dtype)
+  if problems:
+    for name in sorted(tensors.names()):
+      arrays.check_finite(tensors, name, tensors.read(name), problems)
+    _raise(folder, problems)
+  if callable(shardings):
+    shardings = shardings(config)
+  if shardings is None:
+    shardings = jax.tree.map(lambda _: None, table)
+  params = jax.tree.map(
+    lambda entry, sharding: arrays.place(
+      tensors, entry, sharding, dtype, problems
+    ),
+    table,
+    shardings,
+  )
+  _raise(folder, problems)
+  return config, params
+
+
+def _read_config(
+  folder: pathlib.Path, switches: dict[str, str]
+) -> transformer.Config:
+  if "compute_dtype" in switches:
+    switches = {**switches, "dtype": switches["compute_dtype"]}
+    del switches["compute_dtype"]
+  raw = files.read_json(folder / files.CONFIG)
+  return transformer.Config.from_json(raw, **switches)
+
+
+def _raise(folder: pathlib.Path, problems: list[str]) -> None:
+  if problems:
+    raise errors.UserError(
+      f"{folder} does not hold the network that its config.json describes:\n  "
+      + "\n  ".join(problems)
+      + "\nDownload or export the checkpoint again, or correct config.json."
+    )
+
+
+def save(
+  path: str | pathlib.Path,
+  config: transformer.Config,
+  params: types.Tree,
+  *,
+  source: str | pathlib.Path | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a checkpoint that the original PyTorch code loads.
+
+  Tensors keep the dtype of `params`. Weights that the folder already holds are
+  replaced once all new ones are written.
+
+  Args:
+    path: the folder, made if need be.
+    config: of the network.
+    params: its parameters.
+    source: the checkpoint it came from, a folder or hub id: its `config.json`,
+      tokenizer and code files are copied. None: `config.json` is written anew.
+    max_shard_bytes: a file of tensors is at most this long, unless a single
+      tensor is longer.
+
+  Raises:
+    UserError: if the folder cannot be written, or `source` is another network.
+  """
+  origin = None
+  if source is not None:
+    origin = hub.folder(str(source), hub.ALL_BUT_WEIGHTS)
+  where: dict[str, tuple[jax.Array, names.Entry, int]] = {}
+
+  def locate(entry: names.Entry, array: jax.Array) -> None:
+    if array.shape != entry.spec.shape:
+      raise ValueError(
+        f"{entry.names[0]}: {array.shape=}, expected {entry.spec.shape}"
+      )
+    for layer, name in enumerate(entry.names):
+      where[name] = (array, entry, layer)
+
+  jax.tree.map(locate, names.table(config), params)
+  sizes = {
+    name: math.prod(entry.stored_shape) * array.dtype.itemsize
+    for name, (array, entry, _) in where.items()
+  }
+  dtypes = [str(array.dtype) for array, _, _ in where.values()]
+  write.write(
+    pathlib.Path(path),
+    sizes={name: sizes[name] for name in sorted(sizes, key=names.order)},
+    read=lambda name: arrays.stored(*where[name]),
+    config=write.config_text(
+      config, origin, max(sorted(set(dtypes)), key=dtypes.count)
+    ),
+    source=origin,
+    max_shard_bytes=max_shard_bytes,
+  )

@@ -1,0 +1,170 @@
+"""Writes a folder of safetensors in the layout that transformers uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from agrpo_jax import errors
+from agrpo_jax.models import transformer
+from agrpo_jax.port import files
+
+_PARTIAL = ".partial"
+# Copied from the source: tokenizer, generation settings, modelling code.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+_NOT_COPIED = (files.CONFIG, files.INDEX)
+# Either key may say how transformers loads the weights.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_SWITCHES = ("dtype", "remat", "attention")
+
+
+def refuse_weights(folder: pathlib.Path) -> None:
+  """UserError if the folder holds weights, or is no folder."""
+  if folder.exists() and not folder.is_dir():
+    raise errors.UserError(f"{folder} is a file; give a folder to write to.")
+  weights = sorted(one.name for one in folder.glob("*.safetensors"))
+  if weights:
+    raise errors.UserError(
+      f"{folder} already holds weights ({', '.join(weights)}). Give another "
+      "folder, or remove them first."
+    )
+
+
+def config_text(
+  config: transformer.Config, source: pathlib.Path | None, dtype: str
+) -> str:
+  """The contents of `config.json`.
+
+  Args:
+    config: of the network.
+    source: the folder whose config.json is kept as it is, but for the dtype;
+      None, or a folder without one: it is written anew.
+    dtype: of (most of) the tensors.
+
+  Raises:
+    UserError: if the source's config.json describes another network.
+  """
+  if source is None or not (source / files.CONFIG).exists():
+    return _json(config.to_json() | {"dtype": dtype})
+  text = (source / files.CONFIG).read_text(encoding="utf-8")
+  raw = files.read_json(source / files.CONFIG)
+  theirs = dataclasses.asdict(transformer.Config.from_json(raw))
+  ours = dataclasses.asdict(config)
+  differ = [
+    f"{name} {theirs[name]!r} there, {ours[name]!r} here"
+    for name in ours
+    if name not in _SWITCHES and theirs[name] != ours[name]
+  ]
+  if differ:
+    raise errors.UserError(
+      f"{source} is the checkpoint of another network: {'; '.join(differ)}. "
+      "Name the checkpoint that these parameters came from."
+    )
+  stale = [key for key in _DTYPE_KEYS if raw.get(key) not in (None, dtype)]
+  return _json(raw | dict.fromkeys(stale, dtype)) if stale else text
+
+
+def write(
+  folder: pathlib.Path,
+  *,
+  sizes: Mapping[str, int],
+  read: Callable[[str], np.ndarray],
+  config: str,
+  source: pathlib.Path | None,
+  max_shard_bytes: int,
+) -> None:
+  """Writes tensors, index, `config.json` and the source's other files.
+
+  Nothing that the folder holds is touched before all tensors are on disk.
+  Every process must call this; the first one writes.
+
+  Args:
+    folder: made if need be.
+    sizes: tensor -> bytes, in the order of the files.
+    read: makes a tensor; called in that order, on all processes.
+    config: contents of `config.json`.
+    source: folder whose tokenizer and code files are copied, or None.
+    max_shard_bytes: length of a file, unless a single tensor is longer.
+  """
+  shards = _plan(sizes, max_shard_bytes)
+  is_writer = jax.process_index() == 0
+  try:
+    if is_writer:
+      folder.mkdir(parents=True, exist_ok=True)
+    for file, names in shards.items():
+      tensors = {name: read(name) for name in names}
+      if is_writer:
+        safetensors.numpy.save_file(
+          tensors, folder / (file + _PARTIAL), metadata={"format": "pt"}
+        )
+    if is_writer:
+      _finish(folder, shards, sizes, config, source)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise errors.UserError(
+      f"{folder} cannot be written: {error}. Give another folder, or make room."
+    ) from error
+
+
+def _plan(
+  sizes: Mapping[str, int], max_shard_bytes: int
+) -> dict[str, list[str]]:
+  """File -> its tensors: filled in order, each up to the limit."""
+  groups: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if groups[-1] and filled + size > max_shard_bytes:
+      groups.append([])
+      filled = 0
+    groups[-1].append(name)
+    filled += size
+  if len(groups) == 1:
+    return {files.SINGLE: groups[0]}
+  return {
+    f"model-{at:05d}-of-{len(groups):05d}.safetensors": names
+    for at, names in enumerate(groups, start=1)
+  }
+
+
+def _finish(
+  folder: pathlib.Path,
+  shards: Mapping[str, list[str]],
+  sizes: Mapping[str, int],
+  config: str,
+  source: pathlib.Path | None,
+) -> None:
+  """Puts the new files in the place of what was there."""
+  for old in folder.glob("*.safetensors"):
+    old.unlink()
+  (folder / files.INDEX).unlink(missing_ok=True)
+  for file in shards:
+    os.replace(folder / (file + _PARTIAL), folder / file)
+  if len(shards) > 1:
+    weight_map = {
+      name: file for file, names in shards.items() for name in names
+    }
+    index = {
+      "metadata": {"total_size": sum(sizes.values())},
+      "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / files.INDEX).write_text(_json(index), encoding="utf-8")
+  (folder / files.CONFIG).write_text(config, encoding="utf-8")
+  if source is None or source.resolve() == folder.resolve():
+    return
+  for pattern in _COPIED:
+    for found in sorted(source.glob(pattern)):
+      if found.is_file() and found.name not in _NOT_COPIED:
+        shutil.copyfile(found, folder / found.name)
+
+
+def _json(value: Any) -> str:
+  return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,95 @@
+"""Rollouts from the host's side: prompts in, batches of completions out."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from agrpo_jax import data
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import types
+from agrpo_jax.models import ops
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.samplers import noise as noise_lib
+from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.samplers import sampling as sampling_lib
+
+
+class Sampler:
+  """Draws completions in batches of one size, compiled per prompt width."""
+
+  def __init__(
+    self,
+    policy: learner_lib.PolicyFn,
+    sampling: sampling_lib.Sampling,
+    mesh: mesh_lib.Mesh,
+    batch_size: int,
+    bucket: int,
+  ):
+    """Fixes the settings; nothing is compiled yet.
+
+    Args:
+      policy: binds the network to parameters and adapter.
+      sampling: how completions are drawn.
+      mesh: rows are split over it.
+      batch_size: completions drawn at once.
+      bucket: prompts are padded to a multiple of this many tokens.
+    """
+
+    def sample(
+      params: types.Tree,
+      lora: types.Tree | None,
+      tokens_BxP: jax.Array,
+      length_B: jax.Array,
+      key: jax.Array,
+      row_id_Bx2: jax.Array,
+    ) -> types.Rollout:
+      prompts = types.Prompts(
+        tokens=tokens_BxP,
+        length=length_B,
+        key=noise_lib.row_keys(key, row_id_Bx2),
+      )
+      return rollout_lib.sample_rollout(
+        policy(params, lora), prompts, sampling, top_k=top_k
+      )
+
+    top_k = ops.split_top_k(mesh)
+    self.batch_size = batch_size
+    self._bucket = bucket
+    self._rows = mesh_lib.rows(mesh)
+    self.program = jax.jit(sample, out_shardings=self._rows)
+
+  def sample(
+    self,
+    params: types.Tree,
+    lora: types.Tree | None,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    row_id_Bx2: np.ndarray,
+    first: int = 0,
+  ) -> Iterator[types.Rollout]:
+    """Yields rollouts of `batch_size` rows, in the order of the prompts.
+
+    Row b draws from `noise.row_keys(key, row_id_Bx2)[b]`.
+    Rows before `first` are passed over; the others are drawn exactly as with
+    them, in arrays of the same width.
+
+    The next batch is dispatched before one is yielded, so that the device
+    works while the host decodes and grades. The last batch is filled up with
+    repetitions of the last prompt: the caller takes what it asked for.
+    """
+    tokens_BxP, length_B = data.pack(prompts, self._bucket)
+    ahead = None
+    for start in range(first, len(prompts), self.batch_size):
+      row = np.arange(start, start + self.batch_size)
+      row = np.minimum(row, len(prompts) - 1)
+      tokens, length, row_id = jax.device_put(
+        (tokens_BxP[row], length_B[row], row_id_Bx2[row]), self._rows
+      )
+      rollout = self.program(params, lora, tokens, length, key, row_id)
+      if ahead is not None:
+        yield ahead
+      ahead = rollout
+    if ahead is not None:
+      yield ahead

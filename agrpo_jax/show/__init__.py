@@ -1,0 +1,1 @@
+"""Completions shown step by step."""

@@ -1,0 +1,231 @@
+"""Countdown: reach a target with + - * / of all given numbers, each used once.
+
+Problems are generated (those of the test split never occur in training), or
+read from a file: rows {"input": "30,100,93", "output": "23"} as in the
+published test file, or {"nums": [30, 100, 93], "target": 23}.
+
+Reward as in the released AGRPO code: a third each for the right target, for
+plain characters and for the right numbers, -0.5 for more than one equals sign,
+3 if the left side gives the target. Answers are parsed, never executed.
+"""
+
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import errors
+from agrpo_jax.tasks import base
+from agrpo_jax.tasks import files
+from agrpo_jax.tasks.countdown import extraction
+from agrpo_jax.tasks.countdown import problems as problems_lib
+from agrpo_jax.tasks.countdown import prompts
+from agrpo_jax.tasks.verdicts import answers
+from agrpo_jax.tasks.verdicts import d1
+
+NAME = "countdown"
+DEFAULTS = {
+  "protocol": "agrpo",  # agrpo, d1, llada or bare
+  "num_numbers": 3,  # of a generated problem, 2-4; of a file: 0 takes all rows
+  "max_number": 99,  # of a generated problem
+  "max_target": 99,  # of a generated problem
+  "num_examples": 0,  # 0: all rows of a file, or 20000 train / 256 test
+  "seed": 0,  # of the generator
+  "exclude": "",  # a file: problems with its numbers, in any order, go out
+}
+PUBLISHED = {  # `base.fingerprint` of all examples
+  "ea419a5c9bac1248": "Countdown test split of d1 and AGRPO",
+}
+_GENERATED = {"train": 20_000, "test": 256}
+_RELEASED_WEIGHTS = {
+  "target": 1 / 3,
+  "characters": 1 / 3,
+  "numbers": 1 / 3,
+  "extra_equals": -0.5,
+  "correct": 3.0,
+}
+
+
+def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+  chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_choice(NAME, "protocol", chosen["protocol"], prompts.PROTOCOLS)
+  return chosen
+
+
+def examples(
+  split: str,
+  *,
+  path: str | None = None,
+  options: Mapping[str, Any] | None = None,
+) -> list[base.Example]:
+  """Problems of `split`: generated, or from a file at `path`.
+
+  Raises UserError for bad options and for rows that hold no problem.
+  """
+  base.check_split(NAME, split)
+  chosen = _settings(options)
+  count = chosen["num_examples"]
+  if path is None:
+    problems = problems_lib.problems(
+      split,
+      count or _GENERATED[split],
+      num_numbers=chosen["num_numbers"],
+      max_number=chosen["max_number"],
+      max_target=chosen["max_target"],
+      seed=chosen["seed"],
+    )
+  else:
+    sizes = {chosen["num_numbers"]} if chosen["num_numbers"] else {2, 3, 4}
+    problems = [
+      (numbers, target)
+      for numbers, target in _from_file(path, split)
+      if len(numbers) in sizes
+    ]
+  if chosen["exclude"]:
+    excluded = {
+      tuple(sorted(numbers))
+      for numbers, _ in _from_file(chosen["exclude"], "test")
+    }
+    problems = [p for p in problems if tuple(sorted(p[0])) not in excluded]
+  if not problems:
+    raise errors.UserError(
+      f"task 'countdown': no problem is left of {path or 'the generator'} with "
+      f"num_numbers={chosen['num_numbers']}, exclude={chosen['exclude']!r}."
+    )
+  protocol = chosen["protocol"]
+  return [
+    base.Example(
+      id=index,
+      messages=prompts.messages(numbers, target, protocol),
+      fields={"numbers": list(numbers), "target": target},
+      prefill=prompts.PREFILL[protocol],
+    )
+    for index, (numbers, target) in enumerate(problems[: count or None])
+  ]
+
+
+def _from_file(path: str, split: str) -> list[problems_lib.Problem]:
+  problems = []
+  for where, row in files.read(path, split, ()):
+    numbers: Any = row.get("nums")
+    target: Any = row.get("target")
+    if "input" in row:
+      numbers, target = str(row["input"]).split(","), row.get("output")
+    try:
+      problems.append((tuple(int(n) for n in numbers), int(target)))
+    except (TypeError, ValueError) as error:
+      raise errors.UserError(
+        f"{where} holds no Countdown problem: found columns {', '.join(row)}; "
+        'expected {"input": "30,100,93", "output": "23"} or {"nums": [30, 100, '
+        '93], "target": 23}.'
+      ) from error
+  return problems
+
+
+def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
+  """The released weights; where no equation is asked for, 1 or 0.1 as d1's."""
+  if _settings(options)["protocol"] == "agrpo":
+    return {**_RELEASED_WEIGHTS, "solved": 0.0, "uses_numbers": 0.0}
+  zeros = dict.fromkeys(_RELEASED_WEIGHTS, 0.0)
+  return {**zeros, "solved": 0.9, "uses_numbers": 0.1}
+
+
+def reward(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Named parts, each 1 or 0.
+
+  target, characters, numbers, extra_equals, correct: about the equation inside
+    <answer>, as released; all 0 where that crashes. solved: the expression
+    found by `extraction.find` solves the problem. uses_numbers: it uses
+    exactly the numbers.
+  """
+  del options
+  text = answers.clip(completion)
+  numbers, target = fields["numbers"], fields["target"]
+  parts = dict.fromkeys((*_RELEASED_WEIGHTS, "solved", "uses_numbers"), 0.0)
+  expression = extraction.find(text, numbers)
+  try:
+    parts.update(_released_parts(text, numbers, target))
+    parts["uses_numbers"] = float(problems_lib.uses(expression, numbers))
+  except ValueError:  # an integer of more digits than Python converts
+    return parts
+  parts["solved"] = float(problems_lib.solves(expression, numbers, target))
+  return parts
+
+
+def _released_parts(
+  text: str, numbers: list[int], target: int
+) -> dict[str, float]:
+  equation = answers.in_tag(text, "answer")
+  if equation is None or "=" not in equation:
+    return {}
+  sides = equation.split("=")
+  left, right = sides[0].strip(), sides[-1].strip()
+  return {
+    "target": float(right.isdecimal() and int(right) == target),
+    "characters": float(bool(re.fullmatch(r"[\d\s+\-*/()]+", left))),
+    "numbers": float(problems_lib.uses(left, numbers)),
+    "extra_equals": float(len(sides) > 2),
+    "correct": float(extraction.released_correct(equation, numbers, target)),
+  }
+
+
+def grade(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Verdicts, 1 or 0.
+
+  accuracy: as published. As in the released AGRPO evaluation the last equation
+    of the answer, or, under the protocol d1, as in d1's; under bare, which asks
+    for nothing but the expression, the same as tolerant.
+  accuracy_tolerant: an expression, or one side of an equation, that uses each
+    number once and has exactly the value; what the other side says is ignored.
+  """
+  text = answers.clip(completion)
+  protocol = _settings(options)["protocol"]
+  numbers, target = fields["numbers"], fields["target"]
+  expression = extraction.find(text, numbers)
+  tolerant = problems_lib.solves(expression, numbers, target)
+  if protocol == "bare":
+    strict = tolerant
+  elif protocol == "d1":
+    strict = d1.countdown_correct(text, numbers, target)
+  else:
+    strict = extraction.released_grade(text, numbers, target)
+  return {"accuracy": float(strict), "accuracy_tolerant": float(tolerant)}
+
+
+def answer(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """The expression the completion answers with, without spaces."""
+  del options
+  text = answers.clip(completion)
+  return "".join(extraction.find(text, fields["numbers"]).split())
+
+
+def demonstration(
+  example: base.Example,
+  rng: random.Random,
+  options: Mapping[str, Any] | None = None,
+) -> str:
+  """A completion to imitate in SFT: a solution found by search.
+
+  Raises UserError for a problem of a file that has no solution.
+  """
+  del rng
+  numbers = tuple(example.fields["numbers"])
+  target = example.fields["target"]
+  expression = problems_lib.solution(numbers, target)
+  if expression is None:
+    raise errors.UserError(
+      f"Countdown problem {numbers} -> {target} has no solution to show."
+    )
+  return prompts.completion(expression, target, _settings(options)["protocol"])

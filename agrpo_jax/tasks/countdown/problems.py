@@ -1,0 +1,176 @@
+"""Countdown problems: made, checked and solved."""
+
+import collections
+import fractions
+import functools
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+from agrpo_jax import errors
+from agrpo_jax.tasks.verdicts import arithmetic
+
+MAX_NUMBERS = 4
+_TEST_SHARE = 1 / 8
+_OPERATORS = "+-*/"
+_RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+Problem = tuple[tuple[int, ...], int]  # numbers, target
+_Value = tuple[
+  fractions.Fraction, str, int
+]  # value, text, rank of its operator
+
+
+def is_test(numbers: Sequence[int], target: int) -> bool:
+  """Whether a generated problem belongs to the test split.
+
+  By a hash of the numbers in any order and the target, so that no seed and no
+  version moves a problem across.
+  """
+  name = f"{sorted(numbers)} {target}".encode()
+  draw = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2**32
+  return draw < _TEST_SHARE
+
+
+def problems(
+  split: str,
+  count: int,
+  *,
+  num_numbers: int,
+  max_number: int,
+  max_target: int,
+  seed: int,
+) -> list[Problem]:
+  """`count` different solvable problems of `split`.
+
+  Numbers are uniform in 1..max_number; the target is what a random expression
+  of them gives, if that is a whole number in 1..max_target. The list for a
+  larger count starts with the list for a smaller one.
+
+  Raises UserError for impossible settings.
+  """
+  if (
+    not 2 <= num_numbers <= MAX_NUMBERS
+    or min(max_number, max_target, count) < 1
+  ):
+    raise errors.UserError(
+      f"task 'countdown': {num_numbers=}, {max_number=}, {max_target=}, "
+      f"num_examples={count} are impossible: need 2 <= num_numbers <= "
+      f"{MAX_NUMBERS} and the others at least 1."
+    )
+  # Only random() is promised to give the same numbers in every Python.
+  draw = random.Random(f"countdown {split} {num_numbers} {seed}").random
+  found: dict[tuple, Problem] = {}
+  num_misses = 0
+  while len(found) < count:
+    numbers = tuple(1 + int(draw() * max_number) for _ in range(num_numbers))
+    value = _random_value(numbers, draw)
+    key = (tuple(sorted(numbers)), value)
+    if (
+      value is None
+      or value.denominator != 1
+      or not 1 <= value <= max_target
+      or is_test(numbers, int(value)) != (split == "test")
+      or key in found
+    ):
+      num_misses += 1
+      if num_misses > 20_000:
+        raise errors.UserError(
+          f"task 'countdown': only about {len(found)} different problems of "
+          f"split {split!r} have {num_numbers} numbers up to {max_number} and "
+          f"targets up to {max_target}; lower num_examples={count}."
+        )
+      continue
+    num_misses = 0
+    found[key] = (numbers, int(value))
+  return list(found.values())
+
+
+def _random_value(
+  numbers: Sequence[int], draw: Callable[[], float]
+) -> fractions.Fraction | None:
+  """What a random expression of all numbers gives; None for a division by 0."""
+  values = [fractions.Fraction(number) for number in numbers]
+  while len(values) > 1:
+    left = values.pop(int(draw() * len(values)))
+    right = values.pop(int(draw() * len(values)))
+    operator = _OPERATORS[int(draw() * len(_OPERATORS))]
+    if operator == "/" and right == 0:
+      return None
+    values.append(_apply(operator, left, right))
+  return values[0]
+
+
+def _apply(
+  operator: str, left: fractions.Fraction, right: fractions.Fraction
+) -> fractions.Fraction:
+  if operator == "+":
+    return left + right
+  if operator == "-":
+    return left - right
+  return left * right if operator == "*" else left / right
+
+
+def uses(expression: str, numbers: Sequence[int]) -> bool:
+  """Whether the integers written in `expression` are exactly `numbers`.
+
+  Raises ValueError for an integer of thousands of digits.
+  """
+  written = map(int, re.findall(r"\d+", expression))
+  return collections.Counter(written) == collections.Counter(numbers)
+
+
+def solves(expression: str, numbers: Sequence[int], target: int) -> bool:
+  """Whether + - * / of each number once give the target, exactly."""
+  if "**" in expression or "//" in expression:
+    return False
+  try:
+    return uses(expression, numbers) and arithmetic.value(expression) == target
+  except ValueError:
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def solution(numbers: tuple[int, ...], target: int) -> str | None:
+  """An expression that solves the problem; None if there is none.
+
+  The first of an exhaustive search, so always the same one.
+  """
+  start = [(fractions.Fraction(n), str(n), 3) for n in numbers]
+  for value, text in _combinations(start):
+    if value == target:
+      return text
+  return None
+
+
+def _combinations(
+  values: Sequence[_Value],
+) -> Iterator[tuple[fractions.Fraction, str]]:
+  if len(values) == 1:
+    yield values[0][0], values[0][1]
+    return
+  for i, j in itertools.permutations(range(len(values)), 2):
+    rest = [value for k, value in enumerate(values) if k not in (i, j)]
+    for operator in _OPERATORS:
+      if (operator in "+*" and i > j) or (
+        operator == "/" and values[j][0] == 0
+      ):
+        continue
+      yield from _combinations([*rest, _join(operator, values[i], values[j])])
+
+
+def _join(operator: str, left: _Value, right: _Value) -> _Value:
+  """Joins two expressions with as few parentheses as needed."""
+  rank = _RANK[operator]
+  left_text = f"({left[1]})" if left[2] < rank else left[1]
+  needs = right[2] < rank or (right[2] == rank and operator in "-/")
+  right_text = f"({right[1]})" if needs else right[1]
+  return (
+    _apply(operator, left[0], right[0]),
+    f"{left_text}{operator}{right_text}",
+    rank,
+  )

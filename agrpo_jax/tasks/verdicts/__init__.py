@@ -1,0 +1,1 @@
+"""What graders share: answers, arithmetic, equality."""

@@ -1,0 +1,279 @@
+"""Evaluations of the bundled model: kept, stopped, continued, compared."""
+
+import importlib.util
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import agrpo_jax
+from agrpo_jax import command as command_lib
+from agrpo_jax import config as config_lib
+from agrpo_jax import errors
+from agrpo_jax import evaluate
+from agrpo_jax import presets
+from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import candidate
+from agrpo_jax.evaluation import records
+from agrpo_jax.evaluation import statistics
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
+NUM_EXAMPLES = 7
+
+
+def module_at(file: pathlib.Path):
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+CONFIG = module_at(ROOT / "configs" / "sudoku_tiny.py")
+
+
+def config(batch_size: int = 3) -> config_lib.ConfigDict:
+  c = config_lib.rl()
+  c.workdir = "unused"
+  c.model.path = str(MODEL)
+  c.model.dtype = "float32"
+  config_lib.use_task(c, "sudoku", protocol="bare", num_examples=NUM_EXAMPLES)
+  c.data.max_prompt_length = 64
+  c.data.bucket = 8
+  c.grading.num_workers = 1
+  c.evaluate.update(
+    completion_length=16,
+    block_length=8,
+    num_denoise_steps=4,
+    batch_size=batch_size,
+    temperature=1.0,
+  )
+  return c
+
+
+@pytest.fixture(scope="module")
+def whole() -> statistics.Result:
+  """Two completions per puzzle, in memory."""
+  return accuracy.run(config(), num_samples=2)
+
+
+def examples(output: pathlib.Path) -> list[bytes]:
+  return (output / "examples.jsonl").read_bytes().splitlines()
+
+
+def test_what_a_record_holds(whole):
+  assert len(whole.records) == 2 * NUM_EXAMPLES
+  order = [(line["id"], line["index"]) for line in whole.records]
+  assert order == [(i, j) for i in range(NUM_EXAMPLES) for j in range(2)]
+  line = whole.records[0]
+  assert line["prompt"] == line["fields"]["puzzle"]
+  assert set(line["grades"]) >= {"accuracy", "accuracy_tolerant", "cells"}
+  assert line["num_steps"] == 4
+  for line in whole.records:
+    if len(line["completion"]) == 16:
+      assert line["answer"] in (line["completion"], "")
+      assert line["num_tokens"] == 16
+  assert any(line["answer"] for line in whole.records)
+  # Completions of a prompt differ, and so do their keys.
+  texts = [line["completion"] for line in whole.records]
+  assert texts[::2] != texts[1::2]
+  assert whole.problems.startswith("not a published split (7 problems")
+
+
+def test_batch_size_and_number_of_samples_are_without_effect(whole):
+  one = accuracy.run(config(batch_size=5), num_samples=1)
+  assert one.records == whole.records[::2]
+
+
+def test_stopped_and_continued_is_the_same(whole, tmp_path, monkeypatch):
+  calls = []
+
+  def stop(self, lines, seconds):
+    append(self, lines, seconds)
+    calls.append(len(lines))
+    if len(calls) == 2:
+      with (tmp_path / "examples.jsonl").open("a") as file:
+        file.write('{"id": 3, "ind')  # what a kill can leave
+      raise KeyboardInterrupt
+
+  append = records.Records.append
+  monkeypatch.setattr(records.Records, "append", stop)
+  with pytest.raises(KeyboardInterrupt):
+    accuracy.run(config(), "", str(tmp_path), num_samples=2)
+  assert len(examples(tmp_path)) == 7
+  calls[:] = [0, 0]
+  accuracy.run(config(batch_size=4), "", str(tmp_path), num_samples=2)
+  assert calls[2:] == [4, 4]  # the other eight, once each
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert [json.loads(line) for line in examples(tmp_path)] == whole.records
+  assert result["accuracy"] == whole.accuracy
+  assert result["num_problems"] == NUM_EXAMPLES
+
+  # Complete: no model is loaded any more.
+  monkeypatch.setattr(candidate, "policy", None)
+  again = accuracy.run(config(), "", str(tmp_path), num_samples=2)
+  assert again.records == whole.records
+  # A setting that changes completions is refused, one that does not is not.
+  c = config(batch_size=1)
+  c.evaluate.temperature = 0.5
+  with pytest.raises(errors.UserError) as error:
+    accuracy.run(c, "", str(tmp_path), num_samples=3)
+  message = str(error.value)
+  assert "config.evaluate.temperature: 1.0 before, 0.5 now" in message
+  assert "num_samples: 2 before, 3 now" in message
+  assert "batch_size" not in message
+
+
+def test_records_of_something_else_are_not_continued(tmp_path):
+  file = tmp_path / "examples.jsonl"
+  file.write_text('{"id": 5, "index": 0}\n')
+  with pytest.raises(errors.UserError, match="not the first ones"):
+    accuracy.run(config(), "", str(tmp_path))
+
+
+def command(*flags: str) -> list[str]:
+  return [
+    *(sys.executable, "-m", "agrpo_jax.evaluate"),
+    f"--config={ROOT / 'configs' / 'sudoku_tiny.py'}",
+    "--config.task.options.num_examples=60",
+    "--config.grading.num_workers=1",
+    "--config.evaluate.num_denoise_steps=4",
+    *flags,
+  ]
+
+
+def test_kill_9_and_the_same_command_again(tmp_path):
+  """With the real process, the real signal and the command's flags."""
+  flags = [
+    f"--model={MODEL}",
+    "--sampler=agrpo",
+    "--config.evaluate.completion_length=16",
+    "--config.evaluate.block_length=16",
+    "--config.evaluate.num_denoise_steps=16",
+  ]
+  broken = tmp_path / "broken"
+  slow = command(*flags, f"--output={broken}", "--config.evaluate.batch_size=1")
+  with subprocess.Popen(slow, cwd=ROOT) as process:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+      file = broken / "examples.jsonl"
+      if file.exists() and file.read_bytes().count(b"\n") >= 3:
+        break
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+  assert process.returncode == -signal.SIGKILL
+  before = examples(broken)
+  assert 3 <= len(before) < 60
+  done = subprocess.run(
+    command(*flags, f"--output={broken}"),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.startswith("problems: not a published split")
+  assert " of 60 completions" in done.stdout
+  after = examples(broken)
+  assert after[: len(before)] == before
+  # As if nothing had happened, in one process and another batch size.
+  c = CONFIG.get_config()
+  c.task.options.num_examples = 60
+  presets.apply(c, "agrpo")
+  c.evaluate.update(completion_length=16, block_length=16, num_denoise_steps=16)
+  whole = accuracy.run(c)
+  assert [json.loads(line) for line in after] == whole.records
+
+
+def test_the_command_says_what_is_wrong():
+  done = subprocess.run(
+    command("--sampler=best"),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert (
+    done.stderr.strip()
+    .splitlines()[-1]
+    .startswith("--sampler='best' is unknown; the known ones are config, llada")
+  )
+  assert "Traceback" not in done.stderr
+
+
+def test_numbers_of_a_flag():
+  assert command_lib.numbers("k", ["1", " 4"], int) == [1, 4]
+  with pytest.raises(errors.UserError, match="--k=1,two: 'two' is no int"):
+    command_lib.numbers("k", ["1", "two"], int)
+
+
+def changed(**changes) -> config_lib.ConfigDict:
+  c = config()
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+@pytest.mark.parametrize(
+  "c, arguments, message",
+  [
+    (
+      changed(**{"evaluate.temperature": 0.0}),
+      {"num_samples": 4},
+      "would draw the same completion again",
+    ),
+    (changed(), {"num_samples": 0}, "--num_samples=0 must be at least 1"),
+    (changed(**{"evaluate.split": "dev"}), {}, "split 'dev' is unknown"),
+    (
+      changed(**{"data.path": "nowhere.csv"}),
+      {},
+      r"data\.path='nowhere\.csv' must be an existing",
+    ),
+    (changed(), {"checkpoint": "nowhere"}, "'nowhere' is not a work directory"),
+    (changed(**{"model.path": "./nowhere"}), {}, "nowhere"),
+  ],
+)
+def test_mistakes_of_the_user(c, arguments, message):
+  with pytest.raises(errors.UserError, match=message):
+    accuracy.run(c, **arguments)
+
+
+def test_the_mesh_is_without_effect(run_in_subprocess, whole):
+  script = f"""
+    import sys
+    sys.path.insert(0, {str(ROOT / "tests")!r})
+    import evaluate_test, json
+    from agrpo_jax.evaluation import accuracy
+    c = evaluate_test.config(batch_size=8)
+    c.mesh.fsdp, c.mesh.tensor = 2, 2
+    print(json.dumps(accuracy.run(c, num_samples=2).records))
+  """
+  lines = run_in_subprocess(script, devices=4).splitlines()
+  assert json.loads(lines[-1]) == whole.records
+
+
+def test_report():
+  line = {
+    "grades": {"accuracy": 1.0, "accuracy_tolerant": 1.0, "cells": 0.5},
+    "answer": "7",
+    "num_tokens": 10,
+    "num_steps": 4,
+  }
+  other = {**line, "grades": {"accuracy": 0.0, "accuracy_tolerant": 1.0}}
+  result = statistics.Result([line, other], 2, 5.0, "the published one")
+  assert evaluate.report(result, [2]).splitlines() == [
+    "problems: the published one",
+    "accuracy 50.0 %",
+    "accuracy_tolerant 100.0 %",
+    "cells 0.2500",
+    "strict and tolerant verdicts disagree on 1 of 2 completions",
+    "accuracy/pass_at_2 100.0 %",
+    "accuracy/majority_at_2 50.0 %",
+    "accuracy_tolerant/pass_at_2 100.0 %",
+    "accuracy_tolerant/majority_at_2 100.0 %",
+    "1 problems x 2, mean length 10.0 tokens, 4.0 denoising steps, 5.0 s, 4 "
+    "tokens/s",
+  ]

@@ -1,0 +1,105 @@
+"""What a stopped evaluation leaves behind and goes on from."""
+
+import json
+
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.evaluation import records
+
+SETTINGS = {"config": {"seed": 0, "evaluate": {"top_p": 1.0}}, "num_samples": 1}
+LINES = [{"id": 0, "grades": {"accuracy": 1 / 3}}, {"id": 1, "grades": {}}]
+
+
+@pytest.mark.parametrize("name", ["folder", "file.jsonl"])
+def test_kept_and_read_again(tmp_path, name):
+  output = str(tmp_path / "new" / name)
+  with records.start(output, SETTINGS) as kept:
+    kept.append(LINES[:1], 2.0)
+  assert records.result(output) is None
+  with records.start(output, SETTINGS) as kept:
+    assert (kept.done, kept.seconds) == (LINES[:1], 2.0)
+    kept.append(LINES[1:], 1.0)
+    kept.finish({"accuracy": 0.5})
+  kept = records.Records(output)
+  assert (kept.done, kept.seconds) == (LINES, 3.0)
+  assert records.result(output) == {"accuracy": 0.5}
+  names = {path.name for path in (tmp_path / "new").rglob("*.json*")}
+  if name == "folder":
+    assert "examples.jsonl" in names
+  else:
+    assert names == {"file.jsonl"} | {
+      f"file.{what}"
+      for what in ("settings.json", "timing.jsonl", "result.json")
+    }
+
+
+def test_without_output_nothing_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with records.start("", SETTINGS) as kept:
+    kept.append(LINES, 1.0)
+    kept.finish({})
+  assert kept.done == LINES
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_line_without_its_end_is_cut_off(tmp_path):
+  file = tmp_path / "examples.jsonl"
+  whole = "".join(json.dumps(line) + "\n" for line in LINES)
+  file.write_text(whole + json.dumps(LINES[0])[:-3])
+  assert records.Records(str(tmp_path)).done == LINES
+  assert file.read_text() == whole
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  (tmp_path / "examples.jsonl").write_text('{"id": 0}\n{"id"\n{"id": 2}\n')
+  with pytest.raises(errors.UserError, match=r"examples\.jsonl, line 2"):
+    records.Records(str(tmp_path))
+
+
+def test_other_settings_are_refused_with_every_difference(tmp_path):
+  with records.start(str(tmp_path), SETTINGS):
+    pass
+  changed = {
+    "config": {"seed": 1, "evaluate": {"top_p": 0.9}},
+    "num_samples": 1,
+  }
+  with (
+    pytest.raises(errors.UserError) as error,
+    records.start(str(tmp_path), changed),
+  ):
+    pass
+  message = str(error.value)
+  assert "config.seed: 0 before, 1 now" in message
+  assert "config.evaluate.top_p: 1.0 before, 0.9 now" in message
+  assert "num_samples" not in message
+  # Groups that are not known yet are not compared.
+  records.check(str(tmp_path), {"num_samples": 1})
+
+
+def test_one_process_at_a_time(tmp_path):
+  with (
+    records.start(str(tmp_path), SETTINGS),
+    pytest.raises(errors.UserError, match="Another evaluation is writing"),
+    records.start(str(tmp_path), SETTINGS),
+  ):
+    pass
+  with records.start(str(tmp_path), SETTINGS):
+    pass  # free again
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").touch()
+  with (
+    pytest.raises(errors.UserError, match="Cannot write to --output="),
+    records.start(str(tmp_path / "file" / "below"), SETTINGS),
+  ):
+    pass
+
+
+def test_differences():
+  assert records.differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+  assert records.differences({"a": {"b": 1}}, {"c": 2}) == [
+    "a: {'b': 1} before, None now",
+    "c: None before, 2 now",
+  ]

@@ -1,0 +1,340 @@
+"""grading: what a bad completion costs, and what a bad worker costs."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.grading import pool
+
+_TASK = """
+import os, signal, sys, time
+
+def examples(split, *, path=None, options=None):
+  return []
+
+def reward_weights(options):
+  return {"one": 1.0, "length": 0.0}
+
+def reward(completion, fields, options):
+  command, _, value = completion.partition(" ")
+  if command == "raise":
+    raise RuntimeError(value)
+  if command == "exit":
+    sys.exit(3)
+  if command == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+  if command == "spin":
+    while True:
+      pass
+  if command == "swallow":
+    while True:
+      try:
+        while True:
+          pass
+      except Exception:
+        pass
+  if command == "stuck":  # never comes back to Python
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 30))
+    time.sleep(1000)
+  if command == "nan":
+    return {"one": float("nan"), "length": 0.0}
+  if command == "print":
+    print("a task may print")
+  if command == "modules":
+    return {"one": float("jax" in sys.modules), "length": 0.0}
+  if command == "memory":
+    bytearray(64 << 30)
+  if command == "pid":
+    return {"one": float(os.getpid()), "length": 0.0}
+  return {"one": 1.0, "length": float(len(completion))}
+
+def grade(completion, fields, options):
+  while completion == "slow grade":
+    pass
+  return {"accuracy": float(completion == fields["gold"]), "other": 0.5}
+"""
+
+
+@pytest.fixture
+def task_path(tmp_path):
+  path = tmp_path / "task.py"
+  path.write_text(_TASK)
+  return str(path)
+
+
+def _grade(task_path, completions, gold="a", **settings):
+  settings = {"num_workers": 2, "timeout_seconds": 0.5} | settings
+  with pool.Grader("", task_path=task_path, **settings) as grader:
+    fields = [{"gold": gold}] * len(completions)
+    return grader.submit(completions, fields).result(60)
+
+
+def test_parts_grades_and_weights_in_order(task_path):
+  completions = ["a", "bb", "ccc"] * 20
+  graded = _grade(task_path, completions, weights={"length": 0.5})
+  lengths = np.array([len(completion) for completion in completions])
+  np.testing.assert_array_equal(graded.reward_B, 1.0 + 0.5 * lengths)
+  np.testing.assert_array_equal(graded.parts["length"], lengths)
+  np.testing.assert_array_equal(graded.grade_B, lengths == 1)
+  np.testing.assert_array_equal(graded.grades["other"], 0.5)
+  assert graded.reward_B.dtype == np.float64
+  assert (graded.num_failed, graded.num_timed_out) == (0, 0)
+
+
+@pytest.mark.parametrize(
+  "bad, num_failed, num_timed_out",
+  [
+    ("raise x", 1, 0),
+    ("exit", 1, 0),
+    ("crash", 1, 0),
+    ("nan", 1, 0),
+    ("spin", 0, 1),
+    ("swallow", 0, 1),
+    ("stuck", 0, 1),
+  ],
+)
+def test_a_bad_completion_costs_itself_only(
+  task_path, bad, num_failed, num_timed_out
+):
+  completions = ["a"] * 5 + [bad] + ["a"] * 5
+  graded = _grade(task_path, completions, num_workers=1)
+  assert graded.reward_B.tolist() == [1.0] * 5 + [0.0] + [1.0] * 5
+  assert graded.grade_B.tolist() == [1.0] * 5 + [0.0] + [1.0] * 5
+  assert graded.num_failed == num_failed
+  assert graded.num_timed_out == num_timed_out
+
+
+def test_reward_outlives_a_grade_that_took_too_long(task_path):
+  graded = _grade(task_path, ["slow grade"])
+  assert graded.reward_B.tolist() == [1.0]
+  assert graded.grade_B.tolist() == [0.0]
+  assert graded.num_timed_out == 1
+
+
+def test_every_completion_bad(task_path):
+  graded = _grade(task_path, ["crash", "spin", "raise"] * 2)
+  assert graded.reward_B.tolist() == [0.0] * 6
+  assert graded.grade_B.tolist() == [0.0] * 6
+  assert (graded.num_failed, graded.num_timed_out) == (4, 2)
+
+
+def test_worker_never_imports_jax(task_path):
+  assert _grade(task_path, ["modules"]).reward_B.tolist() == [0.0]
+
+
+def test_a_task_may_print(task_path, capfd):
+  assert _grade(task_path, ["print"]).reward_B.tolist() == [1.0]
+  assert "a task may print" in capfd.readouterr().err
+
+
+def test_built_in_graders_have_bounded_memory(monkeypatch):
+  completion = "<answer>2^{" + "9" * 9 + "}</answer>"
+  with pool.Grader("math", num_workers=1) as grader:
+    graded = grader.submit([completion], [{"gold": "3"}]).result(60)
+  assert graded.parts["answer_tag"].tolist() == [1.0]
+  assert graded.parts["correct"].tolist() == [0.0]
+
+
+def test_timed_out_equality_keeps_the_parts_decided_before():
+  """As released: an answer too hard to check still earns its tags."""
+  hard = "+".join(f"\\sin({i}x)^{{{i}}}\\cos(x^{i})" for i in range(2, 9))
+  completion = f"<think>a</think><answer>\\boxed{{{hard}}}</answer>"
+  fields = {"gold": hard.replace("x", "y") + "+\\tan(y)^9"}
+  with pool.Grader("math", num_workers=1, timeout_seconds=0.05) as grader:
+    grader.submit(["warm"], [{"gold": "1"}]).result(60)
+    graded = grader.submit([completion], [fields]).result(60)
+  assert graded.num_timed_out == 1
+  assert graded.reward_B.tolist() == [1.0]
+
+
+def test_no_completions(task_path):
+  graded = _grade(task_path, [])
+  assert graded.reward_B.shape == graded.grade_B.shape == (0,)
+
+
+def test_megabytes_and_odd_characters(task_path):
+  completions = ["x" * 3_000_000, "\ud800\x00\u2028\n\r", "a"] * 10
+  graded = _grade(task_path, completions)
+  assert graded.num_failed == 0
+  lengths = [pool.MAX_CHARS, 5, 1] * 10
+  assert graded.parts["length"].tolist() == lengths
+
+
+def test_many_submits_are_answered_apart(task_path):
+  with pool.Grader("", task_path=task_path, num_workers=2) as grader:
+    pending = [
+      grader.submit(["x" * i], [{"gold": "x" * (i % 2)}]) for i in range(1, 30)
+    ]
+    lengths = [p.result(60).parts["length"].item() for p in pending]
+  assert lengths == list(range(1, 30))
+
+
+def test_concatenate(task_path):
+  with pool.Grader("", task_path=task_path, num_workers=1) as grader:
+    batches = [
+      grader.submit(texts, [{"gold": "a"}] * len(texts)).result(60)
+      for texts in (["a", "b"], ["raise"], [])
+    ]
+  graded = pool.concatenate(batches)
+  assert graded.reward_B.tolist() == [1.0, 1.0, 0.0]
+  assert graded.grade_B.tolist() == [1.0, 0.0, 0.0]
+  assert graded.grades["other"].tolist() == [0.5, 0.5, 0.0]
+  assert graded.num_failed == 1
+
+
+def test_grading_runs_beside(task_path):
+  """`submit` returns before anything is graded, also while workers start."""
+  begin = time.monotonic()
+  with pool.Grader("", task_path=task_path, num_workers=1) as grader:
+    pending = grader.submit(["a"], [{"gold": "a"}])
+    assert time.monotonic() - begin < 1.0
+    assert not pending.done()
+    pending.result(60)
+
+
+def _is_running(pid):
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  return True
+
+
+def _pids(grader, count):
+  graded = grader.submit(["pid"] * count, [{"gold": ""}] * count).result(60)
+  return {int(pid) for pid in graded.reward_B}
+
+
+def test_close_leaves_no_process(task_path):
+  with pool.Grader("", task_path=task_path, num_workers=3) as grader:
+    pids = _pids(grader, 200)
+    assert all(map(_is_running, pids))
+    pending = grader.submit(["stuck"], [{"gold": ""}])
+    begin = time.monotonic()
+  assert time.monotonic() - begin < 3.0  # not even for one that is stuck
+  assert pending.cancelled()
+  # Waited for: a zombie would still have its number.
+  assert not any(map(_is_running, pids))
+  with pytest.raises(ValueError, match="closed"):
+    grader.submit([], [])
+
+
+def test_close_while_workers_start(task_path):
+  begin = time.monotonic()
+  with pool.Grader("", task_path=task_path, num_workers=2) as grader:
+    pending = grader.submit(["a"] * 50, [{"gold": "a"}] * 50)
+    processes = [worker._process for worker in grader._workers]
+  assert time.monotonic() - begin < 3.0
+  assert pending.cancelled()
+  assert all(process.returncode is not None for process in processes)
+
+
+def test_killed_worker_is_replaced(task_path):
+  with pool.Grader("", task_path=task_path, num_workers=1) as grader:
+    (pid,) = _pids(grader, 1)
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)
+    graded = grader.submit(["a", "a"], [{"gold": "a"}] * 2).result(60)
+    assert graded.grade_B.tolist() == [1.0, 1.0]
+    assert graded.num_failed == 0
+
+
+def _run_script(task_path, ending):
+  script = f"""
+    import os, sys, time
+    from agrpo_jax.grading import pool
+    grader = pool.Grader("", task_path={task_path!r}, num_workers=2)
+    graded = grader.submit(["pid"], [{{"gold": ""}}]).result(60)
+    print(int(graded.reward_B[0]), flush=True)
+    {ending}
+  """
+  return subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(script)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def _wait_for_end(pid):
+  for _ in range(100):
+    if not _is_running(pid):
+      return True
+    time.sleep(0.05)
+  return False
+
+
+def test_ctrl_c_shows_no_traceback_of_a_worker(task_path):
+  process = _run_script(task_path, "time.sleep(60)")
+  worker = int(process.stdout.readline())
+  assert os.getsid(worker) == worker  # out of reach of the terminal
+  os.killpg(process.pid, signal.SIGINT)
+  _, stderr = process.communicate(timeout=30)
+  assert stderr.count("Traceback") == 1  # the script's own
+  assert "worker" not in stderr
+  assert _wait_for_end(worker)
+
+
+def test_workers_end_with_a_parent_that_was_killed(task_path):
+  process = _run_script(task_path, "os.kill(os.getpid(), 9)")
+  worker = int(process.stdout.readline())
+  process.communicate(timeout=30)
+  assert _wait_for_end(worker)
+
+
+def test_worker_that_cannot_start_is_an_error_not_a_zero(tmp_path):
+  path = tmp_path / "task.py"
+  path.write_text(_TASK)
+  with pool.Grader("", task_path=str(path), num_workers=1) as grader:
+    _pids(grader, 1)
+    path.unlink()
+    graded = grader.submit(["crash"], [{"gold": ""}]).result(60)
+    assert graded.num_failed == 1
+    pending = grader.submit(["a"], [{"gold": ""}])
+    with pytest.raises(RuntimeError, match="failed to start 3 times"):
+      pending.result(60)
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"num_workers": 0}, "num_workers=0"),
+    ({"timeout_seconds": 0.0}, "timeout_seconds=0.0"),
+    (
+      {"weights": {"two": 1.0}},
+      "parts: two. The parts are one, length",
+    ),
+  ],
+)
+def test_bad_settings(task_path, settings, message):
+  with pytest.raises(errors.UserError, match=message):
+    pool.Grader("", task_path=task_path, **settings)
+
+
+def test_lists_of_unequal_length(task_path):
+  with (
+    pool.Grader("", task_path=task_path, num_workers=1) as grader,
+    pytest.raises(ValueError, match="differ"),
+  ):
+    grader.submit(["a"], [])
+
+
+def test_string_tasks_take_milliseconds():
+  puzzle, gold = "3014002020004130", "3214142323414132"
+  fields = [{"puzzle": puzzle, "gold": gold}] * 128
+  with pool.Grader("sudoku", {"protocol": "bare"}) as grader:
+    grader.submit([gold] * 128, fields).result(60)
+    seconds = []
+    for _ in range(5):
+      begin = time.monotonic()
+      grader.submit([gold] * 128, fields).result(60)
+      seconds.append(time.monotonic() - begin)
+  assert min(seconds) < 0.1

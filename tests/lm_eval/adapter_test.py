@@ -1,0 +1,219 @@
+"""The adapter with a stand-in for lm-eval; run_lm_eval.py has the real one."""
+
+import json
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import agrpo_jax
+from agrpo_jax import errors
+from agrpo_jax.lm_eval import __main__ as lm_eval
+from fixtures import recordings
+
+MODEL = str(pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku")
+SETTINGS = dict(
+  completion_length=16,
+  block_length=16,
+  num_denoise_steps=4,
+  dtype="float32",
+  bucket=8,
+)
+FILE = pathlib.Path(__file__).parents[1] / "testdata" / "lm_eval" / "toy.jsonl"
+PUZZLES = [json.loads(line) for line in FILE.read_text("utf-8").splitlines()]
+
+
+class Kept:
+  """Stands in for lm-eval's cache hook."""
+
+  def __init__(self):
+    self.answers = []
+
+  def add_partial(self, kind, args, answer):
+    self.answers.append((kind, args, answer))
+
+
+class LM:
+  """Stands in for lm-eval's base class."""
+
+  def __init__(self):
+    self.cache_hook = Kept()
+
+
+class Model(lm_eval.Adapter, LM):
+  pass
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+  return Model(MODEL, batch_size=4, num_draws=8, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def lively() -> Model:
+  """Draws at a temperature that makes repetitions differ."""
+  return Model(MODEL, batch_size=4, temperature=3.0, seed=1, **SETTINGS)
+
+
+def request(*args) -> types.SimpleNamespace:
+  return types.SimpleNamespace(args=args)
+
+
+def chat(model: Model, text: str) -> str:
+  return model.apply_chat_template([{"role": "user", "content": text}])
+
+
+def test_contexts(model):
+  tokenizer = model._tokenizer
+  messages = [
+    {"role": "system", "content": "<|eot_id|>"},
+    {"role": "user", "content": "Why?"},
+  ]
+  context = model.apply_chat_template(messages)
+  assert model.encode(context) == tokenizer.encode_chat(messages)
+  begun = [*messages, {"role": "assistant", "content": "Because"}]
+  context = model.apply_chat_template(begun, add_generation_prompt=False)
+  assert model.encode(context) == tokenizer.encode_chat(messages, "Because")
+  assert model.encode("a <|eot_id|>") == tokenizer.encode("a <|eot_id|>")
+
+
+def test_spaces_go_to_the_continuation(model):
+  encode = model._tokenizer.encode
+  assert model.encode_pair("ab ", "cd") == (encode("ab"), encode(" cd"))
+  assert model.encode_pair("", "cd") == ([], encode("cd"))
+  context = chat(model, "ab ")
+  assert model.encode_pair(context, "cd") == (
+    model.encode(context),
+    encode("cd"),
+  )
+
+
+def test_generates_what_was_learned_and_cuts_it(model):
+  contexts = [chat(model, one["puzzle"]) for one in PUZZLES]
+  texts = model.generate_until([request(one, {}) for one in contexts])
+  assert all(len(text) == 16 and {*text} <= {*"1234"} for text in texts)
+  assert texts[1] == PUZZLES[1]["solution"]
+  stop = texts[0][5:7]
+  (cut,) = model.generate_until([request(contexts[0], {"until": [stop]})])
+  assert cut == texts[0][: texts[0].index(stop)]
+  assert model.generate_until([]) == []
+
+
+def test_draws_do_not_depend_on_other_requests(lively):
+  lively.cache_hook = Kept()
+  contexts = [chat(lively, one["puzzle"]) for one in PUZZLES[:2]]
+  wide = chat(lively, "a much longer context than that")
+  requests = [request(one, {}) for one in (*contexts, wide, contexts[0])]
+  first, second, _, again = lively.generate_until(requests)
+  assert first != again  # a repetition is another draw
+  assert lively.generate_until(requests[:1]) == [first]
+  assert lively.generate_until([requests[1], requests[0], requests[0]]) == [
+    second,
+    first,
+    again,
+  ]
+  kinds = [kind for kind, _, _ in lively.cache_hook.answers]
+  assert kinds == ["generate_until"] * 8
+  assert ("generate_until", requests[0].args, first) in (
+    lively.cache_hook.answers
+  )
+
+
+def test_the_end_of_the_text_is_where_the_first_eos_is(model):
+  ids = model._tokenizer.encode("ab")
+  eos, eot = model._tokenizer.eos_id, model._tokenizer.eot_id
+  assert model._text([*ids, eos, *ids]) == "ab"
+  assert model._text([*ids, eot, *ids]) == "ab"
+  assert model._text(ids) == "ab"
+
+
+def test_a_single_token_has_its_exact_probability(model):
+  config, _, logits_fn = recordings.network_at(MODEL)
+  context = chat(model, PUZZLES[0]["puzzle"])
+  ids = model.encode(context)
+  row_1xL = np.array([[*ids, config.mask_id]])
+  logits_V = jax.jit(logits_fn)(
+    row_1xL, np.array([len(ids) + 1]), np.array([[len(ids)]])
+  )[0, 0]
+  found = model.loglikelihood([request(context, digit) for digit in "1234"])
+  digits = [model._tokenizer.encode(digit)[0] for digit in "1234"]
+  np.testing.assert_allclose(
+    [value for value, _ in found],
+    jax.nn.log_softmax(logits_V)[np.array(digits)],
+    atol=1e-4,
+  )
+  assert [matches for _, matches in found] == [
+    digit == int(logits_V.argmax()) for digit in digits
+  ]
+
+
+def test_likelihoods_do_not_depend_on_other_requests(model):
+  requests = [
+    request(chat(model, one["puzzle"]), one[name])
+    for one in PUZZLES
+    for name in ("solution", "wrong")
+  ]
+  found = model.loglikelihood(requests)
+  right, wrong = found[::2], found[1::2]
+  assert all(a[0] > b[0] for a, b in zip(right, wrong, strict=True))
+  assert not any(matches for _, matches in wrong)
+  assert right[1][1]  # this one it solves
+  text = PUZZLES[0]["solution"]
+  others = [requests[2], request("", ""), request("", text)]
+  again, nothing, whole = model.loglikelihood(others)
+  np.testing.assert_allclose(again[0], found[2][0], rtol=1e-5)
+  assert nothing == (0.0, True)
+  assert model.loglikelihood([]) == []
+  # Rolling is the likelihood of all of a text.
+  assert model.loglikelihood_rolling([request(text)]) == [whole[0]]
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(batch_size="auto"), "batch_size='auto' must be a number"),
+    (dict(completion_len=3), "Unknown settings completion_len"),
+    (dict(unmask_rule="best"), "unmask_rule='best'"),
+    (dict(temperature="warm"), "temperature='warm'"),
+    (dict(sampler="best"), "'best' is unknown"),
+    (dict(path="nowhere"), "no folder 'nowhere'"),
+    (dict(path=""), "Which model"),
+  ],
+)
+def test_mistakes_are_named(settings, message):
+  with pytest.raises(errors.UserError, match=message):
+    Model(**(dict(path=MODEL) | SETTINGS | settings))
+
+
+def test_nothing_is_cut_off_silently(model):
+  long = "1" * model._policy.network.max_length
+  with pytest.raises(errors.UserError, match="Nothing is cut off"):
+    model.loglikelihood_rolling([request(long + "1")])
+  with pytest.raises(errors.UserError, match="Nothing is cut off"):
+    model.generate_until([request(long, {})])
+
+
+def test_registers_under_its_name(monkeypatch):
+  known = {}
+
+  def register_model(name):
+    return lambda found: known.setdefault(name, found)
+
+  api = types.ModuleType("lm_eval.api")
+  api.model = types.SimpleNamespace(LM=LM)
+  api.registry = types.SimpleNamespace(register_model=register_model)
+  monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+  monkeypatch.setitem(sys.modules, "lm_eval.api", api)
+  found = lm_eval.register.__wrapped__()
+  assert known == {"agrpo_jax": found}
+  assert issubclass(found, LM) and issubclass(found, lm_eval.Adapter)
+
+
+def test_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "lm_eval", None)
+  monkeypatch.setitem(sys.modules, "lm_eval.api", None)
+  with pytest.raises(errors.UserError, match="pip install"):
+    lm_eval.register.__wrapped__()

@@ -1,0 +1,496 @@
+"""The gradient is unbiased: proved by enumeration on a toy.
+
+The toy's network is a table: every partial completion has its own logits at
+every position. A slow float64 program, independent of the package, walks
+through everything that can happen in a rollout, down to the tokens drawn and
+discarded, and knows the expected reward and its gradient. The package's
+estimator, summed over all rollouts and all drawn steps with their
+probabilities, must give the same gradient.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import types
+from agrpo_jax.objectives import advantage as advantage_lib
+from agrpo_jax.objectives import agrpo as objective_lib
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.samplers import sampling as sampling_lib
+
+V = 3  # tokens 0 (EOS), 1, 2; 3 is [MASK]
+MASK = V
+
+
+def make_sampling(**settings) -> sampling_lib.Sampling:
+  return sampling_lib.Sampling(mask_id=MASK, eos_id=0, **settings)
+
+
+def make_table(num_tokens: int, seed: int = 0) -> np.ndarray:
+  """float64 [states, C, V]: logits of every partial completion."""
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=((V + 1) ** num_tokens, num_tokens, V)) * 1.2
+
+
+def table_logits(table: jax.Array) -> types.LogitsFn:
+  """The network that looks its logits up."""
+  num_tokens = table.shape[1]
+
+  def logits(tokens_BxL, length_B, position_BxS):
+    start_B = length_B - num_tokens
+    column_BxC = start_B[:, None] + jnp.arange(num_tokens)[None]
+    completion_BxC = jnp.take_along_axis(tokens_BxL, column_BxC, axis=1)
+    place_C = (V + 1) ** jnp.arange(num_tokens)
+    state_B = (completion_BxC * place_C[None]).sum(axis=1)
+    return table[state_B[:, None], position_BxS - start_B[:, None]]
+
+  return logits
+
+
+def reward_of(completion: tuple[int, ...]) -> float:
+  """Anything that is not symmetric in tokens or positions."""
+  weights = np.array([1.0, -0.7, 0.45, 0.2])[: len(completion)]
+  return float(np.sin(3 * (weights * completion).sum()) + completion[0])
+
+
+def distribution(logits: np.ndarray, s: sampling_lib.Sampling) -> np.ndarray:
+  """float64 [V]: what a token is drawn from."""
+  logits = logits / s.temperature
+  keep = np.ones(V, bool)
+  if s.top_k:
+    keep &= logits >= np.sort(logits)[-s.top_k]
+  if s.top_p < 1:
+    order = np.argsort(-logits)
+    prob = np.exp(logits[order]) * keep[order]
+    mass = np.cumsum(prob / prob.sum())
+    if s.top_p_rule == "keep":
+      mass -= prob / prob.sum()
+      stays = mass < s.top_p
+    else:
+      stays = mass <= s.top_p
+    stays[0] = True
+    keep[order] &= stays
+  prob = np.where(keep, np.exp(logits - logits.max()), 0.0)
+  return prob / prob.sum()
+
+
+@dataclasses.dataclass
+class Path:
+  """One way a rollout can go; equal records are merged later."""
+
+  prob: float
+  score: np.ndarray  # gradient of log prob in the table
+  completion: tuple[int, ...]
+  unmask_step: tuple[int, ...]
+  logprob: dict[int, float]
+  entropy: dict[int, float]
+  keep: dict[int, np.ndarray]
+  num_steps: int
+
+
+def walk(table: np.ndarray, s: sampling_lib.Sampling) -> list[Path]:
+  """Every raw path: order drawn, tokens drawn at every masked position."""
+  num_tokens, length = s.completion_length, s.block_length
+  per_step = s.completion_length // s.num_denoise_steps
+  start = Path(
+    1.0,
+    np.zeros_like(table),
+    (0,) * num_tokens,
+    (s.num_denoise_steps,) * num_tokens,
+    {},
+    {},
+    {},
+    0,
+  )
+  open_paths, done = [(start, 0, 0)], []
+  while open_paths:
+    path, block, step = open_paths.pop()
+    still = [
+      c
+      for c in range(block * length, (block + 1) * length)
+      if path.unmask_step[c] == s.num_denoise_steps
+    ]
+    partial = [
+      MASK if u == s.num_denoise_steps else t
+      for t, u in zip(path.completion, path.unmask_step, strict=True)
+    ]
+    state = sum(t * (V + 1) ** c for c, t in enumerate(partial))
+    prob = {c: distribution(table[state, c], s) for c in still}
+    entropy = {c: -sum(p * np.log(p) for p in prob[c] if p > 0) for c in still}
+    orders = [None]
+    if s.unmask_rule == "random":
+      orders = list(itertools.combinations(still, per_step))
+    for order in orders:
+      # Under `random` nothing is drawn elsewhere.
+      drawn_at = order if order else still
+      for tokens in itertools.product(range(V), repeat=len(drawn_at)):
+        token = dict(zip(drawn_at, tokens, strict=True))
+        chance = np.prod([prob[c][t] for c, t in token.items()])
+        chance /= len(orders)
+        if chance == 0:
+          continue
+        if s.unmask_rule == "confidence":
+          rank = sorted(still, key=lambda c: (-prob[c][token[c]], c))
+          chosen = rank[:per_step]
+        elif s.unmask_rule == "entropy":
+          chosen = sorted(still, key=lambda c: (entropy[c], c))[:per_step]
+        else:
+          chosen = order
+        score = path.score.copy()
+        for c, t in token.items():
+          score[state, c] += ((np.arange(V) == t) - prob[c]) / s.temperature
+        new = Path(
+          path.prob * chance,
+          score,
+          tuple(
+            token[c] if c in chosen else t
+            for c, t in enumerate(path.completion)
+          ),
+          tuple(
+            step if c in chosen else u for c, u in enumerate(path.unmask_step)
+          ),
+          path.logprob | {c: float(np.log(prob[c][token[c]])) for c in chosen},
+          path.entropy | {c: float(entropy[c]) for c in chosen},
+          path.keep | {c: prob[c] > 0 for c in chosen},
+          step + 1,
+        )
+        here = slice(block * length, (block + 1) * length)
+        if s.num_denoise_steps in new.unmask_step[here]:
+          open_paths.append((new, block, step + 1))
+        elif block + 1 == s.num_blocks or not any(new.completion[here]):
+          done.append(new)
+        else:
+          open_paths.append((new, block + 1, step + 1))
+  return done
+
+
+@functools.cache
+def enumerated(s: sampling_lib.Sampling):
+  """(value, gradient, records, prob of each record) of the toy.
+
+  Records are the package's `Rollout`, one row per distinct outcome.
+  """
+  table = make_table(s.completion_length)
+  paths = walk(table, s)
+  np.testing.assert_allclose(sum(p.prob for p in paths), 1.0, atol=1e-12)
+  value = sum(p.prob * reward_of(p.completion) for p in paths)
+  gradient = sum(p.prob * reward_of(p.completion) * p.score for p in paths)
+  merged: dict = {}
+  for path in paths:
+    key = (path.completion, path.unmask_step)
+    first, prob = merged.get(key, (path, 0.0))
+    merged[key] = (first, prob + path.prob)
+  rows = [row for row, _ in merged.values()]
+  prob = np.array([p for _, p in merged.values()])
+  num_tokens = s.completion_length
+
+  def column(field, fill):
+    return np.array(
+      [
+        [getattr(r, field).get(c, fill) for c in range(num_tokens)]
+        for r in rows
+      ],
+    )
+
+  support = None
+  if s.is_truncated:
+    keep = column("keep", np.zeros(V, bool))
+    if s.top_k:
+      ids = np.where(keep, np.arange(V), -1)
+      support = jnp.asarray(ids, jnp.int32)
+    else:
+      support = jnp.packbits(jnp.asarray(keep), axis=-1)
+  num_rows = len(rows)
+  records = types.Rollout(
+    prompt=jnp.tile(jnp.array([[1, 2, 0]]), (num_rows, 1)),
+    prompt_length=jnp.asarray(np.arange(num_rows) % 3 + 1, jnp.int32),
+    completion=jnp.asarray([r.completion for r in rows], jnp.int32),
+    unmask_step=jnp.asarray([r.unmask_step for r in rows], jnp.int32),
+    logprob=jnp.asarray(column("logprob", 0.0), jnp.float32),
+    entropy=jnp.asarray(column("entropy", 0.0), jnp.float32),
+    support=support,
+    order_logprob=jnp.zeros((num_rows, s.num_denoise_steps)),
+    num_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
+  )
+  return value, gradient, records, prob
+
+
+def expected_estimate(
+  s: sampling_lib.Sampling,
+  objective: objective_lib.Objective,
+  steps: mc_steps.McSteps,
+) -> np.ndarray:
+  """Minus the gradient of the loss, over all rollouts and drawn steps."""
+  _, _, records, prob = enumerated(s)
+  reward = np.array(
+    [reward_of(tuple(c)) for c in np.asarray(records.completion)]
+  )
+  visitable_B = mc_steps.num_visitable(records, steps, s.eos_id)
+
+  def visits(entropy_C, unmask_step_C, visitable):
+    prob_K = mc_steps.step_prob(
+      entropy_C, unmask_step_C, visitable, steps, s.num_denoise_steps
+    )
+    # One uniform in the middle of each stretch of the inverse distribution
+    # function, counted by the stretch's length: the integral over [0, 1).
+    middle_K = jnp.cumsum(prob_K) - prob_K / 2
+    return prob_K, mc_steps.steps_at(middle_K, prob_K, visitable, steps)
+
+  prob_BxK, drawn = jax.jit(jax.vmap(visits))(
+    records.entropy, records.unmask_step, visitable_B
+  )
+  rows, columns = np.nonzero(np.asarray(prob_BxK))
+  drawn_steps = np.asarray(drawn.step)[rows, columns]
+  weights = prob[rows] * np.asarray(prob_BxK * drawn.weight)[rows, columns]
+  pairs = jax.tree.map(lambda x: x[rows], records)
+  gradient, deviation = estimator(s, objective)(
+    jnp.asarray(make_table(s.completion_length), jnp.float32),
+    pairs,
+    jnp.asarray(drawn_steps, jnp.int32),
+    jnp.asarray(weights, jnp.float32),
+    jnp.asarray(reward[rows], jnp.float32),
+  )
+  assert float(deviation) < 1e-4
+  return -np.asarray(gradient, np.float64)
+
+
+@functools.cache
+def estimator(s: sampling_lib.Sampling, objective: objective_lib.Objective):
+  """Compiled: gradient of the loss of many pairs, and how far ratios stray."""
+
+  def loss(table, pairs, step_B, weight_B, reward_B):
+    terms = objective_lib.loss_terms(
+      table_logits(table), None, pairs, step_B, weight_B, reward_B, s, objective
+    )
+    return terms.loss, terms.ratio_deviation
+
+  def gradient(table, pairs, step_B, *rest):
+    pairs = with_order_logprob(pairs, table, step_B, s, objective)
+    return jax.grad(loss, has_aux=True)(table, pairs, step_B, *rest)
+
+  return jax.jit(gradient)
+
+
+def with_order_logprob(pairs, table, step_B, s, objective):
+  """Fills in what the rollout would have recorded for the drawn steps."""
+  tokens, offset = jax.vmap(
+    lambda row, step: objective_lib.state(row, step, s, objective)
+  )(pairs, step_B)
+  logits = table_logits(table)(
+    tokens,
+    pairs.prompt_length + s.completion_length,
+    pairs.prompt_length[:, None] + offset,
+  )
+  factors = jax.vmap(lambda *x: objective_lib.step_logprob(*x, s, objective))(
+    logits, pairs, step_B, offset
+  )
+  order_BxK = jax.vmap(lambda row, step, x: row.at[step].set(x))(
+    pairs.order_logprob, step_B, factors.logprob[:, -1]
+  )
+  return pairs.replace(order_logprob=order_BxK)
+
+
+def error(estimate: np.ndarray, truth: np.ndarray) -> float:
+  return float(np.linalg.norm(estimate - truth) / np.linalg.norm(truth))
+
+
+RULES = ("random", "confidence", "entropy")
+TOYS = {
+  "one_block": dict(completion_length=3, block_length=3, num_denoise_steps=3),
+  "two_at_once": dict(completion_length=4, block_length=4, num_denoise_steps=2),
+  "blocks": dict(completion_length=4, block_length=2, num_denoise_steps=4),
+  "cold": dict(
+    completion_length=3, block_length=3, num_denoise_steps=3, temperature=0.6
+  ),
+  "top_k": dict(
+    completion_length=4, block_length=2, num_denoise_steps=4, top_k=2
+  ),
+  "top_p": dict(
+    completion_length=3, block_length=3, num_denoise_steps=3, top_p=0.8
+  ),
+  "top_k_and_p": dict(
+    completion_length=4,
+    block_length=2,
+    num_denoise_steps=2,
+    top_k=3,
+    top_p=0.9,
+    top_p_rule="drop",
+    temperature=2.0,
+  ),
+  "single_token_blocks": dict(
+    completion_length=2, block_length=1, num_denoise_steps=2
+  ),
+}
+
+
+@pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_estimator_is_unbiased(toy, rule, step_rule):
+  s = make_sampling(unmask_rule=rule, **TOYS[toy])
+  _, gradient, _, _ = enumerated(s)
+  estimate = expected_estimate(
+    s,
+    objective_lib.Objective(),
+    mc_steps.McSteps(num_mc_steps=1, step_rule=step_rule),
+  )
+  assert error(estimate, gradient) < 2e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("toy", ["blocks", "top_k_and_p"])
+def test_the_enumerated_gradient_is_the_slope_of_the_expected_reward(toy, rule):
+  s = make_sampling(unmask_rule=rule, **TOYS[toy])
+  table = make_table(s.completion_length)
+  _, gradient, _, _ = enumerated(s)
+  direction = np.random.default_rng(1).normal(size=table.shape)
+
+  def value(shift):
+    paths = walk(table + shift * direction, s)
+    return sum(p.prob * reward_of(p.completion) for p in paths)
+
+  slope = (value(1e-5) - value(-1e-5)) / 2e-5
+  np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("toy", ["one_block", "two_at_once", "blocks"])
+def test_the_released_product_is_biased_under_confidence(toy):
+  s = make_sampling(unmask_rule="confidence", **TOYS[toy])
+  _, gradient, _, _ = enumerated(s)
+  estimate = expected_estimate(
+    s,
+    objective_lib.Objective(likelihood="product"),
+    mc_steps.McSteps(num_mc_steps=1),
+  )
+  assert error(estimate, gradient) > 0.05
+
+
+@pytest.mark.parametrize("rule", ["random", "entropy"])
+def test_the_product_is_exact_where_the_order_ignores_the_draws(rule):
+  s = make_sampling(unmask_rule=rule, **TOYS["blocks"])
+  _, gradient, _, _ = enumerated(s)
+  estimate = expected_estimate(
+    s,
+    objective_lib.Objective(likelihood="product"),
+    mc_steps.McSteps(num_mc_steps=1),
+  )
+  assert error(estimate, gradient) < 2e-5
+
+
+def test_confidence_of_the_untempered_model_is_unbiased_too():
+  # The order of confidences does not change with temperature at one position,
+  # but it does between positions.
+  s = make_sampling(
+    unmask_rule="confidence", confidence="model", **TOYS["one_block"]
+  )
+  _, gradient, _, _ = enumerated(s)
+  estimate = expected_estimate(
+    s, objective_lib.Objective(), mc_steps.McSteps(num_mc_steps=1)
+  )
+  assert error(estimate, gradient) < 2e-5
+
+
+def test_released_switches_estimate_another_objective():
+  """`content` steps drop real ones, `mean` divides by their number."""
+  s = make_sampling(unmask_rule="random", **TOYS["blocks"])
+  _, gradient, _, _ = enumerated(s)
+  for change in (dict(steps="content"), dict(normalize="mean")):
+    estimate = expected_estimate(
+      s,
+      objective_lib.Objective(),
+      mc_steps.McSteps(num_mc_steps=1, **change),
+    )
+    assert error(estimate, gradient) > 0.05
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean"])
+def test_the_whole_train_step_is_unbiased(baseline):
+  """All pairs of rollouts as groups of two, through `Learner.gradient`."""
+  s = make_sampling(completion_length=2, block_length=2, num_denoise_steps=2)
+  _, gradient, records, prob = enumerated(s)
+  num = len(prob)
+  first, second = np.divmod(np.arange(num * num), num)
+  pair = np.stack([first, second], axis=1).reshape(-1)
+  reward = np.array(
+    [reward_of(tuple(c)) for c in np.asarray(records.completion)]
+  )
+  table = jnp.asarray(make_table(2), jnp.float32)
+  learner = learner_lib.Learner(
+    policy=lambda params, lora: table_logits(params),
+    optimizer=optax.sgd(1.0),
+    sampling=s,
+    objective=objective_lib.Objective(),
+    steps=mc_steps.McSteps(num_mc_steps=2),
+    baseline=baseline,
+    group_size=2,
+    updates_per_batch=1,
+    microbatch=64,
+  )
+  rollout = jax.tree.map(lambda x: x[pair], records)
+  advantage = jax.vmap(lambda r: advantage_lib.group_advantage(r, baseline))(
+    jnp.asarray(reward[pair], jnp.float32).reshape(-1, 2)
+  ).reshape(-1)
+  chance = np.repeat(prob[first] * prob[second], 2)
+  # Uniform over the two steps: visiting each once is the mean over the draw.
+  drawn = mc_steps.Drawn(
+    step=jnp.tile(jnp.arange(2), (num * num * 2, 1)),
+    weight=jnp.asarray(2.0 * chance[:, None] * num * num, jnp.float32)
+    * jnp.ones((1, 2)),
+  )
+  estimate, _, _ = learner.gradient(
+    learner.init(table, None), rollout, advantage, drawn, None
+  )
+  scale = {"leave_one_out": 1.0, "group_mean": 0.5}[baseline]
+  assert error(-np.asarray(estimate) / scale, gradient) < 2e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rollouts_follow_the_enumerated_law(rule):
+  """Frequencies of 20,000 rollouts, and what each of them recorded."""
+  s = make_sampling(unmask_rule=rule, **TOYS["top_k"])
+  _, _, records, prob = enumerated(s)
+  num = 20_000
+  prompts = types.Prompts(
+    tokens=jnp.ones((num, 2), jnp.int32),
+    length=jnp.ones((num,), jnp.int32),
+    key=jax.random.split(jax.random.key(7), num),
+  )
+  table = jnp.asarray(make_table(s.completion_length), jnp.float32)
+  rollout = jax.jit(
+    lambda prompts: rollout_lib.sample_rollout(table_logits(table), prompts, s)
+  )(prompts)
+
+  def names(r):
+    return [
+      (tuple(c), tuple(u))
+      for c, u in zip(
+        np.asarray(r.completion).tolist(),
+        np.asarray(r.unmask_step).tolist(),
+        strict=True,
+      )
+    ]
+
+  place = {name: i for i, name in enumerate(names(records))}
+  index = np.array([place[name] for name in names(rollout)])  # none unheard of
+  for field in ("logprob", "entropy", "num_steps"):
+    np.testing.assert_allclose(
+      getattr(rollout, field), getattr(records, field)[index], atol=1e-5
+    )
+  count = np.bincount(index, minlength=len(prob))
+  enough = prob * num > 5
+  chi2 = ((count - prob * num) ** 2 / (prob * num))[enough].sum()
+  freedom = enough.sum() - 1
+  assert chi2 < freedom + 4 * np.sqrt(2 * freedom), (chi2, freedom)
+
+  # The recorded factors multiply to the probability of the outcome.
+  if rule != "random":
+    total = np.asarray(rollout.logprob.sum(1) + rollout.order_logprob.sum(1))
+    np.testing.assert_allclose(np.exp(total), prob[index], rtol=1e-4)

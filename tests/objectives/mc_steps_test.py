@@ -1,0 +1,153 @@
+"""The draw of denoising steps, and its weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agrpo_jax import types
+from agrpo_jax.objectives import mc_steps
+
+
+def rollout(completion, unmask_step, entropy, num_denoise_steps, num_steps):
+  completion = jnp.asarray(completion, jnp.int32)
+  return types.Rollout(
+    prompt=jnp.zeros((completion.shape[0], 1), jnp.int32),
+    prompt_length=jnp.ones(completion.shape[0], jnp.int32),
+    completion=completion,
+    unmask_step=jnp.asarray(unmask_step, jnp.int32),
+    logprob=jnp.zeros(completion.shape),
+    entropy=jnp.asarray(entropy, jnp.float32),
+    support=None,
+    order_logprob=jnp.zeros((completion.shape[0], num_denoise_steps)),
+    num_steps=jnp.asarray(num_steps, jnp.int32),
+  )
+
+
+# EOS is 0. The second row ended after its first two steps; the third is all
+# EOS.
+ROWS = rollout(
+  completion=[[5, 6, 0, 7], [5, 0, 0, 0], [0, 0, 0, 0]],
+  unmask_step=[[1, 0, 3, 2], [0, 1, 4, 4], [0, 1, 4, 4]],
+  entropy=[[0.5, 0.25, 0.0, 0.25], [0.3, 0.1, 0.0, 0.0], [0.2, 0.2, 0, 0]],
+  num_denoise_steps=4,
+  num_steps=[4, 2, 2],
+)
+
+
+def settings(**changes):
+  return mc_steps.McSteps(**(dict(num_mc_steps=3) | changes))
+
+
+def test_which_steps_can_be_visited():
+  executed = mc_steps.num_visitable(ROWS, settings(), 0)
+  assert executed.tolist() == [4, 2, 2]
+  content = mc_steps.num_visitable(ROWS, settings(steps="content"), 0)
+  assert content.tolist() == [3, 1, 0]
+
+
+def test_entropy_proposal_by_hand():
+  prob = mc_steps.step_prob(
+    ROWS.entropy[0],
+    ROWS.unmask_step[0],
+    jnp.int32(3),
+    settings(step_rule="entropy"),
+    4,
+  )
+  # Steps 0, 1, 2 unmasked 0.25, 0.5 and 0.25 nats; step 3 is out of reach.
+  np.testing.assert_allclose(prob, [0.25, 0.5, 0.25, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
+@pytest.mark.parametrize("steps", mc_steps.STEPS)
+def test_weights_undo_the_proposal(step_rule, steps):
+  chosen = settings(step_rule=step_rule, steps=steps)
+  for row, visitable in enumerate(mc_steps.num_visitable(ROWS, chosen, 0)):
+    prob = mc_steps.step_prob(
+      ROWS.entropy[row], ROWS.unmask_step[row], visitable, chosen, 4
+    )
+    uniform = jnp.linspace(0.0, 0.9999, 7)
+    drawn = mc_steps.steps_at(uniform, prob, visitable, chosen)
+    if visitable == 0:
+      assert drawn.weight.tolist() == [0.0] * 7
+      continue
+    np.testing.assert_allclose(drawn.weight * prob[drawn.step], 1.0, rtol=1e-6)
+    assert int(drawn.step.max()) < visitable
+    mean = mc_steps.steps_at(
+      uniform, prob, visitable, settings(normalize="mean", steps=steps)
+    )
+    np.testing.assert_allclose(
+      mean.weight * prob[mean.step] * visitable, 1.0, rtol=1e-6
+    )
+
+
+def test_the_inverse_distribution_function_never_runs_past_the_end():
+  entropy = jnp.full((1000,), 0.1)
+  step = jnp.arange(1000)
+  chosen = settings(step_rule="entropy")
+  prob = mc_steps.step_prob(entropy, step, jnp.int32(1000), chosen, 1000)
+  almost_one = jnp.array([1 - 2**-24, 1.0], jnp.float32)
+  drawn = mc_steps.steps_at(almost_one, prob, jnp.int32(1000), chosen)
+  assert drawn.step.tolist() == [999, 999]
+
+
+def test_steps_without_entropy_have_finite_weights():
+  chosen = settings(step_rule="entropy")
+  prob = mc_steps.step_prob(
+    jnp.zeros(4), jnp.arange(4), jnp.int32(4), chosen, 4
+  )
+  np.testing.assert_allclose(prob, 0.25)
+  prob = mc_steps.step_prob(
+    jnp.array([1.0, 0, 0, 0]), jnp.arange(4), jnp.int32(4), chosen, 4
+  )
+  drawn = mc_steps.steps_at(
+    jnp.array([0.0, 0.5, 1 - 2**-24]), prob, jnp.int32(4), chosen
+  )
+  assert np.isfinite(drawn.weight).all()
+
+
+@pytest.mark.parametrize("stratified", mc_steps.STRATA)
+def test_strata(stratified):
+  num_rows, num_draws = 6, 8
+  chosen = settings(num_mc_steps=num_draws, stratified=stratified)
+  keys = jax.random.split(jax.random.key(1), num_rows)
+  uniform = np.asarray(
+    mc_steps.uniforms(jax.random.key(0), keys, chosen), np.float64
+  )
+  assert uniform.shape == (num_rows, num_draws)
+  assert (uniform >= 0).all() and (uniform < 1).all()
+  if stratified == "row":
+    slices = np.sort(np.floor(uniform * num_draws), axis=1)
+    np.testing.assert_array_equal(
+      slices, np.arange(num_draws)[None].repeat(6, 0)
+    )
+    # Shuffled: a draw by itself is not tied to its slice.
+    assert (np.floor(uniform * num_draws)[:, 0] != 0).any()
+  if stratified == "batch":
+    slices = np.sort(np.floor(uniform * 48).reshape(-1))
+    np.testing.assert_array_equal(slices, np.arange(48))
+  if stratified != "batch":
+    # A row's draws come from its own key alone.
+    alone = mc_steps.uniforms(jax.random.key(5), keys[2:3], chosen)
+    np.testing.assert_array_equal(np.asarray(alone[0], np.float64), uniform[2])
+
+
+@pytest.mark.parametrize("stratified", mc_steps.STRATA)
+def test_every_draw_by_itself_is_uniform(stratified):
+  chosen = settings(num_mc_steps=4, stratified=stratified)
+
+  def one(key):
+    batch_key, row_key = jax.random.split(key)
+    return mc_steps.uniforms(batch_key, jax.random.split(row_key, 2), chosen)
+
+  draws = jax.vmap(one)(jax.random.split(jax.random.key(0), 4000))
+  draws = np.asarray(draws).reshape(4000, -1)
+  for column in draws.T:
+    count, _ = np.histogram(column, bins=10, range=(0, 1))
+    chi2 = ((count - 400) ** 2 / 400).sum()
+    assert chi2 < 35  # 9 degrees of freedom, 1 in 17,000
+
+
+def test_distinct_fraction():
+  step = jnp.array([[1, 1, 2, 1], [0, 1, 2, 3]])
+  np.testing.assert_allclose(mc_steps.distinct_fraction(step), 6 / 8)

@@ -1,0 +1,189 @@
+"""One program on any mesh: the same tokens, the same parameters."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import types as python_types
+
+import numpy as np
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.grading import pool
+from agrpo_jax.grading import shares as shares_lib
+from agrpo_jax.parallel import processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(mesh: str, output: pathlib.Path, devices: int, **environment):
+  """`tests/fixtures/mesh_run.py` in a process of its own."""
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return subprocess.Popen(
+    [sys.executable, "tests/fixtures/mesh_run.py", mesh, str(output)],
+    cwd=ROOT,
+    env=dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, **environment),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+  for process in processes:
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 0, message[-3000:]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory) -> dict[str, np.ndarray]:
+  output = tmp_path_factory.mktemp("mesh") / "one.npz"
+  finish(start("data=1,fsdp=1,tensor=1", output, devices=1))
+  arrays = dict(np.load(output))
+  assert len({*arrays["early/num_steps"].tolist()}) > 1
+  return arrays
+
+
+def assert_same(output: pathlib.Path, expected: dict[str, np.ndarray]) -> None:
+  ours = np.load(output)
+  assert set(ours.files) == set(expected)
+  for name, array in expected.items():
+    if name.endswith(("completion", "unmask_step", "support", "num_steps")):
+      np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    else:
+      # Adam divides by the gradient's size: where that is rounding noise, a
+      # step of 1e-3 keeps a part of the noise.
+      np.testing.assert_allclose(ours[name], array, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    "data=8,fsdp=1,tensor=1",
+    "data=1,fsdp=8,tensor=1",
+    "data=2,fsdp=2,tensor=2",
+  ],
+)
+def test_eight_devices_give_what_one_gives(mesh, tmp_path, one_device):
+  output = tmp_path / "eight.npz"
+  finish(start(mesh, output, devices=8))
+  assert_same(output, one_device)
+
+
+def test_two_processes_give_what_one_gives(tmp_path, one_device):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  output = tmp_path / "two.npz"
+  finish(
+    *[
+      start(
+        "data=2,fsdp=2,tensor=2",
+        output,
+        devices=4,
+        AGRPO_COORDINATOR=f"localhost:{port}",
+        AGRPO_NUM_PROCESSES="2",
+        AGRPO_PROCESS_ID=str(process),
+      )
+      for process in range(2)
+    ]
+  )
+  assert_same(output, one_device)
+
+
+@pytest.mark.parametrize(
+  "environment,part",
+  [
+    ({"AGRPO_COORDINATOR": "here:1"}, "AGRPO_PROCESS_ID=None"),
+    (
+      {
+        "AGRPO_COORDINATOR": "here",
+        "AGRPO_NUM_PROCESSES": "2",
+        "AGRPO_PROCESS_ID": "0",
+      },
+      "host:port",
+    ),
+    (
+      {
+        "AGRPO_COORDINATOR": "here:1",
+        "AGRPO_NUM_PROCESSES": "2",
+        "AGRPO_PROCESS_ID": "2",
+      },
+      "ids go from 0",
+    ),
+  ],
+)
+def test_contradicting_environments(monkeypatch, environment, part):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(errors.UserError, match=part):
+    processes.initialize()
+
+
+def test_alone_there_is_nothing_to_exchange():
+  processes.initialize()
+  assert processes.is_main()
+  assert processes.exchange({"a": 1}) == [{"a": 1}]
+  assert processes.own_rows(3).tolist() == [0, 1, 2]
+
+
+def test_a_process_grades_its_own_rows(monkeypatch):
+  """The second of two; the fifth row only fills a batch of four up."""
+  monkeypatch.setattr(processes, "to_host", np.asarray)
+  monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
+  monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+
+  class Fake:
+    def decode_batch(self, rows):
+      return [f"text {row[0]}" for row in rows]
+
+    def submit(self, completions, fields):
+      return completions, fields
+
+  rollout = python_types.SimpleNamespace(completion=np.arange(5)[:, None])
+  pending = shares_lib.submit(rollout, ["a", "b", "c", "d"], Fake(), Fake())
+  assert pending.texts == [f"text {row}" for row in range(4)]
+  assert pending.own == (["text 1", "text 3"], ["b", "d"])
+
+
+def test_shares_of_rows_come_back_in_their_places(monkeypatch):
+  """Two processes graded rows 0, 2, 4 and 1, 3; all of the second's failed."""
+  shares = [
+    {
+      "reward": [0.0, 2.0, 4.0],
+      "parts": {"right": [0.0, 0.2, 0.4]},
+      "grades": {"accuracy": [0.0, 1.0, 0.0]},
+      "num_failed": 0,
+      "num_timed_out": 1,
+      "answers": ["a", "c", "e"],
+    },
+    {
+      "reward": [0.0, 0.0],
+      "parts": {"right": [0.0, 0.0]},
+      "grades": {},
+      "num_failed": 2,
+      "num_timed_out": 0,
+      "answers": ["b", ""],
+    },
+  ]
+  own = pool.Graded(np.zeros(3), {}, {}, 0, 0, ("",) * 3)
+  monkeypatch.setattr(
+    processes, "exchange", lambda value: [[share] for share in shares]
+  )
+
+  class Done:
+    def result(self):
+      return own
+
+  graded = shares_lib.collect(
+    [shares_lib.Pending(np.zeros((5, 1)), ["x"] * 5, Done())]
+  )
+  assert graded.reward_B.tolist() == [0.0, 0.0, 2.0, 0.0, 4.0]
+  assert graded.parts["right"].tolist() == [0.0, 0.0, 0.2, 0.0, 0.4]
+  assert graded.grades["accuracy"].tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
+  assert graded.answers == ("a", "b", "c", "", "e")
+  assert (graded.num_failed, graded.num_timed_out) == (2, 1)
+  assert json.dumps(shares_lib._to_json(graded))

@@ -1,0 +1,407 @@
+"""Plans: topologies, costs of compiled programs, the search, the command."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.models import lora
+from agrpo_jax.models import transformer
+from agrpo_jax.plan import __main__ as plan
+from agrpo_jax.plan import chips
+from agrpo_jax.plan import cost as cost_lib
+from agrpo_jax.plan import hlo
+from agrpo_jax.plan import programs
+from configs import gsm8k
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# One device's program: an outer loop that ends when its data say so; in it a
+# loop over three layers, each with a product, a gathered weight, a slice of a
+# stack, and a ring of four in steps of two. One all-gather runs beside two
+# fusions and so is written twice.
+MODULE = """\
+HloModule jit_sample, is_scheduled=true
+
+%beside.1 (p0: bf16[4,8], p1: bf16[16,8]) -> (f32[2,8], bf16[16,8]) {
+  %p0 = bf16[4,8]{1,0} parameter(0)
+  %p1 = bf16[16,8]{1,0} parameter(1)
+  %mul.1 = f32[2,8]{1,0} multiply(%p0, %p0)
+  %all-gather.1 = bf16[16,8]{1,0} all-gather(%p0), channel_id=7, \
+replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}
+  ROOT %tuple.1 = (f32[2,8]{1,0}, bf16[16,8]{1,0}) tuple(%mul.1, %p1)
+}
+
+%beside.2 (q0: bf16[4,8]) -> bf16[16,8] {
+  %q0 = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[16,8]{1,0} all-gather(%q0), channel_id=7, \
+replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}
+}
+
+%sliced (s0: f32[3,8,8], s1: s32[]) -> f32[8,8] {
+  %s0 = f32[3,8,8]{2,1,0} parameter(0)
+  %s1 = s32[] parameter(1)
+  %slice.1 = f32[1,8,8]{2,1,0} dynamic-slice(%s0, %s1), \
+dynamic_slice_sizes={1,8,8}
+  ROOT %bitcast.1 = f32[8,8]{1,0} bitcast(%slice.1)
+}
+
+%ring_condition (r: (u32[], bf16[4,8])) -> pred[] {
+  %r = (u32[], bf16[4,8]{1,0}) parameter(0)
+  %r0 = u32[] get-tuple-element(%r), index=0
+  %four = u32[] constant(4)
+  ROOT %less.1 = pred[] compare(%r0, %four), direction=LT
+}
+
+%ring_body (rb: (u32[], bf16[4,8])) -> (u32[], bf16[4,8]) {
+  %rb = (u32[], bf16[4,8]{1,0}) parameter(0)
+  %rb0 = u32[] get-tuple-element(%rb), index=0
+  %rb1 = bf16[4,8]{1,0:T(8,128)S(1)} get-tuple-element(%rb), index=1
+  %two = u32[] constant(2)
+  %rb2 = u32[] add(%rb0, %two)
+  %collective-permute.1 = bf16[4,8]{1,0:T(8,128)S(1)} \
+collective-permute(%rb1), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  ROOT %rb3 = (u32[], bf16[4,8]{1,0}) tuple(%rb2, %collective-permute.1)
+}
+
+%layer_condition (lc: (s32[], f32[2,8], f32[3,8,8])) -> pred[] {
+  %lc = (s32[], f32[2,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  %lc0 = s32[] get-tuple-element(%lc), index=0
+  %three = s32[] constant(3)
+  ROOT %less.2 = pred[] compare(%lc0, %three), direction=LT
+}
+
+%layer_body (lb: (s32[], f32[2,8], f32[3,8,8])) -> (s32[], f32[2,8], \
+f32[3,8,8]) {
+  %lb = (s32[], f32[2,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  %lb0 = s32[] get-tuple-element(%lb), index=0
+  %lb1 = f32[2,8]{1,0} get-tuple-element(%lb), index=1
+  %lb2 = f32[3,8,8]{2,1,0} get-tuple-element(%lb), index=2
+  %weight = f32[8,8]{1,0} fusion(%lb2, %lb0), kind=kLoop, calls=%sliced
+  %dot.1 = f32[2,8]{1,0} dot(%lb1, %weight), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}, metadata={op_name="jit(sample)/while/body/LLaDA/\
+layers/while/body/mlp/gate/dot_general"}
+  %ring = (u32[], bf16[4,8]{1,0}) tuple(%lb0, %lb1)
+  %while.3 = (u32[], bf16[4,8]{1,0}) while(%ring), condition=%ring_condition, \
+body=%ring_body
+  %one = s32[] constant(1)
+  %lb3 = s32[] add(%lb0, %one)
+  ROOT %lb4 = (s32[], f32[2,8]{1,0}, f32[3,8,8]{2,1,0}) tuple(%lb3, %dot.1, \
+%lb2)
+}
+
+%outer_condition (oc: (s32[], pred[])) -> pred[] {
+  %oc = (s32[], pred[]) parameter(0)
+  ROOT %oc1 = pred[] get-tuple-element(%oc), index=1
+}
+
+%outer_body (ob: (s32[], pred[])) -> (s32[], pred[]) {
+  %ob = (s32[], pred[]) parameter(0)
+  %gather = bf16[4,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %state = (s32[], f32[2,8]{1,0}, f32[3,8,8]{2,1,0}) tuple(%ob, %ob, %ob)
+  %while.2 = (s32[], f32[2,8]{1,0}, f32[3,8,8]{2,1,0}) while(%state), \
+condition=%layer_condition, body=%layer_body
+  %part.1 = (f32[2,8]{1,0}, bf16[16,8]{1,0}) fusion(%gather, %gather), \
+kind=kOutput, calls=%beside.1
+  %part.2 = bf16[16,8]{1,0} fusion(%gather), kind=kOutput, calls=%beside.2
+  ROOT %ob1 = (s32[], pred[]) tuple(%ob, %ob)
+}
+
+ENTRY %main (a: s32[]) -> (s32[], pred[]) {
+  %a = s32[] parameter(0)
+  %start = (s32[], pred[]) tuple(%a, %a)
+  %all-reduce.1 = f32[10]{0} all-reduce(%a), channel_id=1, \
+replica_groups=[2,4]<=[8], to_apply=%outer_condition
+  ROOT %while.1 = (s32[], pred[]) while(%start), condition=%outer_condition, \
+body=%outer_body
+}
+"""
+
+
+def test_loops_multiply_what_is_in_them():
+  cost = cost_lib.of(hlo.Program(MODULE), trips=5)
+  assert cost.flops == 5 * 3 * (2 * 2 * 8 * 8)
+  counts = {one.kind: n for one, n in cost.collectives.items()}
+  assert counts == {
+    "all-reduce": 1,
+    "all-gather": 5,  # not 10: one channel
+    "collective-permute": 5 * 3 * 2,  # 4 shards in steps of 2
+  }
+
+
+def test_bytes_on_the_wire():
+  cost = cost_lib.of(hlo.Program(MODULE), trips=1)
+  wire = {one.kind: one.wire_bytes for one in cost.collectives}
+  assert wire == {
+    "all-reduce": 40 * 2 * 3 / 4,
+    "all-gather": 16 * 8 * 2 * 3 / 4,
+    "collective-permute": 4 * 8 * 2,
+  }
+  assert cost.wire_bytes == 60 + 192 + 3 * 2 * 64
+  groups = {one.kind: one.group for one in cost.collectives}
+  assert (groups["all-reduce"], groups["all-gather"]) == (4, 4)
+
+
+def test_a_reduce_scatter_in_either_form():
+  """libtpu writes it as an all-reduce in a fusion that keeps a slice."""
+  program = hlo.Program("""\
+HloModule jit_update
+
+%all-reduce-scatter.1 (p: f32[32,8]) -> f32[8,8] {
+  %p = f32[32,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[32,8]{1,0} all-reduce(%p), channel_id=1, \
+replica_groups={{0,1,2,3}}
+  %zero = s32[] constant(0)
+  ROOT %slice.1 = f32[8,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), \
+dynamic_slice_sizes={8,8}
+}
+
+ENTRY %main (a: f32[32,8]) -> f32[8,8] {
+  %a = f32[32,8]{1,0} parameter(0)
+  %reduce-scatter.1 = f32[8,8]{1,0} reduce-scatter(%a), channel_id=2, \
+replica_groups={{0,1,2,3}}
+  ROOT %fusion.1 = f32[8,8]{1,0} fusion(%a), kind=kCustom, \
+calls=%all-reduce-scatter.1, metadata={op_name="jit(update)/down/dot_general"}
+}
+""")
+  found = cost_lib.of(program, trips=1).collectives
+  assert {(one.kind, one.wire_bytes) for one in found} == {
+    ("reduce-scatter", 32 * 8 * 4 * 3 / 4)
+  }
+  assert {one.source for one in found} == {"", "jit(update)/down/dot_general"}
+
+
+def test_memory_traffic_counts_slices_and_leaves_out_what_passes_by():
+  cost = cost_lib.of(hlo.Program(MODULE), trips=1)
+  weight = 64 * 4 + 4 + 64 * 4  # a slice, the index, the result
+  dot = 2 * 8 * 4 + 64 * 4 + 2 * 8 * 4
+  adds = 3 * 4  # of two scalars
+  layer = weight + dot + adds + 2 * adds  # the permuted shards are on the chip
+  beside = 4 * 8 * 2 + 2 * 8 * 4
+  # The operand and result of the all-gather are traffic of the network.
+  assert cost.bytes == 3 * layer + beside + (4 + 40)
+  assert (256, "f32[8,8]", "") in cost.buffers
+
+
+def test_the_source_of_an_instruction_is_its_place_in_our_code():
+  program = hlo.Program(MODULE)
+  assert program.instructions["dot.1"].source == "layers/mlp/gate/dot_general"
+
+
+@pytest.mark.parametrize(
+  "left, right, result, attributes, flops",
+  [
+    # A matrix product.
+    (
+      *((2, 640, 4096), (4096, 64, 1), (2, 640, 64)),
+      "window={size=1}, dim_labels=0bf_io0->0bf",
+      2 * 2 * 640 * 4096 * 64,
+    ),
+    # A product for each of 2 x 32 pairs, written as dilated windows.
+    (
+      *((2, 32, 64, 128), (2, 32, 64, 128), (2, 32, 64, 64)),
+      "window={size=2x32 stride=1x31 lhs_dilate=2x32}, "
+      "dim_labels=01bf_01oi->01bf",
+      2 * 2 * 32 * 64 * 64 * 128,
+    ),
+    (
+      *((2, 32, 64, 64), (2, 32, 128, 64), (2, 32, 64, 128)),
+      "window={size=2x32 stride=2x32 pad=1_1x31_31 lhs_dilate=1x31 "
+      "rhs_reversal=1x1}, dim_labels=01bf_01oi->01bf",
+      2 * 2 * 32 * 64 * 64 * 128,
+    ),
+  ],
+)
+def test_products_that_a_tpu_writes_as_convolutions(
+  left, right, result, attributes, flops
+):
+  assert cost_lib._convolution_flops(left, right, result, attributes) == flops
+
+
+def test_topologies():
+  slice_ = chips.parse("v5e:4x8")
+  assert (slice_.kind, slice_.shape, slice_.is_tpu) == ("v5e", "4x8", True)
+  assert chips.parse("cpu:8").chip is None
+  assert chips.parse("h100:8").chip.flops == 989e12
+  assert not chips.parse("h100:8").is_tpu
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["v5e", "v5e:", "v5e:2x2x1", "v5p:2x2", "v5e:4xx", "v9:2x2", "cpu:0", "cpu"],
+)
+def test_an_unknown_topology_is_told_the_known_ones(name):
+  with pytest.raises(errors.UserError, match=f"--topology={name} ") as raised:
+    chips.parse(name)
+  for known in (*chips.CHIPS, "4x8", "cpu:N", "2x2x1"):
+    assert known in str(raised.value)
+
+
+def test_the_table_of_chips():
+  # GiB that the compiler allows, TFLOP/s of a whole chip.
+  table = {
+    "v4": (32, 275),
+    "v5e": (16, 197),
+    "v5p": (96, 459),
+    "v6e": (32, 918),
+  }
+  for kind, (gib, tflops) in table.items():
+    chip = chips.CHIPS[kind]
+    assert gib - 2 < chip.hbm_bytes / 2**30 < gib
+    assert chip.flops == tflops * 1e12
+  for chip in chips.CHIPS.values():
+    # FLOPs per byte at which a product stops being bound by memory.
+    assert 100 < chip.flops / chip.hbm_bandwidth < 600
+    assert chip.wire_bandwidth < chip.hbm_bandwidth
+
+
+def test_a_slice_without_libtpu_names_the_extra(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(errors.UserError, match=r"agrpo_jax\[tpu\]"):
+    chips.devices(chips.parse("v5e:4x8"))
+
+
+def test_llada_has_its_eight_billion_parameters():
+  network = programs.network_of(gsm8k.get_config())
+  assert lora.count(transformer.abstract_params(network)) == 8_015_581_184
+  assert network.dtype == "bfloat16"
+
+
+def test_a_model_of_unknown_shape_is_refused():
+  c = gsm8k.get_config()
+  c.model.path = "someone/else"
+  with pytest.raises(errors.UserError, match="LLaDA-8B-Instruct"):
+    programs.network_of(c)
+
+
+def _program(**fields):
+  cost = cost_lib.Cost(flops=197e12 * 3, bytes=0.819e12 * 2)
+  fields = {"arguments": 8 * 2**30, "cost": cost, "trips": 128} | fields
+  return programs.Program("rollout", 2, **fields)
+
+
+def test_what_fits():
+  chip = chips.CHIPS["v5e"]
+  assert _program().fits(chip)
+  assert not _program(temporaries=8 * 2**30).fits(chip)
+  assert not _program(resident=8 * 2**30).fits(chip)
+  assert not _program(refusal="too large").fits(chip)
+  assert _program(temporaries=8 * 2**30).fits(None)
+
+
+def test_memory_traffic_of_cpu_code_says_nothing_about_gpus():
+  assert {*_program().seconds(chips.CHIPS["v5e"])} == {
+    *("compute", "network", "memory")
+  }
+  assert {*_program().seconds(chips.CHIPS["h100"])} == {"compute", "network"}
+
+
+def test_the_run_as_a_whole():
+  c = gsm8k.get_config()
+  c.train.num_steps = 600
+  chip = chips.CHIPS["v5e"]
+  text = plan.summary(c, [_program(), _program()], chip, num_devices=32)
+  # 2 programs x 2 runs x 3 s of compute; x 600 = 2 hours on 32 chips.
+  assert "It fits. At the roofline 12.0 s a train step" in text
+  assert "in 2.0 hours, 64 chip-hours" in text
+  two_a_chip = chips.CHIPS["tpu7x"]
+  text = plan.summary(c, [_program()], two_a_chip, num_devices=8)
+  assert "NOT" not in text
+  text = plan.summary(c, [_program(refusal="no")], chip, num_devices=32)
+  assert text.strip() == "IT DOES NOT FIT."
+  assert "Used 20G of 15G" in plan.describe(
+    _program(refusal="Used 20G of 15G"), chip
+  )
+
+
+@pytest.mark.parametrize("limit", range(9))
+def test_bisection_finds_the_largest(limit):
+  tried = []
+
+  def fits(size):
+    tried.append(size)
+    return size <= limit
+
+  sizes = [1, 2, 4, 8]
+  found = plan.largest(sizes, fits)
+  assert found == max((n for n in sizes if n <= limit), default=None)
+  assert len(tried) == len(set(tried)) <= 3
+
+
+class _FakePlanner:
+  """Takes a GiB per completion, or per pair of a device, and nothing else."""
+
+  mesh = type("Mesh", (), {"shape": {"data": 1, "fsdp": 4, "tensor": 2}})()
+
+  def __init__(self, gib=1):
+    self.gib = gib
+
+  def rollout(self, c):
+    return _program(arguments=self.gib * c.rollout.batch_size * 2**30 // 4)
+
+  def update(self, c):
+    return _program(arguments=self.gib * c.objective.microbatch * 2**30 // 4)
+
+
+def test_the_search_sets_what_fits(capsys):
+  c = gsm8k.get_config()
+  plan.fit(c, _FakePlanner(), chips.CHIPS["v5e"])
+  assert (c.rollout.batch_size, c.objective.microbatch) == (32, 32)
+  assert "objective.microbatch=64 does not fit" in capsys.readouterr().out
+  c.rollout.num_prompts = 5  # 40 rows: 32 does not divide them
+  plan.fit(c, _FakePlanner(), chips.CHIPS["v5e"])
+  assert c.rollout.batch_size == 8
+
+
+def test_the_search_says_when_nothing_fits():
+  with pytest.raises(errors.UserError, match=r"rollout\.batch_size=4 fits"):
+    plan.fit(gsm8k.get_config(), _FakePlanner(gib=20), chips.CHIPS["v5e"])
+
+
+def _command(*arguments):
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "agrpo_jax.plan"),
+      *("--config=configs/gsm8k.py:debug", "--topology=cpu:8"),
+      "--config.model.path=agrpo_jax/assets/tiny-sudoku",
+      *("--config.data.max_prompt_length=64", "--config.data.bucket=32"),
+      *("--config.mesh.tensor=2", "--config.rollout.num_prompts=4"),
+      *("--config.rollout.batch_size=8", "--config.objective.microbatch=8"),
+      *arguments,
+    ],
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_a_whole_plan_on_eight_virtual_devices():
+  code, out, err = _command("--config.lora.rank=0")
+  assert code == 0, err
+  assert "8 devices as data 1, fsdp 4, tensor 2; full fine-tuning" in out
+  assert "prompts of 64 tokens" in out
+  # No device computes what another does: 8 rows of 64 + 24 tokens, logits at
+  # 3 positions, 8 denoising steps, shared by 8 devices.
+  network = programs.port.load_config(
+    str(ROOT / "agrpo_jax/assets/tiny-sudoku")
+  )
+  flops = 8 * transformer.forward_flops(network, 64 + 24, 3)
+  printed = float(out.split("FLOPs")[1].split()[0])
+  assert printed == pytest.approx(flops, rel=0.02)
+  assert "update: 1 a train step, outer loop 2 times" in out
+  assert "all-gather" in out
+
+
+def test_a_mesh_that_does_not_divide_the_shapes():
+  code, _, err = _command("--config.mesh.tensor=8", "--config.mesh.fsdp=1")
+  assert code == 2
+  assert "does not divide" in err
+  assert "mesh.tensor=8" in err
+  assert "Traceback" not in err

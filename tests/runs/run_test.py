@@ -1,0 +1,93 @@
+"""Tests of agrpo_jax.run: when a train step is saved."""
+
+import os
+
+import jax.numpy as jnp
+import pytest
+
+from fixtures import runs
+from agrpo_jax.runs import checkpoint_read
+from agrpo_jax.parallel import processes
+from agrpo_jax import errors
+from agrpo_jax.runs import metrics
+from agrpo_jax.runs import run as run_lib
+from agrpo_jax import types
+
+
+def state(train_step):
+  lora = {"a": jnp.full((4,), 1.0 * train_step)}
+  return types.TrainState(jnp.int32(train_step), {}, lora, ())
+
+
+def run_steps(c, accuracies=()) -> list[int]:
+  """Train steps that do nothing; which of them have a checkpoint then."""
+  with run_lib.start(c) as run:
+    run.restore(state(0), {})
+    for train_step in range(run.first_step, c.train.num_steps):
+      scalars = {"loss": 0.0}
+      if train_step < len(accuracies):
+        scalars["eval/accuracy"] = accuracies[train_step]
+      run.finish_step(state(train_step + 1), train_step, scalars)
+  return checkpoint_read.Reader(c.workdir).steps()
+
+
+@pytest.fixture
+def c(tmp_path):
+  c = runs.small(tmp_path)
+  c.train.update(num_steps=6, checkpoint_every=2, keep=9)
+  return c
+
+
+def test_a_save_that_another_process_is_still_busy_with_is_put_off(
+  c, monkeypatch
+):
+  """This process is never busy, the other one after train steps 2 to 4."""
+  calls = []
+
+  def exchange(value):
+    if not isinstance(value, tuple):
+      return [value]
+    calls.append(value)
+    return [value, (0, len(calls) in (2, 3, 4))]
+
+  monkeypatch.setattr(distributed, "exchange", exchange)
+  monkeypatch.setattr(run_lib.checkpoint.Checkpoints, "is_busy", False)
+  assert run_steps(c) == [6, 5]
+  assert calls[0] == (0, False)
+
+
+def test_the_last_train_step_and_a_stop_are_saved_in_any_case(c, monkeypatch):
+  monkeypatch.setattr(run_lib.checkpoint.Checkpoints, "is_busy", True)
+  c.train.num_steps = 3
+  assert run_steps(c) == [3]
+  c.accept_changed_config = True
+  c.train.num_steps = 6
+  monkeypatch.setattr(run_lib.StopRequest, "signal", 15)
+  with pytest.raises(errors.Stopped, match="after train step 4"):
+    run_steps(c)
+  assert checkpoint_read.Reader(c.workdir).steps() == [4, 3]
+
+
+def test_the_best_by_eval_accuracy_stays(c, monkeypatch):
+  monkeypatch.setattr(run_lib.checkpoint.Checkpoints, "is_busy", False)
+  c.train.update(keep=1, keep_best=1)
+  c.evaluate.every = 1
+  assert run_steps(c, [0.0, 0.2, 0.5, 0.5]) == [6, 3]
+
+
+def test_the_log_reaches_the_disk_before_the_checkpoint_its_name(
+  c, monkeypatch
+):
+  reader = checkpoint_read.Reader(c.workdir)
+  found = []
+
+  def fsync(number):
+    path = c.workdir + "/metrics.jsonl"
+    if os.path.samestat(os.fstat(number), os.stat(path)):
+      lines = [record["train_step"] for record in metrics.read(path)]
+      found.append((lines, reader.steps()))
+
+  c.train.num_steps = 2
+  monkeypatch.setattr(os, "fsync", fsync)
+  run_steps(c)
+  assert found == [([0, 1], [])]

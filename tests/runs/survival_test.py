@@ -1,0 +1,122 @@
+"""Disks that fill up, checkpoints that rot: what a run does about them."""
+
+import errno
+import os
+import pathlib
+import shutil
+
+import jax
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from fixtures import runs
+from agrpo_jax import errors
+from agrpo_jax.runs import metrics
+from agrpo_jax import train
+
+any_reward = runs.any_reward
+patient = runs.patient
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+  """All runs compile the same programs; once is enough."""
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  folder = str(tmp_path_factory.mktemp("programs"))
+  for name, value in zip(names, (folder, 0, -1), strict=True):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def checkpoints(c) -> list[str]:
+  folder = pathlib.Path(c.workdir) / "checkpoints"
+  return sorted(path.name for path in folder.iterdir())
+
+
+def sample_lines(c) -> str:
+  return (pathlib.Path(c.workdir) / "samples.jsonl").read_text()
+
+
+def biggest_file(folder: pathlib.Path) -> pathlib.Path:
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_a_save_without_room_stops_the_run_which_can_go_on(
+  tmp_path, monkeypatch, any_reward, patient
+):
+  def save(self, train_step, *args, **kwargs):
+    if train_step == 4:
+      # What tensorstore raises, from the thread that writes.
+      raise ValueError(
+        "RESOURCE_EXHAUSTED: Error writing ...: Failed to write 9 bytes: "
+        + os.strerror(errno.ENOSPC)
+      )
+    return original(self, train_step, *args, **kwargs)
+
+  manager = ocp.CheckpointManager
+  original = manager.save
+  monkeypatch.setattr(manager, "save", save)
+  c = runs.small(tmp_path)
+  c.train.update(num_steps=5, checkpoint_every=2)
+  with pytest.raises(errors.UserError) as error:
+    train.train(c)
+  assert c.workdir in str(error.value)
+  assert "No space left on device" in str(error.value)
+  assert "Make room" in str(error.value)
+  assert checkpoints(c) == ["2"]
+  monkeypatch.setattr(manager, "save", original)
+  train.train(c)
+  assert [step for step, *_ in runs.losses(c)] == list(range(5))
+  assert checkpoints(c) == ["2", "4", "5"]
+
+
+def test_a_log_without_room_stops_the_run(tmp_path, monkeypatch):
+  def write_line(file, record):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(metrics, "_write_line", write_line)
+  c = runs.small(tmp_path)
+  with pytest.raises(errors.UserError, match="No space left on device"):
+    train.train(c)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_alone(
+  tmp_path, any_reward, patient, caplog
+):
+  c = runs.small(tmp_path)
+  c.train.num_steps = 3
+  train.train(c)
+  expected, samples = runs.losses(c), sample_lines(c)
+  backup = tmp_path / "backup"
+  shutil.copytree(c.workdir, backup)
+  for damage in ("truncated", "flipped"):
+    shutil.rmtree(c.workdir)
+    shutil.copytree(backup, c.workdir)
+    file = biggest_file(pathlib.Path(c.workdir) / "checkpoints" / "3")
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+      del data[len(data) // 2 :]
+    else:
+      data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    caplog.clear()
+    train.train(c)
+    assert "checkpoints/3 is unreadable" in caplog.text
+    assert "Restored train step 2 instead" in caplog.text
+    # The lines of the lost step were dropped and are written again.
+    assert runs.losses(c) == expected
+    assert sample_lines(c) == samples
+    assert checkpoints(c) == ["1", "2", "3"]
+    aside = pathlib.Path(c.workdir) / "unreadable_checkpoints"
+    assert [path.name for path in aside.iterdir()] == ["3"]

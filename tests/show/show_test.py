@@ -1,0 +1,294 @@
+"""What is shown of a rollout: in a terminal, as a page, by the command."""
+
+import html.parser
+import io
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import agrpo_jax
+from agrpo_jax import adhoc
+from agrpo_jax import config as config_lib
+from agrpo_jax import errors
+from agrpo_jax.show import __main__ as show
+from agrpo_jax.show import page as page_lib
+from agrpo_jax.show import terminal
+from agrpo_jax.show import text as text_lib
+from fixtures import completions
+
+MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
+PUZZLE = "3102200002100320"
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+PLAIN = terminal.Look(width=80, eos_id=completions.EOS, is_coloured=False)
+COLOURED = terminal.Look(width=80, eos_id=completions.EOS, is_coloured=True)
+
+
+@pytest.fixture
+def accent() -> text_lib.Completion:
+  """ "é!" and a position that no step unmasked; its bytes at steps 2 and 0."""
+  return completions.completion("é!", [2, 0, 1, 4])
+
+
+def test_frames_by_hand(accent):
+  frames = [terminal.frame(accent, n, PLAIN) for n in range(4)]
+  assert frames == [["░░░"], ["▒░░"], ["▒!░"], ["é!∎"]]
+
+
+def test_colours_by_hand(accent):
+  (line,) = terminal.frame(accent, 2, COLOURED)
+  middle = terminal.colour(1, 3)
+  assert line == f"\x1b[2m▒\x1b[0m\x1b[{middle};1;7m!\x1b[0m\x1b[2m░\x1b[0m"
+  (line,) = terminal.frame(accent, 3, COLOURED, mark_new=False)
+  assert line == (
+    f"\x1b[{terminal.colour(2, 3)}mé\x1b[0m\x1b[{middle}m!\x1b[0m"
+    "\x1b[2m∎\x1b[0m"
+  )
+  # The first step and the last have the ends of the scale, however many.
+  assert terminal.colour(0, 1) == terminal.colour(0, 99)
+  assert terminal.colour(2, 3) == terminal.colour(98, 99)
+
+
+def test_lines_break_at_the_width_and_do_not_jump():
+  text = "ab日c\n\nd"
+  size = len(text.encode())
+  found = completions.completion(text, [0] * 4 + [3] * (size - 4))
+  narrow = terminal.Look(width=4, eos_id=1, is_coloured=False)
+  frames = [terminal.frame(found, n, narrow) for n in (0, 1, 4)]
+  assert frames[-1] == ["ab日", "c↵", "↵", "d"]
+  assert frames[1] == ["ab▒▒", "░░", "░", "░"]
+  assert frames[0] == ["░░░░", "░░", "░", "░"]
+
+
+def test_model_text_sends_nothing_to_the_terminal():
+  found = completions.completion("\x1b[2J", [0, 0, 0, 0])
+  assert terminal.frame(found, 1, PLAIN) == ["<U+001B>[2J"]
+
+
+def test_static_ends_with_the_whole_completion(accent):
+  lines = terminal.static(accent, PLAIN)
+  assert lines[-2:] == ["after 3 of 3 steps", "é!∎"]
+  assert "after 1 of 3 steps" in lines
+  assert "\x1b" not in "".join(lines)
+
+
+def test_animation_draws_over_itself(accent):
+  out, waits = io.StringIO(), []
+  terminal.animate(
+    accent, PLAIN, height=24, out=out, seconds=8.0, sleep=waits.append
+  )
+  assert waits == [2.0] * 4
+  assert ESCAPES.sub("", out.getvalue()).split("\n") == [
+    *("step 0 of 3", "░░░"),
+    *("\rstep 1 of 3", "▒░░"),
+    *("\rstep 2 of 3", "▒!░"),
+    *("\rstep 3 of 3", "é!∎"),
+    *("\r3 steps", "é!∎"),
+    "",
+  ]
+  assert out.getvalue().count("\x1b[2A\r\x1b[J") == 4
+
+
+def test_an_interrupted_animation_gives_the_cursor_back(accent):
+  def interrupt(seconds):
+    raise KeyboardInterrupt
+
+  out = io.StringIO()
+  with pytest.raises(KeyboardInterrupt):
+    terminal.animate(
+      accent, PLAIN, height=24, out=out, seconds=1.0, sleep=interrupt
+    )
+  assert out.getvalue().endswith("\x1b[?25h")
+
+
+def test_animation_stays_within_the_screen():
+  found = completions.completion("a\n" * 20, [0] * 20 + [2] * 20)
+  out = io.StringIO()
+  terminal.animate(
+    found, PLAIN, height=10, out=out, seconds=0.0, sleep=lambda _: None
+  )
+  *frames, whole = out.getvalue().split("\r\x1b[J")
+  assert all(frame.count("\n") < 10 for frame in frames)
+  assert "a↵" in frames[-1]  # where the last step unmasked something
+  assert whole.count("a↵") == 20
+
+
+def test_colour_can_be_refused():
+  assert terminal.wants_colour({})
+  assert terminal.wants_colour({"NO_COLOR": ""})
+  assert not terminal.wants_colour({"NO_COLOR": "1"})
+  assert not terminal.wants_colour({"TERM": "dumb"})
+
+
+class _Parsed(html.parser.HTMLParser):
+  """The tags of a page with their attributes, and its tokens."""
+
+  def __init__(self, page: str):
+    super().__init__()
+    self.tags: list[tuple[str, dict]] = []
+    self.tokens: list[tuple[dict, str]] = []
+    self._open: list[str] = []
+    self.feed(page)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag == "i":
+      self.tokens.append((dict(attrs), ""))
+    self._open.append(tag)
+
+  def handle_endtag(self, tag):
+    while self._open and self._open.pop() != tag:
+      pass
+
+  def handle_data(self, data):
+    if self._open and self._open[-1] == "i":
+      attrs, text = self.tokens.pop()
+      self.tokens.append((attrs, text + data))
+
+
+def page(*completions: text_lib.Completion, **changes) -> page_lib.Page:
+  fields = dict(
+    title="model",
+    settings="settings",
+    prompt="prompt",
+    raw_prompt="raw",
+    completions=completions,
+    block_length=2,
+    eos_id=completions.EOS,
+    eos_name="<|eos|>",
+  )
+  return page_lib.Page(**(fields | changes))
+
+
+def test_page_by_hand(accent):
+  parsed = _Parsed(page_lib.render(page(accent)))
+  tokens = [
+    (attrs["class"], attrs["data-done"], attrs["data-first"], text)
+    for attrs, text in parsed.tokens
+    if "data-done" in attrs
+  ]
+  assert tokens == [
+    ("", "3", "1", "é"),
+    ("block", "2", "2", "!"),
+    ("special filled", "3", "3", "∎"),
+  ]
+  styles = [attrs["style"] for attrs, _ in parsed.tokens if "style" in attrs]
+  # exp(-0.5), the last of three steps, 1 of at most 1.5 nats.
+  assert styles[0] == "--p:0.607;--s:1.000;--h:0.667"
+  tip = next(
+    attrs["data-tip"] for attrs, _ in parsed.tokens if "style" in attrs
+  )
+  assert "unmasked at step 3\nprobability 0.779 (log -0.250)" in tip
+  assert "entropy 1.000 nats" in tip
+  slider = next(attrs for tag, attrs in parsed.tags if tag == "input")
+  assert slider["max"] == "3"
+  articles = [attrs for tag, attrs in parsed.tags if tag == "article"]
+  assert [attrs["data-done"] for attrs in articles] == ["[3, 1, 2]"]
+
+
+def test_what_the_model_writes_is_never_markup():
+  hostile = "</script><script>x()</script>\"' onclick=x() <b>@@STEPS@@&amp;"
+  token = text_lib.Token(0, id=5, unmask_step=0, logprob=-1.0, entropy=1.0)
+  piece = text_lib.Piece(hostile, is_special=False, tokens=(token,))
+  found = text_lib.Completion((piece,), num_steps=1, text=hostile)
+  rendered = page_lib.render(
+    page(found, title=hostile, prompt=hostile, raw_prompt=hostile)
+  )
+  parsed = _Parsed(rendered)
+  shown = [text for attrs, text in parsed.tokens if "data-done" in attrs]
+  assert shown == [hostile]
+  tags = [tag for tag, _ in parsed.tags]
+  assert tags.count("script") == 1
+  assert not any("onclick" in attrs for _, attrs in parsed.tags)
+  bars = sum(attrs.get("class") == "bar" for _, attrs in parsed.tags)
+  assert tags.count("b") == bars + found.num_steps
+
+
+def test_page_loads_nothing(accent):
+  rendered = page_lib.render(page(accent, accent))
+  assert "@@" not in rendered
+  assert not re.search(r"https?:|//[a-z]|url\(|@import", rendered)
+  parsed = _Parsed(rendered)
+  for _, attrs in parsed.tags:
+    assert not {"src", "href", "srcset", "action"} & attrs.keys()
+  policy = next(
+    attrs["content"] for _, attrs in parsed.tags if "http-equiv" in attrs
+  )
+  assert policy.startswith("default-src 'none'")
+
+
+def sudoku(**changes) -> config_lib.ConfigDict:
+  fields = dict(
+    completion_length=16, block_length=16, num_denoise_steps=8, temperature=1.0
+  )
+  return adhoc.config(None, str(MODEL), **(fields | changes))
+
+
+def test_draws_what_it_shows():
+  shown = show.draw(sudoku(), prompt=PUZZLE, example=None, num_completions=2)
+  assert shown.prompt == PUZZLE
+  assert f"user<|end_header_id|>\n\n{PUZZLE}<|eot_id|>" in shown.raw_prompt
+  assert shown.eos_name == "<|endoftext|>"
+  for one in shown.completions:
+    assert re.fullmatch("[1-4]{16}", one.text)
+    steps = sorted(token.unmask_step for token in one.tokens)
+    assert steps == [step for step in range(8) for _ in range(2)]
+    assert all(token.logprob <= 0 <= token.entropy for token in one.tokens)
+  # The first of two is the only one of one.
+  alone = show.draw(sudoku(), prompt=PUZZLE, example=None, num_completions=1)
+  for a, b in zip(
+    alone.completions[0].tokens, shown.completions[0].tokens, strict=True
+  ):
+    assert (a.id, a.unmask_step) == (b.id, b.unmask_step)
+
+
+def test_mistakes_are_named():
+  with pytest.raises(errors.UserError, match="Which model"):
+    adhoc.config(None)
+  with pytest.raises(errors.UserError, match="block_length=5"):
+    sudoku(block_length=5)
+  c = sudoku(temperature=0.0)
+  with pytest.raises(errors.UserError, match="all be the same"):
+    show.draw(c, prompt=PUZZLE, example=None, num_completions=2)
+  with pytest.raises(errors.UserError, match="num_completions=0"):
+    show.draw(c, prompt=PUZZLE, example=None, num_completions=0)
+  with pytest.raises(errors.UserError, match="needs a task"):
+    show.draw(c, prompt="", example=1, num_completions=1)
+  with pytest.raises(errors.UserError, match="empty"):
+    show.draw(c, prompt="", example=None, num_completions=1, is_plain=True)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "agrpo_jax.show", *arguments],
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_the_command(tmp_path):
+  file = tmp_path / "page.html"
+  done = run("--config=configs/sudoku_tiny.py", "--example=3", f"--html={file}")
+  assert done.returncode == 0, done.stderr
+  plain = ESCAPES.sub("", done.stdout)
+  assert plain != done.stdout  # coloured
+  assert re.search(r"after 16 of 16 steps\n[1-4]{16}\n", plain)
+  assert str(file) in plain
+  tokens = [
+    text
+    for attrs, text in _Parsed(file.read_text("utf-8")).tokens
+    if "data-done" in attrs
+  ]
+  assert "".join(tokens) in plain
+  for arguments, message in (
+    ([], "Give a prompt"),
+    (["one", "two"], "Unknown arguments two"),
+    (["one", f"--html={tmp_path}/no/page.html"], "is in no folder"),
+  ):
+    done = run(f"--model={MODEL}", *arguments)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr

@@ -1,0 +1,160 @@
+"""tasks: by name, by path, shown; options checked; docs that work."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax import tasks
+from agrpo_jax.grading import pool
+from agrpo_jax.tasks import base
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_DEFAULTS = {"count": 3, "share": 0.5, "name": "a", "flag": True}
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_built_in_tasks_have_every_function(name):
+  task = tasks.get(name)
+  assert all(callable(getattr(task, function)) for function in tasks.REQUIRED)
+  weights = task.reward_weights({})
+  assert all(isinstance(weight, float) for weight in weights.values())
+
+
+@pytest.mark.parametrize("name", ["", "gsm", "base", "os", "../gsm8k"])
+def test_unknown_name_lists_the_known_ones(name):
+  with pytest.raises(errors.UserError, match="countdown, gsm8k, math, sudoku"):
+    tasks.get(name)
+
+
+@pytest.fixture
+def reverse(tmp_path):
+  """The file of docs/custom_task.md."""
+  text = (_ROOT / "docs/custom_task.md").read_text()
+  path = tmp_path / "reverse.py"
+  path.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+  return str(path)
+
+
+def test_documented_task_works(reverse):
+  task = tasks.get("", reverse)
+  train, test = task.examples("train"), task.examples("test")
+  assert len(train) == 4 and len(test) == 2
+  assert train[0].fields == {"gold": "egnaro"}
+  assert task.demonstration(train[0], None, None) == "egnaro"
+  with pool.Grader(
+    "", {"exact_weight": 5.0}, num_workers=1, task_path=reverse
+  ) as grader:
+    fields = [train[0].fields] * 2
+    graded = grader.submit(["egnaro\n", "egnxxx"], fields).result(60)
+  assert graded.reward_B.tolist() == [6.0, 0.5]
+  assert graded.grade_B.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+  "name, text, message",
+  [
+    ("gone.py", None, "does not exist"),
+    ("task.txt", "x = 1", r"must end in \.py"),
+    ("task.py", "x =", "failed to load: SyntaxError"),
+    ("task.py", "import nowhere_to_be_found", "ModuleNotFoundError"),
+    ("task.py", "def reward(): pass", "lacks examples, reward_weights, grade"),
+  ],
+)
+def test_bad_task_file(tmp_path, name, text, message):
+  path = tmp_path / name
+  if text is not None:
+    path.write_text(text)
+  with pytest.raises(errors.UserError, match=message):
+    tasks.get("", str(path))
+
+
+def test_settings_are_defaults_overridden():
+  given = {"count": 5, "share": 1}
+  assert base.settings(given, _DEFAULTS, "t") == _DEFAULTS | given
+  assert isinstance(base.settings(given, _DEFAULTS, "t")["share"], float)
+  assert base.settings(None, _DEFAULTS, "t") == _DEFAULTS
+
+
+def test_settings_report_everything_at_once():
+  given = {"cuont": 1, "share": "x", "count": True, "flag": 1, "name": None}
+  with pytest.raises(errors.UserError) as caught:
+    base.settings(given, _DEFAULTS, "t")
+  message = str(caught.value)
+  for piece in [
+    "'cuont' is unknown",
+    "share='x' must be of type float",
+    "count=True must be of type int",
+    "flag=1 must be of type bool",
+    "name=None must be of type str",
+    "count, flag, name, share",
+  ]:
+    assert piece in message
+
+
+def test_provenance_names_the_problems_and_not_the_prompts():
+  def examples(text, gold):
+    return [tasks.Example(0, base.user_turn(text), {"gold": gold})]
+
+  one = base.fingerprint(examples("a", 1))
+  assert one == base.fingerprint(examples("b", 1))
+  assert one != base.fingerprint(examples("a", 2))
+
+  task = types.SimpleNamespace(PUBLISHED={one: "little split"})
+  published = tasks.provenance(task, examples("c", 1))
+  assert published.startswith("the published little split (1 problems")
+  assert tasks.provenance(task, examples("c", 2)).startswith("not a published")
+
+
+def _show(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "agrpo_jax.tasks", *arguments],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def test_show(tmp_path):
+  path = tmp_path / "test.jsonl"
+  row = {"question": "6 times 3?", "answer": "#### 18"}
+  path.write_text(json.dumps(row) + "\n")
+  done = _show("--show=gsm8k", "--protocol=agrpo", f"--path={path}")
+  assert done.returncode == 0, done.stderr
+  for piece in [
+    "--- system",
+    "<think>",
+    "6 times 3?",
+    "gold: 18",
+    "3.000  c",
+  ]:
+    assert piece in done.stdout
+
+
+def test_show_with_options():
+  done = _show("--show=sudoku", "--option=shots=0", "--option=min_blanks=7")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("Puzzle: ") == 1
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([], "Say which task"),
+    (["--show=gsm"], "countdown, gsm8k, math, sudoku"),
+    (["--show=sudoku", "--option=shots"], "name=value"),
+    (["--show=sudoku", "--option=num_examples=4", "--index=4"], "0 and 3"),
+    (["--show=gsm8k", "--path=/nowhere"], "/nowhere does not exist"),
+  ],
+)
+def test_show_mistakes_end_with_one_message(arguments, message):
+  done = _show(*arguments)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
