@@ -144,7 +144,7 @@ def test_work_directory_in_use(tmp_path):
   c = debug_config(tmp_path)
   script = (
     "import sys, time\n"
-    "from agrpo_jax import workdir\n"
+    "from agrpo_jax.runs import workdir\n"
     f"with workdir.claim({c.workdir!r}):\n"
     "  print('mine', flush=True)\n"
     "  time.sleep(60)\n"

@@ -24,7 +24,7 @@ from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
-from agrpo_jax.plan import cost
+from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import hlo
 from agrpo_jax.port import model_folder
 
@@ -75,7 +75,7 @@ class Program:
   temporaries: int = 0
   resident: int = 0
   trips: int = 0
-  cost: cost.Cost = dataclasses.field(default_factory=cost.Cost)
+  cost: cost_lib.Cost = dataclasses.field(default_factory=cost_lib.Cost)
   compile_seconds: float = 0.0
   refusal: str = ""
 
@@ -282,7 +282,7 @@ class Planner:
       + memory.generated_code_size_in_bytes,
       resident=resident,
       trips=trips,
-      cost=cost.of(hlo.Program(compiled.as_text()), trips),
+      cost=cost_lib.of(hlo.Program(compiled.as_text()), trips),
       compile_seconds=time.monotonic() - start,
     )
 

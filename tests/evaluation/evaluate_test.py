@@ -244,7 +244,7 @@ def test_mistakes_of_the_user(c, arguments, message):
 def test_the_mesh_is_without_effect(run_in_subprocess, whole):
   script = f"""
     import sys
-    sys.path.insert(0, {str(ROOT / "tests")!r})
+    sys.path.insert(0, {str(ROOT / "tests/evaluation")!r})
     import evaluate_test, json
     from agrpo_jax.evaluation import accuracy
     c = evaluate_test.config(batch_size=8)

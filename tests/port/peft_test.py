@@ -37,7 +37,7 @@ def adapter_of(params, targets, seed=0):
 def saved(folder, targets=lora_lib.TARGETS):
   config, params = model_folder.load(GQA, dtype="float32")
   settings, adapter = adapter_of(params, targets)
-  model_folder.save_peft(folder, config, adapter, settings, base="some/base")
+  peft.save(folder, config, adapter, settings, base="some/base")
   return config, params, settings, adapter
 
 
@@ -121,7 +121,7 @@ class TestSave:
     settings, adapter = adapter_of(
       transformer.abstract_params(config), ("down",)
     )
-    model_folder.save_peft(tmp_path, config, adapter, settings)
+    peft.save(tmp_path, config, adapter, settings)
     described = json.loads((tmp_path / peft.CONFIG).read_text())
     assert described["target_modules"] == ["ff_out"]
 
@@ -196,15 +196,12 @@ class TestMerge:
     """The merged checkpoint has the logits of base plus adapter."""
     config, params, settings, adapter = saved(tmp_path / "adapter")
     out = run_in_subprocess(f"""
-      import sys
-      from agrpo_jax import command
-      from agrpo_jax.port import model_folder
+      import runpy, sys
       sys.argv = [
         "port", "--from={GQA}", "--to={tmp_path / "merged"}",
         "--merge_adapter={tmp_path / "adapter"}", "--dtype=float32",
       ]
-      model_folder._define_flags()
-      command.main(model_folder.main)
+      runpy.run_module("agrpo_jax.port", run_name="__main__")
     """)
     assert "204,224 parameters" in out
     _, merged = model_folder.load(tmp_path / "merged")

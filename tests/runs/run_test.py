@@ -50,7 +50,7 @@ def test_a_save_that_another_process_is_still_busy_with_is_put_off(
     calls.append(value)
     return [value, (0, len(calls) in (2, 3, 4))]
 
-  monkeypatch.setattr(distributed, "exchange", exchange)
+  monkeypatch.setattr(processes, "exchange", exchange)
   monkeypatch.setattr(run_lib.checkpoint.Checkpoints, "is_busy", False)
   assert run_steps(c) == [6, 5]
   assert calls[0] == (0, False)

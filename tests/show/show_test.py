@@ -149,13 +149,13 @@ class _Parsed(html.parser.HTMLParser):
       self.tokens.append((attrs, text + data))
 
 
-def page(*completions: text_lib.Completion, **changes) -> page_lib.Page:
+def page(*shown: text_lib.Completion, **changes) -> page_lib.Page:
   fields = dict(
     title="model",
     settings="settings",
     prompt="prompt",
     raw_prompt="raw",
-    completions=completions,
+    completions=shown,
     block_length=2,
     eos_id=completions.EOS,
     eos_name="<|eos|>",

@@ -1,0 +1,1 @@
+"""A work directory that survives kills."""
