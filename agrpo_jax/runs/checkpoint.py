@@ -27,10 +27,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from agrpo_jax.runs import checkpoint_meta
-from agrpo_jax.runs import checkpoint_read
 from agrpo_jax import errors
 from agrpo_jax import types
+from agrpo_jax.runs import checkpoint_meta
+from agrpo_jax.runs import checkpoint_read
 
 
 class Checkpoints:

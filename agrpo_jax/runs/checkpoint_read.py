@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from agrpo_jax.runs import checkpoint_meta
-from agrpo_jax.parallel import processes
 from agrpo_jax import errors
 from agrpo_jax import types
+from agrpo_jax.parallel import processes
+from agrpo_jax.runs import checkpoint_meta
 
 # Network folders show what another host wrote after a while.
 _PATIENCE_SECONDS = 10

@@ -20,14 +20,14 @@ from typing import Any
 
 from absl import logging
 
-from agrpo_jax.runs import checkpoint
 from agrpo_jax import config as config_lib
 from agrpo_jax import config_check
-from agrpo_jax.parallel import processes
 from agrpo_jax import errors
-from agrpo_jax.runs import metrics
-from agrpo_jax.evaluation import records
 from agrpo_jax import types
+from agrpo_jax.evaluation import records
+from agrpo_jax.parallel import processes
+from agrpo_jax.runs import checkpoint
+from agrpo_jax.runs import metrics
 from agrpo_jax.runs import workdir
 
 # Keys that say where and how to log, not what to compute.

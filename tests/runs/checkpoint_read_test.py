@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from agrpo_jax.runs import checkpoint
-from agrpo_jax.runs import checkpoint_read
 from agrpo_jax import errors
 from agrpo_jax import types
+from agrpo_jax.runs import checkpoint
+from agrpo_jax.runs import checkpoint_read
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrpo_jax.runs import checkpoint
-from agrpo_jax.runs import checkpoint_read
 from agrpo_jax import errors
 from agrpo_jax import optimizer
 from agrpo_jax import types
+from agrpo_jax.runs import checkpoint
+from agrpo_jax.runs import checkpoint_read
 
 MODEL = {"path": "models/tiny", "checksum": "0123"}
 META = {"base_model": MODEL, "config": {"rank": 4}, "metrics": {"reward": 0.5}}

@@ -5,13 +5,13 @@ import os
 import jax.numpy as jnp
 import pytest
 
-from fixtures import runs
-from agrpo_jax.runs import checkpoint_read
-from agrpo_jax.parallel import processes
 from agrpo_jax import errors
+from agrpo_jax import types
+from agrpo_jax.parallel import processes
+from agrpo_jax.runs import checkpoint_read
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import run as run_lib
-from agrpo_jax import types
+from fixtures import runs
 
 
 def state(train_step):

@@ -10,10 +10,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from fixtures import runs
 from agrpo_jax import errors
-from agrpo_jax.runs import metrics
 from agrpo_jax import train
+from agrpo_jax.runs import metrics
+from fixtures import runs
 
 any_reward = runs.any_reward
 patient = runs.patient
