@@ -141,7 +141,7 @@ def examples(c: config_lib.ConfigDict, split: str) -> list[tasks.Example]:
         path,
       )
   return task(c).examples(
-    split, path=path or None, options=c.task.options.to_dict()
+    split, path=path or None, options=config_lib.task_options(c)
   )
 
 
@@ -186,7 +186,7 @@ def pairs(
         "leave config.task.name empty."
       )
     rows = dataset(c, tokenizer, "train")
-    options = c.task.options.to_dict()
+    options = config_lib.task_options(c)
 
     def completion_fn(example: tasks.Example, rng: random.Random) -> str:
       return task(c).demonstration(example, rng, options)
@@ -212,8 +212,8 @@ def pairs(
 def grader(c: config_lib.ConfigDict) -> pool.Grader:
   return pool.Grader(
     c.task.name,
-    c.task.options.to_dict(),
-    {k: w for k, w in c.task.reward_weights.items() if w is not None},
+    config_lib.task_options(c),
+    c.task.reward_weights.to_dict(),
     c.grading.num_workers,
     c.grading.timeout_seconds,
     task_path=c.task.path or None,

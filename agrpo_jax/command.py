@@ -21,7 +21,12 @@ from agrpo_jax import errors
 from agrpo_jax.parallel import processes
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/; --config.KEY=VALUE changes a key."
+  "config",
+  None,
+  "A file in configs/; --config.KEY=VALUE changes a key.",
+  # What has legal keys is locked by config.py; options of a task are free.
+  lock_config=False,
+  accept_new_attributes=True,
 )
 _PROCESSES = {
   "coordinator": "Of a run of several processes: HOST:PORT of process 0.",

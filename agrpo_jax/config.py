@@ -50,8 +50,9 @@ def _common() -> ConfigDict:
 
   c.task = task = ConfigDict()
   task.name = ""  # gsm8k, math, countdown, sudoku
-  task.path = ""  # a task of your own: its Python file
-  task.options = _free()  # filled by `use_task`; explained in its module
+  task.path = ""  # a task of your own, in place of `name`: its Python file
+  task.options = _free()  # of the task; explained in its module
+  task.defaults = _free()  # of the task `name` alone: filled by `use_task`
 
   c.data = data = ConfigDict()
   # Local file of problems, or folder of train.* and test.*; "": generated or
@@ -86,20 +87,34 @@ def _common() -> ConfigDict:
 
 
 def _free() -> ConfigDict:
-  """A sub-tree whose keys belong to the task."""
+  """Returns a sub-tree that takes any key, on the command line too."""
   return ConfigDict(type_safe=False)
 
 
+def _lock(c: ConfigDict) -> ConfigDict:
+  """Locks `c`, so that a misspelt key is an error; free sub-trees stay open."""
+  c.lock()
+  free = [c.task.options, c.task.defaults, c.task.get("reward_weights")]
+  for sub in (*free, c.model.get("network")):
+    if sub is not None:
+      sub.unlock()
+  return c
+
+
 def use_task(c: ConfigDict, name: str, **options: Any) -> None:
-  """Sets the task, with all its options so that each can be overridden."""
-  module = tasks.get(name)
+  """Sets the task and all its options, for the record of a run.
+
+  They stand in `task.defaults` and not in `task.options`: another task, given
+  by `task.path`, is then not handed the options of this one.
+  """
   c.task.name = name
-  c.task.options.update(module.DEFAULTS | options)
-  if "reward_weights" in c.task:
-    for part in module.reward_weights(options):
-      c.task.reward_weights[part] = ml_collections.config_dict.placeholder(
-        float
-      )
+  c.task.defaults = {**tasks.get(name).DEFAULTS, **options}
+
+
+def task_options(c: ConfigDict) -> dict[str, Any]:
+  """Returns the options that the task of `c` is given."""
+  defaults = {} if c.task.path else c.task.defaults.to_dict()
+  return defaults | c.task.options.to_dict()
 
 
 def _sampling(sub: ConfigDict) -> None:
@@ -118,7 +133,7 @@ def _sampling(sub: ConfigDict) -> None:
 def rl() -> ConfigDict:
   """Defaults of `agrpo_jax.main`: the exact estimator."""
   c = _common()
-  c.task.reward_weights = _free()  # per part; None: the task's own weight
+  c.task.reward_weights = _free()  # of parts; the others keep the task's own
 
   c.rollout = rollout = ConfigDict()
   _sampling(rollout)
@@ -160,7 +175,7 @@ def rl() -> ConfigDict:
   e.threshold = ml_collections.config_dict.placeholder(float)
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion
-  return c
+  return _lock(c)
 
 
 def sft() -> ConfigDict:
@@ -174,7 +189,7 @@ def sft() -> ConfigDict:
   s.batch_size = 32  # demonstrations per train step
   s.microbatch = 32  # of them at once
   s.output = ""  # folder for the checkpoint in Hugging Face's layout
-  return c
+  return _lock(c)
 
 
 def paper(c: ConfigDict) -> None:

@@ -67,10 +67,10 @@ def _common_problems(c: config.ConfigDict) -> _Checks:
       found.known("lora.targets", target, config.LORA_TARGETS)
   if "sft" not in c or not c.data.path:
     found.want(
-      bool(c.task.name) != bool(c.task.path),
+      bool(c.task.name or c.task.path),
       "task.name",
       c.task.name,
-      f"set, or task.path ({c.task.path!r}), and not both",
+      "a task's name, or task.path the file of one",
     )
   found.positive("data", c.data, "max_prompt_length", "bucket")
   found.positive("train", c.train, "num_steps", "checkpoint_every", "keep")

@@ -144,7 +144,7 @@ def _examples(c: config_lib.ConfigDict, pairs: str) -> list[tasks.Example]:
       f"The task {c.task.name or c.task.path!r} makes no demonstrations; give "
       "--pairs=FILE.jsonl."
     )
-  options = c.task.options.to_dict()
+  options = config_lib.task_options(c)
   examples = build.examples(c, c.evaluate.split)
   return [
     tasks.Example(

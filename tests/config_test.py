@@ -72,10 +72,25 @@ def test_all_problems_at_once_by_their_full_names():
     assert part in str(error.value)
 
 
-def test_use_task_lists_every_option_and_part():
+def test_use_task_lists_every_option():
   c = config_lib.rl()
   config_lib.use_task(c, "sudoku", protocol="bare")
-  assert c.task.options.protocol == "bare"
-  assert "min_blanks" in c.task.options
-  assert set(c.task.reward_weights.values()) == {None}
-  c.task.reward_weights.cells = 2.0  # what the command line does
+  c.task.options.shots = 0  # what the command line does
+  options = config_lib.task_options(c)
+  assert (options["protocol"], options["shots"]) == ("bare", 0)
+  assert "min_blanks" in options
+
+
+def test_a_task_of_ones_own_gets_its_own_options_alone():
+  c = config_lib.rl()
+  config_lib.use_task(c, "sudoku", protocol="bare")
+  c.task.path = "reverse.py"
+  c.task.options.exact_weight = 5.0
+  assert config_lib.task_options(c) == {"exact_weight": 5.0}
+
+
+@pytest.mark.parametrize("make", [config_lib.rl, config_lib.sft])
+def test_a_misspelt_key_is_an_error(make):
+  c = make()
+  with pytest.raises(AttributeError, match="learning_rate"):
+    c.optimizer.learning_rat = 1.0

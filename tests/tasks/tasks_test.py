@@ -1,6 +1,7 @@
 """tasks: by name, by path, shown; options checked; docs that work."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -32,12 +33,14 @@ def test_unknown_name_lists_the_known_ones(name):
     tasks.get(name)
 
 
+_DOCUMENT = (_ROOT / "docs/custom_task.md").read_text()
+
+
 @pytest.fixture
 def reverse(tmp_path):
   """The file of docs/custom_task.md."""
-  text = (_ROOT / "docs/custom_task.md").read_text()
   path = tmp_path / "reverse.py"
-  path.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+  path.write_text(re.search(r"```python\n(.*?)```", _DOCUMENT, re.DOTALL)[1])
   return str(path)
 
 
@@ -54,6 +57,44 @@ def test_documented_task_works(reverse):
     graded = grader.submit(["egnaro\n", "egnxxx"], fields).result(60)
   assert graded.reward_B.tolist() == [6.0, 0.5]
   assert graded.grade_B.tolist() == [1.0, 0.0]
+
+
+def test_documented_commands_work(tmp_path, reverse):
+  """Those of docs/custom_task.md as they stand, beside its file."""
+  for name in ("agrpo_jax", "configs"):
+    (tmp_path / name).symlink_to(_ROOT / name)
+  commands = re.findall(r"^    (python -m (?:.*\\\n)*.*)$", _DOCUMENT, re.M)
+  assert len(commands) == 2
+  said = [_shell(command, tmp_path) for command in commands]
+  assert "Write orange backwards." in said[0]
+  config = json.loads((tmp_path / "runs/reverse/config.json").read_text())
+  assert config["task"]["options"] == {"exact_weight": 5.0}
+  lines = (tmp_path / "runs/reverse/metrics.jsonl").read_text().splitlines()
+  assert "rewards/exact/mean" in json.loads(lines[0])
+  misspelt = commands[1].replace("exact_weight", "exact_wieght")
+  misspelt = misspelt.replace("runs/reverse", "runs/misspelt")
+  said = _shell(misspelt, tmp_path, code=2)
+  assert "'exact_wieght' is unknown" in said
+
+
+def _shell(command, folder, code=0):
+  """Returns what a command line says, on both streams."""
+  done = subprocess.run(
+    ["bash", "-c", command],
+    cwd=folder,
+    env={
+      **os.environ,
+      "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+      "PYTHONPATH": str(_ROOT),
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == code, done.stdout
+  return done.stdout
 
 
 @pytest.mark.parametrize(
