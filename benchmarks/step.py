@@ -82,7 +82,7 @@ def network(layers, width, heads, mlp, vocab):
 
 
 PRESETS = {
-  # What the released code was timed on, see `docs/benchmarks.md`.
+  # What the released code was timed on: benchmarks/results/mid_cpu.md.
   "mid": Preset(
     network=network(8, 512, 8, 1536, 8192),
     dtype="float32",

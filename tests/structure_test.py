@@ -276,3 +276,21 @@ def test_words_that_have_no_place_here(pattern):
     if pattern.search(line)
   ]
   assert not found
+
+
+# A file of the project that a text names, such as docs/survival.md.
+CITED = re.compile(
+  r"(?<![\w/.-])(?:docs|benchmarks|tests)/[\w/-]+\.(?:md|py|json)\b"
+)
+
+
+def test_files_that_are_cited_exist():
+  here = str(pathlib.Path(__file__).relative_to(ROOT))
+  missing = [
+    f"{path}: {cited}"
+    for path, text in _project_texts()
+    if path != here
+    for cited in CITED.findall(text)
+    if not (ROOT / cited).exists()
+  ]
+  assert not missing
