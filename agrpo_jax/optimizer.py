@@ -49,7 +49,7 @@ class Optimizer:
 
 
 def problems(settings: Optimizer) -> list[str]:
-  """What is wrong with the settings, one line each; empty when all is well."""
+  """Returns what is wrong with the settings, a line each; [] for nothing."""
   found = []
 
   def want(is_fine: bool, name: str, legal: str) -> None:
@@ -76,26 +76,40 @@ def problems(settings: Optimizer) -> list[str]:
 
 
 def schedule(settings: Optimizer) -> optax.Schedule:
-  """Learning rate of update u = 0, 1, ...
+  """Returns the learning rate of update u = 0, 1, ... as a function.
 
   With w = `warmup_steps`, n = `num_updates`: peak (u + 1) / (w + 1) while
   u < w; then the peak, or peak (1 + cos(pi (u - w) / (n - w))) / 2. So no
   gradient, which cost a rollout, is multiplied by zero.
   """
   peak, warmup = settings.learning_rate, settings.warmup_steps
-  after: optax.Schedule
-  if settings.schedule == "cosine":
-    after = optax.cosine_decay_schedule(peak, settings.num_updates - warmup)
-  else:
-    after = optax.constant_schedule(peak)
-  if not warmup:
-    return after
-  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-  return optax.join_schedules([rise, after], [warmup])
+  first = peak / (warmup + 1)
+  if settings.schedule == "constant":
+    return optax.warmup_constant_schedule(first, peak, warmup)
+  return optax.warmup_cosine_decay_schedule(
+    first, peak, warmup, settings.num_updates
+  )
+
+
+def last_learning_rate(settings: Optimizer, opt_state: Any) -> jax.Array:
+  """Returns the rate of the newest update; before the first one, the first's.
+
+  Args:
+    settings: that `make` was given.
+    opt_state: a state of that optimizer. It counts its updates itself: a batch
+      without anything to learn from makes none.
+  """
+  count = optax.tree.get(
+    opt_state,
+    "count",
+    # Adam counts too, under the same name.
+    filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
+  )
+  return schedule(settings)(jnp.maximum(count - 1, 0))
 
 
 def make(settings: Optimizer) -> optax.GradientTransformation:
-  """The chain: clip, Adam, weight decay, minus the learning rate.
+  """Returns the chain: clip, Adam, weight decay, minus the learning rate.
 
   Its `init` raises ValueError for trained arrays that are not float32: in
   bfloat16 an update of one part in a thousand rounds to nothing.
@@ -106,6 +120,8 @@ def make(settings: Optimizer) -> optax.GradientTransformation:
   found = problems(settings)
   if found:
     raise errors.UserError("Wrong optimizer settings:\n  " + "\n  ".join(found))
+  # Not `optax.adamw`: its state would nest one level deeper, and checkpoints
+  # that are there could not be read.
   chain = optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
     optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
@@ -127,7 +143,7 @@ def make(settings: Optimizer) -> optax.GradientTransformation:
 
 
 def is_decayed(params: Any) -> Any:
-  """The same tree of bools: whether weight decay acts on the array."""
+  """Returns the same tree of bools: whether weight decay acts on an array."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key not in _UNDECAYED, params
   )
@@ -139,7 +155,7 @@ def state_shardings(
   params_shardings: Any,
   other: jax.sharding.Sharding,
 ) -> Any:
-  """Where the optimizer's state goes: moments lie with their parameters.
+  """Returns where the optimizer's state goes: moments with their parameters.
 
   Args:
     transformation: from `make`.

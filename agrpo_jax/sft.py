@@ -168,7 +168,8 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
     policy = build.policy(c)
     build.check_rows(policy.mesh, "sft.microbatch", c.sft.microbatch)
     pairs = build.pairs(c, policy.tokenizer)
-    transformation = optimizer.make(config_lib.optimizer_settings(c))
+    settings = config_lib.optimizer_settings(c)
+    transformation = optimizer.make(settings)
     state = build.init_state(policy, transformation)
     state = run.restore(state, policy.base_model)
     learn = jax.jit(
@@ -190,6 +191,9 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
       )
       state, learned = learn(
         state, jax.device_put(batch, mesh_lib.rows(policy.mesh))
+      )
+      learned["learning_rate"] = optimizer.last_learning_rate(
+        settings, state.opt_state
       )
       scalars = metrics.to_floats(learned)
       clock.lap("update")

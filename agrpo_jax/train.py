@@ -10,6 +10,7 @@ import numpy as np
 from agrpo_jax import build
 from agrpo_jax import config as config_lib
 from agrpo_jax import data
+from agrpo_jax import optimizer
 from agrpo_jax import types
 from agrpo_jax.evaluation import accuracy
 from agrpo_jax.grading import pool
@@ -80,6 +81,9 @@ def train(c: config_lib.ConfigDict) -> None:
         draw_key,
         rows.id_Bx2,
         reference,
+      )
+      learned["learning_rate"] = optimizer.last_learning_rate(
+        config_lib.optimizer_settings(c), state.opt_state
       )
       scalars = metrics.to_floats(learned)
       clock.lap("update")

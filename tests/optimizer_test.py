@@ -99,6 +99,34 @@ def test_constant_schedule():
   assert float(optimizer.schedule(settings)(0)) == 2.0
 
 
+@pytest.mark.parametrize("schedule", optimizer.SCHEDULES)
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_the_rate_of_the_newest_update_is_known(schedule, warmup_steps):
+  """By hand: weight 1, gradient 1; Adam's first update is the rate itself."""
+  settings = dataclasses.replace(
+    SETTINGS,
+    schedule=schedule,
+    warmup_steps=warmup_steps,
+    weight_decay=0.0,
+    b1=0.0,
+    b2=0.0,
+  )
+  transformation = optimizer.make(settings)
+  params = {"kernel": jnp.ones(())}
+  state = transformation.init(params)
+  rise = [0.1 / 4, 0.2 / 4, 0.3 / 4] if warmup_steps else []
+  falls = {"constant": [0.1], "cosine": [0.1, None]}[schedule]
+  before = optimizer.last_learning_rate(settings, state)
+  np.testing.assert_allclose(before, (rise + falls)[0], rtol=1e-6)
+  for rate in rise + falls:
+    updates, state = transformation.update(params, state, params)
+    got = float(optimizer.last_learning_rate(settings, state))
+    # The gradient is clipped to norm 1; without momentum its sign is left.
+    np.testing.assert_allclose(got, -updates["kernel"], rtol=1e-6)
+    if rate is not None:
+      np.testing.assert_allclose(got, rate, rtol=1e-6)
+
+
 def test_infinite_clip_norm_changes_nothing():
   settings = optimizer.Optimizer(learning_rate=1.0, clip_norm=math.inf)
   transformation = optimizer.make(settings)

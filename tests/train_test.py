@@ -52,6 +52,9 @@ def test_a_killed_run_goes_on_bit_equal(
   assert [step for step, *_ in runs.losses(broken)] == [0, 1, 2, 3]
   assert runs.losses(broken) == runs.losses(whole)
   assert runs.losses(whole)[1][2] > 0
+  log = metrics.read(pathlib.Path(whole.workdir) / "metrics.jsonl")
+  rates = [record["learning_rate"] for record in log]
+  np.testing.assert_allclose(rates, [1e-3] * 4)
   samples = metrics.read(pathlib.Path(broken.workdir) / "samples.jsonl")
   assert [s["train_step"] for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3]
   # A run that is complete does nothing more.
@@ -131,12 +134,13 @@ def test_sft_learns_from_a_file_and_exports(tmp_path):
     microbatch=4,
     output=str(tmp_path / "out"),
   )
-  c.optimizer.update(learning_rate=1e-2, schedule="constant")
+  c.optimizer.update(learning_rate=1e-2, schedule="constant", warmup_steps=1)
   c.train.update(num_steps=30, checkpoint_every=30)
   sft.fine_tune(c)
-  loss = [
-    record["loss"] for record in metrics.read(tmp_path / "run/metrics.jsonl")
-  ]
+  log = list(metrics.read(tmp_path / "run/metrics.jsonl"))
+  rates = [record["learning_rate"] for record in log]
+  np.testing.assert_allclose(rates, [5e-3] + [1e-2] * 29)
+  loss = [record["loss"] for record in log]
   assert np.mean(loss[-5:]) < 0.5 * np.mean(loss[:5])
   # The result is a checkpoint like any other.
   network, params, _ = recordings.network_at(c.sft.output)
