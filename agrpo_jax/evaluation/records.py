@@ -6,6 +6,7 @@ An output is a folder, or a file whose name ends in .jsonl:
   FOLDER/settings.json    FILE.settings.json    what the records depend on
   FOLDER/timing.jsonl     FILE.timing.jsonl     seconds per batch
   FOLDER/result.json      FILE.result.json      the figures, when complete
+  FOLDER/lock.json        FILE.lock.json        who is writing, or did last
 
 Lines are appended as completions are graded, and a line without its end is cut
 off when the file is opened again. Records hold nothing that changes from one
@@ -13,8 +14,6 @@ run of the same evaluation to the next: equal settings, equal bytes.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import pathlib
 from collections.abc import Iterator
@@ -23,10 +22,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from agrpo_jax import errors
+from agrpo_jax.runs import files
 
 
 class Records:
-  """What is done already; kept in memory only when there is no `output`.
+  """The records that are there already; in memory only without an `output`.
 
   Attributes:
     done: the records so far.
@@ -63,7 +63,7 @@ class Records:
 
 @contextlib.contextmanager
 def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
-  """Opens an output, or a memory when it is "", for one process at a time.
+  """Opens an output, or memory alone for "", for one process at a time.
 
   Raises:
     UserError: it cannot be written, is in use, or holds records made with
@@ -72,22 +72,20 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
   if not output:
     yield Records()
     return
-  path = _path(output, "examples.jsonl")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path, "a", encoding="utf-8")
-  except OSError as error:
-    raise errors.UserError(
-      f"Cannot write to --output={output!r}: {error.strerror}."
-    ) from error
-  with lock:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      lock = _path(output, "lock.json")
+      lock.parent.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(files.lock(lock))
+    except files.InUse as owner:
+      raise errors.UserError(
+        f"Another evaluation is writing to --output={output!r}: {owner}. Wait "
+        "for its end, or give another --output."
+      ) from None
     except OSError as error:
-      if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-        raise errors.UserError(
-          f"Another evaluation is writing to --output={output!r}."
-        ) from None
+      raise errors.UserError(
+        f"Cannot write to --output={output!r}: {error.strerror}."
+      ) from error
     check(output, settings)
     _write(_path(output, "settings.json"), settings)
     yield Records(output)
@@ -116,13 +114,13 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
 
 
 def result(output: str) -> dict[str, Any] | None:
-  """The figures of an evaluation that is complete, or None."""
+  """Returns the figures of an evaluation that is complete, else None."""
   file = _path(output, "result.json")
   return json.loads(file.read_text("utf-8")) if file.exists() else None
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-  """A line for every value that two trees of JSON values do not share."""
+  """Returns a line for every value that two trees of JSON do not share."""
   if isinstance(before, Mapping) and isinstance(now, Mapping):
     return [
       line
@@ -142,7 +140,7 @@ def _path(output: str, name: str) -> pathlib.Path:
 
 
 def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-  """The complete lines; what follows the last is removed from the file."""
+  """Returns the complete lines, and cuts off what follows the last."""
   if not file.exists():
     return []
   content = file.read_bytes()
@@ -168,6 +166,6 @@ def _append(file: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write(file: pathlib.Path, value: Mapping[str, Any]) -> None:
-  temporary = file.with_name(file.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  temporary.replace(file)
+  text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+  with files.rewrite(file) as opened:
+    opened.write(text.encode())

@@ -30,6 +30,7 @@ import tensorboardX
 from absl import logging
 
 from agrpo_jax import errors
+from agrpo_jax.runs import files
 
 
 class Writer:
@@ -158,17 +159,13 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
   A killed process may leave half a line at the end; it goes too.
   """
   if path.exists():
-    shorter = path.with_suffix(".tmp")
     num_dropped = 0
-    with open(path, "rb") as old, open(shorter, "wb") as new:
+    with open(path, "rb") as old, files.rewrite(path) as new:
       for line in old:
         if _is_before(line, resume_step):
           new.write(line.removesuffix(b"\n") + b"\n")
         else:
           num_dropped += 1
-      new.flush()
-      os.fsync(new.fileno())  # a renamed file may be empty after a power loss
-    os.replace(shorter, path)
     if num_dropped:
       logging.info(
         "Dropped %d lines of %s: the run goes on at train step %d.",

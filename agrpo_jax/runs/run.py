@@ -27,6 +27,7 @@ from agrpo_jax import types
 from agrpo_jax.evaluation import records
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint
+from agrpo_jax.runs import files
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import workdir
 
@@ -214,7 +215,6 @@ def _remember(c: config_lib.ConfigDict, file: pathlib.Path) -> None:
         "--config.workdir=..., undo the changes, or go on under them with "
         "--config.accept_changed_config=true."
       )
-  temporary = file.with_suffix(".tmp")
-  temporary.write_text(text)
-  temporary.replace(file)
+  with files.rewrite(file) as opened:
+    opened.write(text.encode())
   logging.info("config:\n%s", text)

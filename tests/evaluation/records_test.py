@@ -1,6 +1,9 @@
 """What a stopped evaluation leaves behind and goes on from."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -30,7 +33,7 @@ def test_kept_and_read_again(tmp_path, name):
   else:
     assert names == {"file.jsonl"} | {
       f"file.{what}"
-      for what in ("settings.json", "timing.jsonl", "result.json")
+      for what in ("settings.json", "timing.jsonl", "result.json", "lock.json")
     }
 
 
@@ -80,12 +83,33 @@ def test_other_settings_are_refused_with_every_difference(tmp_path):
 def test_one_process_at_a_time(tmp_path):
   with (
     records.start(str(tmp_path), SETTINGS),
-    pytest.raises(errors.UserError, match="Another evaluation is writing"),
+    pytest.raises(errors.UserError, match=f"is writing .* {os.getpid()} on "),
     records.start(str(tmp_path), SETTINGS),
   ):
     pass
   with records.start(str(tmp_path), SETTINGS):
     pass  # free again
+
+
+def test_a_killed_evaluation_keeps_nobody_out(tmp_path):
+  script = """
+import sys, time
+from agrpo_jax.evaluation import records
+with records.start(sys.argv[1], {}):
+  print("writing", flush=True)
+  time.sleep(60)
+"""
+  command = [sys.executable, "-c", script, str(tmp_path)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+    try:
+      assert first.stdout.readline() == "writing\n"
+      with pytest.raises(errors.UserError, match=f"process {first.pid} on "):
+        with records.start(str(tmp_path), {}):
+          pass
+    finally:
+      first.kill()  # SIGKILL: the process cleans nothing up
+  with records.start(str(tmp_path), {}):
+    pass
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

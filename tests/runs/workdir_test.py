@@ -1,6 +1,7 @@
 """Tests of agrpo_jax.workdir: one run at a time, whatever it dies of."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -107,7 +108,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
   def flock(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-  monkeypatch.setattr(workdir.fcntl, "flock", flock)
+  monkeypatch.setattr(fcntl, "flock", flock)
   with workdir.claim(tmp_path):
     pass
   assert "has no file locks (No locks available)" in caplog.text

@@ -1,0 +1,85 @@
+"""Files that survive kills: one process's at a time, whole or not at all."""
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import filelock
+from absl import logging
+
+# Some network file systems are mounted without locks.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class InUse(Exception):
+  """Another process has the lock; as text, which one."""
+
+
+@contextlib.contextmanager
+def lock(file: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes out until the context ends.
+
+  The operating system holds the lock for this process, so it ends with the
+  process however that dies, `kill -9` included. A line in the file names the
+  process, for those who are refused; the file stays.
+
+  Args:
+    file: of the lock, in a folder that exists.
+
+  Raises:
+    InUse: another process has it.
+    OSError: the file cannot be written.
+  """
+  # The library's other kind of lock is a file, which `kill -9` would leave.
+  held = filelock.FileLock(file, blocking=False, fallback_to_soft=False)
+  try:
+    try:
+      held.acquire()
+    except filelock.Timeout:
+      raise InUse(_owner(file)) from None
+    except OSError as error:
+      if error.errno not in _WITHOUT_LOCKS:
+        raise
+      logging.warning(
+        "%s has no file locks (%s); make sure that no other run uses it.",
+        file.parent,
+        error.strerror,
+      )
+    owner = {
+      "pid": os.getpid(),
+      "host": socket.gethostname(),
+      "since": datetime.datetime.now().isoformat(" ", "seconds"),
+    }
+    file.write_text(f"{json.dumps(owner)}\n")
+    yield
+  finally:
+    held.release()
+
+
+def _owner(file: pathlib.Path) -> str:
+  """Returns who holds the lock; the file may be empty for an instant."""
+  try:
+    owner = json.loads(file.read_text())
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+  except (OSError, ValueError, KeyError, TypeError):
+    return "another process"
+
+
+@contextlib.contextmanager
+def rewrite(file: pathlib.Path) -> Iterator[BinaryIO]:
+  """Opens a file to write it anew; until all is written it is what it was.
+
+  What interrupts the writing leaves the old file, and FILE.tmp beside it.
+  """
+  temporary = file.with_name(f"{file.name}.tmp")
+  with open(temporary, "wb") as opened:
+    yield opened
+    opened.flush()
+    os.fsync(opened.fileno())  # a renamed file may be empty after a power loss
+  os.replace(temporary, file)
