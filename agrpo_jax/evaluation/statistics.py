@@ -14,40 +14,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from agrpo_jax import errors
 
-_CHUNK = 500  # resamples drawn at once
-
 
 def standard_error(score_N: np.ndarray) -> float:
-  """Of the mean of `score_N`, over the choice of prompts; NaN below two."""
-  if score_N.size < 2:
-    return float("nan")
-  return float(score_N.std(ddof=1) / np.sqrt(score_N.size))
+  """Returns the standard error of the mean over the choice of prompts.
+
+  It is NaN for fewer than two prompts.
+  """
+  return float(stats.sem(score_N)) if score_N.size > 1 else float("nan")
 
 
 def bootstrap_interval(
   score_N: np.ndarray, *, level: float = 0.95, num_resamples: int = 10_000
 ) -> tuple[float, float]:
-  """Percentile interval of the mean over resampled prompts.
+  """Returns the percentile interval of the mean over resampled prompts.
 
-  The resamples are the same every time: equal scores, equal interval.
+  The resamples are the same every time: equal scores, equal interval. It is NaN
+  for fewer than two prompts.
   """
-  rng = np.random.default_rng(0)
-  means = np.concatenate(
-    [
-      score_N[rng.integers(score_N.size, size=(count, score_N.size))].mean(1)
-      for count in np.diff([*range(0, num_resamples, _CHUNK), num_resamples])
-    ]
-  )
-  tail = (1 - level) / 2
-  low, high = np.quantile(means, (tail, 1 - tail))
-  return float(low), float(high)
+  if score_N.size < 2:
+    return float("nan"), float("nan")
+  found = stats.bootstrap(
+    (score_N,),
+    np.mean,
+    n_resamples=num_resamples,
+    confidence_level=level,
+    method="percentile",
+    batch=500,  # all at once would be 10,000 x N numbers
+    rng=0,
+  ).confidence_interval
+  return float(found.low), float(found.high)
 
 
 def check_k(ks: Sequence[int], num_samples: int) -> None:
-  """Raises UserError for a k that the samples cannot give."""
+  """Refuses a k that the samples cannot give.
+
+  Raises:
+    UserError: naming every such k.
+  """
   wrong = [k for k in ks if not 1 <= k <= num_samples]
   if wrong:
     raise errors.UserError(
@@ -57,7 +64,7 @@ def check_k(ks: Sequence[int], num_samples: int) -> None:
 
 
 def pass_at_k(grade_n: np.ndarray, k: int) -> float:
-  """The best grade among k of the n completions of a prompt, on average.
+  """Returns the best grade among k of a prompt's n completions, on average.
 
   For verdicts 0 and 1, of which c are 1, it is 1 - C(n - c, k) / C(n, k), the
   unbiased estimator of pass@k (arXiv:2107.03374).
@@ -73,7 +80,7 @@ def pass_at_k(grade_n: np.ndarray, k: int) -> float:
 
 
 def majority_at_k(answers: Sequence[str], grade_n: np.ndarray, k: int) -> float:
-  """The grade of the most frequent answer among k of n, on average.
+  """Returns the grade of the most frequent answer among k of n, on average.
 
   Completions without an answer ("") do not vote; when none votes the grade is
   0. Equally frequent answers win with equal probability. The grade of an answer
@@ -95,10 +102,12 @@ def majority_at_k(answers: Sequence[str], grade_n: np.ndarray, k: int) -> float:
 def _win_probability(
   count: int, rivals: tuple[int, ...], num_silent: int, k: int
 ) -> fractions.Fraction:
-  """Of the answer with `count` votes winning in a random choice of k votes.
+  """Returns the chance of an answer to win among k votes drawn at random.
 
-  Counts the choices with `j` votes for it and at most `j` for every rival, by
-  how many rivals tie with it: a polynomial in (votes, ties), a factor each.
+  Among the n completions `count` vote for the answer, `rivals` for each of the
+  others, and `num_silent` do not vote. Drawing k = n leaves nothing to chance;
+  for smaller k the choices with `j` votes for the answer and at most `j` for
+  every rival are counted, by how many rivals tie with it.
   """
   num_votes = count + sum(rivals) + num_silent
   wins = fractions.Fraction(0)
@@ -120,9 +129,14 @@ def _add_votes(
   room: int,
   tie: int,
 ) -> dict[tuple[int, int], int]:
-  """Ways with up to `most` of `available` more votes; exactly `tie` is a tie.
+  """Returns the ways after one more rival, given those before it.
 
-  (No tie at `tie` = 0.)
+  Args:
+    ways: (votes, ties) -> number of ways to choose that many votes.
+    available: completions that vote for the rival.
+    most: votes that it may get.
+    room: votes that may be chosen in all.
+    tie: votes with which it ties; 0 for none.
   """
   found: dict[tuple[int, int], int] = collections.defaultdict(int)
   for (votes, ties), number in ways.items():
@@ -134,14 +148,14 @@ def _add_votes(
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What an evaluation measured.
+  """The records of an evaluation, and the figures that follow from them.
 
   Attributes:
     records: a dict per completion (`evaluation.evaluate` says what is in it),
       the completions of a prompt side by side.
     num_samples: completions per prompt, n.
     seconds: wall clock, grading and compilation included.
-    problems: which they were.
+    problems: says in words which ones they were.
   """
 
   records: Sequence[Mapping[str, Any]]
@@ -151,7 +165,8 @@ class Result:
 
   @functools.cached_property
   def _grades_Nxn(self) -> dict[str, np.ndarray]:
-    """A grader that failed gives no names; its completion has 0 in each."""
+    """name -> float64 [N, n]."""
+    # A grader that failed gives no names; its completion has 0 in each.
     names = dict.fromkeys(
       ("accuracy", *(name for r in self.records for name in r["grades"]))
     )
@@ -164,7 +179,7 @@ class Result:
 
   @property
   def grades(self) -> dict[str, np.ndarray]:
-    """name -> float64 [N], a prompt's mean over its completions."""
+    """name -> float64 [N], the mean grade over a prompt's completions."""
     return {name: x.mean(axis=1) for name, x in self._grades_Nxn.items()}
 
   @property
@@ -173,18 +188,18 @@ class Result:
 
   @property
   def standard_error(self) -> float:
-    """Of the accuracy, over the choice of prompts."""
+    """The standard error of the accuracy, over the choice of prompts."""
     return standard_error(self.grades["accuracy"])
 
   @property
   def num_disagree(self) -> int:
-    """Completions that the strict and the tolerant verdict differ on."""
+    """How many completions the strict and the tolerant verdict differ on."""
     strict = self._grades_Nxn["accuracy"]
     tolerant = self._grades_Nxn.get("accuracy_tolerant", strict)
     return int((strict != tolerant).sum())
 
   def scalars(self, prefix: str = "") -> dict[str, float]:
-    """Every figure, for logs and tables."""
+    """Returns every figure by name, for logs and tables."""
     found = {name: float(x.mean()) for name, x in self.grades.items()}
     if "num_blanks" in found:  # per cell of the set, not per puzzle
       found["cells_micro"] = found["num_right"] / max(1, found["num_blanks"])
@@ -205,9 +220,12 @@ class Result:
     return {prefix + name: value for name, value in found.items()}
 
   def at_k(self, ks: Sequence[int]) -> dict[str, float]:
-    """pass@k and majority@k of every verdict, as `accuracy/pass_at_4`.
+    """Returns pass@k and majority@k of every verdict, as `accuracy/pass_at_4`.
 
-    Majority only where the task extracts answers.
+    There is a majority only where the task extracts answers.
+
+    Raises:
+      UserError: for a k larger than the samples.
     """
     check_k(ks, self.num_samples)
     size = self.num_samples

@@ -99,6 +99,15 @@ def test_bootstrap_interval():
     [low, high], 0.25 + 1.96 * error * np.r_[-1, 1], atol=0.1 * error
   )
   assert statistics.bootstrap_interval(np.ones(5)) == (1.0, 1.0)
+  # One prompt tells nothing of the choice of prompts.
+  assert np.isnan(statistics.bootstrap_interval(np.ones(1))).all()
+
+
+def test_bootstrap_interval_by_hand():
+  """Of two prompts: means 0, 1/2, 1 with chances 1/4, 1/2, 1/4."""
+  score_N = np.array([0.0, 1.0])
+  assert statistics.bootstrap_interval(score_N) == (0.0, 1.0)
+  assert statistics.bootstrap_interval(score_N, level=0.4) == (0.5, 0.5)
 
 
 def record(accuracy: float, tolerant: float, answer: str, num_tokens: int):
