@@ -19,8 +19,8 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import presets
 from agrpo_jax.evaluation import accuracy
-from agrpo_jax.evaluation import candidate
 from agrpo_jax.evaluation import statistics
+from agrpo_jax.runs import checkpoint_named
 
 
 def report(result: statistics.Result, ks: Sequence[int] = ()) -> str:
@@ -63,7 +63,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "model", "", "Folder or hub id, instead of config.model.path."
   )
-  flags.DEFINE_string("checkpoint", "", candidate.CHECKPOINT_HELP)
+  flags.DEFINE_string("checkpoint", "", checkpoint_named.HELP)
   flags.DEFINE_string(
     "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
   )

@@ -36,6 +36,7 @@ from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import processes
+from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import progress
 
 
@@ -65,7 +66,8 @@ def run(
     UserError: anything that the user has to change.
   """
   config_check.check(c)
-  candidate.check_checkpoint(checkpoint)
+  if checkpoint:
+    checkpoint_named.find(checkpoint)
   if num_draws < 1:
     raise errors.UserError(f"--num_draws={num_draws} must be at least 1.")
   examples = _examples(c, pairs)
@@ -77,7 +79,7 @@ def run(
       "data": {"max_prompt_length": c.data.max_prompt_length},
     },
     "checkpoint": checkpoint,
-    "train_step": candidate.train_step(checkpoint),
+    "train_step": checkpoint_named.find_train_step(checkpoint),
     "num_draws": num_draws,
     "pairs": hashlib.sha256(
       json.dumps(
@@ -182,7 +184,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "model", "", "Folder or hub id, instead of config.model.path."
   )
-  flags.DEFINE_string("checkpoint", "", candidate.CHECKPOINT_HELP)
+  flags.DEFINE_string("checkpoint", "", checkpoint_named.HELP)
   flags.DEFINE_integer("num_draws", 128, "Masks per completion.")
   flags.DEFINE_string(
     "output", "", "Folder, or file ending in .jsonl, for the records."

@@ -37,6 +37,7 @@ from agrpo_jax.evaluation import table
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.port import model_folder
+from agrpo_jax.runs import checkpoint_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,8 @@ def _check(
     for problem in config_check.problems(cell.config):
       found[f"config.{problem}"].append(cell)
     try:
-      candidate.check_checkpoint(cell.checkpoint)
+      if cell.checkpoint:
+        checkpoint_named.find(cell.checkpoint)
       mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
       network = load_network(cell.config.model.path)
       build.check_sampler(cell.config, cell.config.evaluate, mesh, network)
@@ -189,7 +191,7 @@ def _check(
 def _define_flags() -> None:
   # Not when this module is imported: other commands have flags of their own.
   flags.DEFINE_multi_string("model", [], "Folder or hub id.")
-  flags.DEFINE_multi_string("checkpoint", [], candidate.CHECKPOINT_HELP)
+  flags.DEFINE_multi_string("checkpoint", [], checkpoint_named.HELP)
   flags.DEFINE_string(
     "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
   )

@@ -28,6 +28,7 @@ from agrpo_jax.grading import pool
 from agrpo_jax.grading import shares
 from agrpo_jax.models import tokens
 from agrpo_jax.parallel import processes
+from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import progress
 from agrpo_jax.samplers import host as sampler_lib
 
@@ -156,7 +157,8 @@ def run(
     UserError: anything that the user has to change, as early as it shows.
   """
   check(c, num_samples)
-  candidate.check_checkpoint(checkpoint)
+  if checkpoint:
+    checkpoint_named.find(checkpoint)
   examples = build.examples(c, c.evaluate.split)
   asked = candidate.settings(c, examples, checkpoint, num_samples)
   result = finished(output, asked, num_samples)

@@ -28,6 +28,7 @@ from agrpo_jax import errors
 from agrpo_jax import presets
 from agrpo_jax.evaluation import candidate
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
@@ -56,7 +57,7 @@ _SAMPLER = flags.DEFINE_string(
   allow_override=True,
 )
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "", candidate.CHECKPOINT_HELP, allow_override=True
+  "checkpoint", "", checkpoint_named.HELP, allow_override=True
 )
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "Another folder or hub id, or 'bytes'.", allow_override=True

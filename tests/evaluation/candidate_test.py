@@ -1,7 +1,6 @@
 """Tests of agrpo_jax.candidate: which checkpoint of a run is meant."""
 
 import dataclasses
-import pathlib
 import shutil
 
 import chex
@@ -12,7 +11,6 @@ import pytest
 from agrpo_jax import build
 from agrpo_jax import errors
 from agrpo_jax import optimizer
-from agrpo_jax import types
 from agrpo_jax.evaluation import candidate
 from agrpo_jax.runs import checkpoint
 from fixtures import runs
@@ -48,23 +46,6 @@ def test_which_checkpoint(c, which, train_step):
   chex.assert_trees_all_equal(policy.lora, filled(policy, train_step))
 
 
-@pytest.mark.parametrize(
-  "name,part",
-  [
-    ("{}x", "is not a work directory"),
-    ("{}:newest", "run:newest' is not a work directory"),
-    ("{}:7", "train steps [3, 2, 1], not of 7"),
-    ("{}/empty", "holds no checkpoint yet"),
-  ],
-)
-def test_what_is_no_checkpoint_is_refused_before_loading(c, name, part):
-  empty = pathlib.Path(c.workdir) / "empty" / "checkpoints"
-  empty.mkdir(parents=True, exist_ok=True)
-  with pytest.raises(errors.UserError) as caught:
-    candidate.check_checkpoint(name.format(c.workdir))
-  assert part in str(caught.value)
-
-
 def test_a_damaged_best_is_told_with_the_others(c, tmp_path):
   damaged = shutil.copytree(c.workdir, tmp_path / "damaged")
   for path in (damaged / "checkpoints/2/trainable").rglob("d/*"):
@@ -72,12 +53,3 @@ def test_a_damaged_best_is_told_with_the_others(c, tmp_path):
   with pytest.raises(errors.UserError, match="checkpoints/2' is damaged") as e:
     candidate.policy(c, f"{damaged}:best")
   assert "train steps [3, 2, 1]" in str(e.value)
-
-
-def test_a_run_without_evaluations_has_no_best(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    lora = {"a": jnp.zeros(2)}
-    state = types.TrainState(jnp.int32(1), {}, lora, ())
-    checkpoints.save(state, {})
-  with pytest.raises(errors.UserError, match="evaluated none of its"):
-    candidate.check_checkpoint(f"{tmp_path}:best")
