@@ -115,7 +115,9 @@ def from_params(
     params=params,
     lora=adapters,
     lora_settings=settings,
-    tokenizer=tokens.load(c.model.tokenizer or c.model.path, network),
+    tokenizer=model_folder.load_tokenizer(
+      c.model.tokenizer or c.model.path, network
+    ),
     base_model={
       "path": c.model.path,
       "revision": c.model.revision,

@@ -28,6 +28,7 @@ from absl import flags
 
 from agrpo_jax import build
 from agrpo_jax import learner as learner_lib
+from agrpo_jax import models
 from agrpo_jax import optimizer
 from agrpo_jax.grading import pool
 from agrpo_jax.models import lora as lora_lib
@@ -153,7 +154,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
   if preset.lora_rank:
     settings = lora_lib.Lora(preset.lora_rank, 64.0, lora_lib.TARGETS)
     lora = lora_lib.init(settings, params, jax.random.key(1))
-  tokenizer = tokens.load("bytes", config)
+  tokenizer = tokens.load(None, models.vocabulary(config))
   policy = build.Policy(mesh, config, params, lora, settings, tokenizer, {})
   sampling = sampling_lib.Sampling(
     mask_id=config.mask_id,

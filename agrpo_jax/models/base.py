@@ -46,6 +46,25 @@ class Spec:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """What a tokenizer must know of its network.
+
+  Attributes:
+    size: token ids are below it.
+    mask_id: id of the mask token.
+    eos_id: id of the token that ends a completion.
+    pad_id: id that fills padding.
+    end_of_turn: name of the token that ends a turn of a chat.
+  """
+
+  size: int
+  mask_id: int
+  eos_id: int
+  pad_id: int
+  end_of_turn: str
+
+
 def _is_spec(node: Any) -> bool:
   return isinstance(node, Spec)
 

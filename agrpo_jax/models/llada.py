@@ -13,6 +13,9 @@ from typing import Any
 
 from agrpo_jax import errors
 
+# The token that ends a turn of a chat.
+END_OF_TURN = "<|eot_id|>"
+
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "cudnn")

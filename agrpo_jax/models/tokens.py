@@ -15,10 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from agrpo_jax.models import base
 from agrpo_jax.models import tokens_bytes
 from agrpo_jax.models import tokens_fast
-from agrpo_jax.models import transformer
-from agrpo_jax.port import hub
 
 write_byte_tokenizer = tokens_bytes.write
 
@@ -62,22 +61,17 @@ class Tokenizer(Protocol):
     """`decode` of every row."""
 
 
-def load(
-  path: str | pathlib.Path,
-  network: transformer.Config,
-  revision: str | None = None,
-) -> Tokenizer:
-  """The tokenizer of a checkpoint, checked against its network.
+def load(folder: pathlib.Path | None, vocabulary: base.Vocabulary) -> Tokenizer:
+  """Reads the tokenizer of a model's folder, checked against its network.
 
   Args:
-    path: a folder or hub id, or "bytes" for `tokens_bytes.ByteTokenizer`.
-    network: whose vocabulary and special ids the tokenizer must agree with.
-    revision: on the hub.
+    folder: that holds `tokenizer.json` and a chat template; None for raw
+      bytes, see `tokens_bytes.ByteTokenizer`.
+    vocabulary: of the network, which the tokenizer must agree with.
 
   Raises:
     UserError: if there is no tokenizer, or it does not fit the network.
   """
-  if str(path) == "bytes":
-    return tokens_bytes.ByteTokenizer(network)
-  folder = hub.folder(str(path), tokens_fast.FILES, revision)
-  return tokens_fast.FastTokenizer(folder, network)
+  if folder is None:
+    return tokens_bytes.ByteTokenizer(vocabulary)
+  return tokens_fast.FastTokenizer(folder, vocabulary)

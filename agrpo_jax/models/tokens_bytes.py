@@ -23,7 +23,7 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 
 from agrpo_jax import errors
-from agrpo_jax.models import transformer
+from agrpo_jax.models import base
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
@@ -55,22 +55,22 @@ class ByteTokenizer:
   text, "user:" and "assistant:" on lines of their own.
   """
 
-  def __init__(self, network: transformer.Config):
-    self.mask_id = network.mask_id
-    self.eos_id = network.eos_id
-    self.pad_id = network.pad_id
+  def __init__(self, vocabulary: base.Vocabulary):
+    self.mask_id = vocabulary.mask_id
+    self.eos_id = vocabulary.eos_id
+    self.pad_id = vocabulary.pad_id
     self.eot_id: int | None = None
     self._names = {
       self.pad_id: "<|pad|>",
       self.eos_id: "<|eos|>",
       self.mask_id: "<|mask|>",
     }
-    ordinary = (i for i in range(network.vocab_size) if i not in self._names)
+    ordinary = (i for i in range(vocabulary.size) if i not in self._names)
     self._of_byte = list(itertools.islice(ordinary, 256))
     if len(self._of_byte) < 256:
       raise errors.UserError(
         f"The 'bytes' tokenizer needs 256 ids besides {len(self._names)} "
-        f"special ones, but the network's vocab_size is {network.vocab_size}. "
+        f"special ones, but the network's vocab_size is {vocabulary.size}. "
         "Use the network's own tokenizer."
       )
     self._byte_of = {one: byte for byte, one in enumerate(self._of_byte)}
@@ -112,7 +112,7 @@ def write(folder: str | pathlib.Path) -> dict[str, int]:
   """Writes the tokenizer's files into a folder, made if need be.
 
   Returns:
-    The fields of `llada.Config` that follow from it: `vocab_size`, `mask_id`,
+    The settings of a network that follow from it: `vocab_size`, `mask_id`,
     `eos_id`, `pad_id`.
   """
   folder = pathlib.Path(folder)

@@ -15,15 +15,13 @@ import numpy as np
 import tokenizers
 
 from agrpo_jax import errors
-from agrpo_jax.models import transformer
-from agrpo_jax.port import files
+from agrpo_jax.models import base
+from agrpo_jax.models import folder as folder_lib
 
 # On import, transformers says that there is no PyTorch; we need none.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import transformers
 
-EOT = "<|eot_id|>"
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template*")
 _REMEDY = (
   "Set model.tokenizer to a folder or hub id that has one, or to 'bytes' for "
   "raw bytes."
@@ -37,18 +35,19 @@ Messages = Sequence[Mapping[str, str]]
 class FastTokenizer:
   """`tokenizer.json` and chat template of a folder; no code of it is run."""
 
-  def __init__(self, folder: pathlib.Path, network: transformer.Config):
+  def __init__(self, folder: pathlib.Path, vocabulary: base.Vocabulary):
     self._tokenizer = _read(folder / "tokenizer.json")
     settings = _settings(folder)
     template = _chat_template(folder, settings)
-    _check_ids(folder, self._tokenizer, settings, network)
-    self.mask_id = network.mask_id
-    self.eos_id = network.eos_id
-    self.pad_id = network.pad_id
-    self.eot_id = self._tokenizer.token_to_id(EOT)
-    self._vocab_size = network.vocab_size
+    _check_ids(folder, self._tokenizer, settings, vocabulary)
+    self.mask_id = vocabulary.mask_id
+    self.eos_id = vocabulary.eos_id
+    self.pad_id = vocabulary.pad_id
+    self._vocab_size = vocabulary.size
+    end = vocabulary.end_of_turn
+    self.eot_id = self._tokenizer.token_to_id(end)
     if self.eot_id is not None:
-      self._tokenizer.add_special_tokens([EOT])  # if it was not special yet
+      self._tokenizer.add_special_tokens([end])  # if it was not special yet
     # Only renders the template; the folder's `tokenizer_class` is not used.
     self._renderer = transformers.PreTrainedTokenizerFast(
       tokenizer_object=self._tokenizer,
@@ -193,7 +192,7 @@ def _read(path: pathlib.Path) -> tokenizers.Tokenizer:
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
   """tokenizer_config.json, with the names of special tokens as strings."""
   path = folder / "tokenizer_config.json"
-  raw = files.read_json(path) if path.exists() else {}
+  raw = folder_lib.read_json(path) if path.exists() else {}
   if not isinstance(raw, dict):
     raise errors.UserError(f"{path} does not hold a JSON object")
   for name in _NAMED:
@@ -229,7 +228,7 @@ def _check_ids(
   folder: pathlib.Path,
   tokenizer: tokenizers.Tokenizer,
   settings: Mapping[str, Any],
-  network: transformer.Config,
+  vocabulary: base.Vocabulary,
 ) -> None:
   """UserError unless the network's special ids are the tokenizer's."""
   special = {
@@ -239,8 +238,8 @@ def _check_ids(
   }
   problems = []
   for key, name, at in (
-    ("mask_token_id", "mask_token", network.mask_id),
-    ("eos_token_id", "eos_token", network.eos_id),
+    ("mask_token_id", "mask_token", vocabulary.mask_id),
+    ("eos_token_id", "eos_token", vocabulary.eos_id),
   ):
     token = tokenizer.id_to_token(at)
     if token is None:

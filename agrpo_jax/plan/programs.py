@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from agrpo_jax import build
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import models
 from agrpo_jax import optimizer
 from agrpo_jax import types
 from agrpo_jax.models import lora as lora_lib
@@ -143,7 +144,7 @@ def policy_of(
     lora=lora,
     lora_settings=settings,
     # Only the ids of special tokens matter, and those are the network's.
-    tokenizer=tokens.load("bytes", network),
+    tokenizer=tokens.load(None, models.vocabulary(network)),
     base_model={},
   )
 

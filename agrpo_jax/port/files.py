@@ -6,7 +6,6 @@ executed; weights in formats that could be are refused by name.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -14,24 +13,12 @@ import numpy as np
 import safetensors
 
 from agrpo_jax import errors
+from agrpo_jax.models import folder as folder_lib
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Parses a JSON file; UserError names it if it is missing or malformed."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise errors.UserError(
-      f"{path.parent} has no {path.name}: is it the folder of a LLaDA "
-      "checkpoint, and did its download finish?"
-    ) from None
-  except (OSError, ValueError) as error:
-    raise errors.UserError(f"{path} cannot be read: {error}") from error
 
 
 class Tensors:
@@ -109,7 +96,7 @@ def _listed(
           "convert them to safetensors first"
         )
     return {}
-  index = read_json(folder / INDEX)
+  index = folder_lib.read_json(folder / INDEX)
   listed = index.get("weight_map") if isinstance(index, dict) else None
   if not isinstance(listed, dict) or not all(
     isinstance(name, str) and pathlib.PurePath(name).name == name

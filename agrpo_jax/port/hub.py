@@ -9,7 +9,7 @@ import huggingface_hub
 from agrpo_jax import errors
 
 # What a checkpoint consists of, as shell patterns.
-TOKENIZER = ("tokenizer*", "*token*.json", "chat_template*", "vocab*", "*.txt")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template*")
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 CHECKPOINT = (*ALL_BUT_WEIGHTS, "*.safetensors")
 

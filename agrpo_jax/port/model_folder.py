@@ -10,8 +10,11 @@ from typing import Any
 import jax
 
 from agrpo_jax import errors
+from agrpo_jax import models
 from agrpo_jax import types
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import names
+from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
@@ -82,13 +85,35 @@ def load(
   return config, params
 
 
+def load_tokenizer(
+  path: str,
+  network: transformer.Config,
+  *,
+  revision: str | None = None,
+) -> tokens.Tokenizer:
+  """Loads the tokenizer of a checkpoint, checked against a network.
+
+  Args:
+    path: a local folder or a hub id, or "bytes" for raw bytes as tokens.
+    network: that the tokenizer is for.
+    revision: branch, tag or commit on the hub.
+
+  Raises:
+    UserError: if there is no tokenizer, or it does not fit the network.
+  """
+  folder = None
+  if path != "bytes":
+    folder = hub.folder(path, hub.TOKENIZER, revision)
+  return tokens.load(folder, models.vocabulary(network))
+
+
 def _read_config(
   folder: pathlib.Path, switches: dict[str, str]
 ) -> transformer.Config:
   if "compute_dtype" in switches:
     switches = {**switches, "dtype": switches["compute_dtype"]}
     del switches["compute_dtype"]
-  raw = files.read_json(folder / files.CONFIG)
+  raw = folder_lib.read_json(folder / files.CONFIG)
   return transformer.Config.from_json(raw, **switches)
 
 

@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from agrpo_jax import errors
 from agrpo_jax import types
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import names as names_lib
 from agrpo_jax.models import transformer
@@ -113,7 +114,7 @@ def load(
     UserError: naming all that is missing, unexpected, mis-shaped or not finite,
       and settings that would change the arithmetic.
   """
-  raw = files.read_json(folder / CONFIG)
+  raw = folder_lib.read_json(folder / CONFIG)
   if not isinstance(raw, dict):
     raise errors.UserError(f"{folder / CONFIG} does not hold a JSON object")
   problems = [

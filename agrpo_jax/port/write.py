@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from agrpo_jax import errors
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import transformer
 from agrpo_jax.port import files
 
@@ -57,7 +58,7 @@ def config_text(
   if source is None or not (source / files.CONFIG).exists():
     return _json(config.to_json() | {"dtype": dtype})
   text = (source / files.CONFIG).read_text(encoding="utf-8")
-  raw = files.read_json(source / files.CONFIG)
+  raw = folder_lib.read_json(source / files.CONFIG)
   theirs = dataclasses.asdict(transformer.Config.from_json(raw))
   ours = dataclasses.asdict(config)
   differ = [

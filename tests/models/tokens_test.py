@@ -7,31 +7,21 @@ import pytest
 import tokenizers
 
 from agrpo_jax import errors
+from agrpo_jax.models import base
 from agrpo_jax.models import tokens
-from agrpo_jax.models import transformer
 
 START, EOS, EOT, HEADER, END, MASK = range(260, 266)
 PARAGRAPH, USER, ASSISTANT, SYSTEM = range(256, 260)
 
 
-def network(**changes):
-  return transformer.Config(
+def vocabulary(**changes):
+  return base.Vocabulary(
     **{
-      "vocab_size": 270,
-      "embedding_size": 272,
-      "num_layers": 1,
-      "width": 8,
-      "num_heads": 2,
-      "num_kv_heads": 1,
-      "mlp_width": 8,
-      "rope_theta": 500.0,
-      "norm_eps": 1e-5,
-      "qkv_bias": False,
-      "tied_head": False,
-      "max_length": 64,
+      "size": 270,
       "mask_id": MASK,
       "eos_id": EOS,
       "pad_id": EOS,
+      "end_of_turn": "<|eot_id|>",
       **changes,
     }
   )
@@ -45,7 +35,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def tokenizer(folder):
-  return tokens.load(folder, network())
+  return tokens.load(folder, vocabulary())
 
 
 def rewrite(file, **changes):
@@ -110,7 +100,7 @@ class TestChat:
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(["Sudoku"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer = tokens.load(folder, network())
+    tokenizer = tokens.load(folder, vocabulary())
     assert tokenizer.encode("Sudoku") == [266]
     assert 266 in tokenizer.encode_chat(ask("Sudoku <|eot_id|>"))
 
@@ -123,7 +113,7 @@ class TestChat:
       folder / "tokenizer_config.json",
       chat_template="{{ raise_exception('roles must alternate') }}",
     )
-    tokenizer = tokens.load(folder, network())
+    tokenizer = tokens.load(folder, vocabulary())
     with pytest.raises(errors.UserError, match="roles must alternate"):
       tokenizer.encode_chat(ask("x"))
 
@@ -136,9 +126,9 @@ class TestChat:
         {"name": "default", "template": "{{ messages[0].content }}!"},
       ],
     )
-    assert tokens.load(folder, network()).encode_chat(ask("x")) == [*b"x!"]
+    assert tokens.load(folder, vocabulary()).encode_chat(ask("x")) == [*b"x!"]
     (folder / "chat_template.jinja").write_text("{{ messages[0].role }}")
-    assert tokens.load(folder, network()).encode_chat(ask("x")) == [USER]
+    assert tokens.load(folder, vocabulary()).encode_chat(ask("x")) == [USER]
 
 
 class TestText:
@@ -161,7 +151,7 @@ class TestText:
 class TestRefusals:
   def test_no_tokenizer(self, tmp_path):
     with pytest.raises(errors.UserError) as caught:
-      tokens.load(tmp_path, network())
+      tokens.load(tmp_path, vocabulary())
     assert "no tokenizer.json" in str(caught.value)
     assert "model.tokenizer" in str(caught.value)
     assert "'bytes'" in str(caught.value)
@@ -170,16 +160,16 @@ class TestRefusals:
     good = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(good[:100])
     with pytest.raises(errors.UserError, match=r"tokenizer\.json cannot be"):
-      tokens.load(folder, network())
+      tokens.load(folder, vocabulary())
     (folder / "tokenizer.json").write_text(good)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(errors.UserError, match=r"tokenizer_config\.json"):
-      tokens.load(folder, network())
+      tokens.load(folder, vocabulary())
 
   def test_no_chat_template(self, folder):
     rewrite(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(errors.UserError, match="chat template"):
-      tokens.load(folder, network())
+      tokens.load(folder, vocabulary())
 
   @pytest.mark.parametrize(
     ("changes", "message"),
@@ -196,17 +186,17 @@ class TestRefusals:
   )
   def test_ids_that_disagree(self, folder, changes, message):
     with pytest.raises(errors.UserError, match=message):
-      tokens.load(folder, network(**changes))
+      tokens.load(folder, vocabulary(**changes))
 
   def test_both_ids_in_one_message(self, folder):
     with pytest.raises(errors.UserError, match=r"mask_token_id.*eos_token_id"):
-      tokens.load(folder, network(mask_id=65, eos_id=66))
+      tokens.load(folder, vocabulary(mask_id=65, eos_id=66))
 
   def test_token_that_the_network_lacks(self, folder):
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([*(f"new{i}" for i in range(4)), "Sudoku"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer = tokens.load(folder, network())
+    tokenizer = tokens.load(folder, vocabulary())
     assert tokenizer.encode("new3") == [269]
     for encode in (
       tokenizer.encode,
@@ -223,7 +213,7 @@ class TestRefusals:
       eos_token={"content": "<|endoftext|>", "special": True},
     )
     (folder / "tokenization_llada.py").write_text("raise RuntimeError")
-    tokenizer = tokens.load(folder, network())
+    tokenizer = tokens.load(folder, vocabulary())
     assert tokenizer.decode(tokenizer.encode("ok")) == "ok"
 
   def test_limits_saved_with_the_tokenizer_are_lifted(self, folder):
@@ -231,7 +221,7 @@ class TestRefusals:
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer = tokens.load(folder, network())
+    tokenizer = tokens.load(folder, vocabulary())
     assert tokenizer.encode("12345") == [*b"12345"]
     assert len(tokenizer.encode_chat(ask("12345"))) == 15
 
@@ -239,7 +229,7 @@ class TestRefusals:
 class TestBytes:
   def test_bytes_take_the_ids_that_are_not_special(self):
     tokenizer = tokens.load(
-      "bytes", network(mask_id=0, eos_id=66, pad_id=68, vocab_size=259)
+      None, vocabulary(mask_id=0, eos_id=66, pad_id=68, size=259)
     )
     # Ids 0, 66 and 68 are taken: "A" is byte 65, and 65 ids come before it.
     assert tokenizer.encode("@AB") == [65, 67, 69]
@@ -254,25 +244,25 @@ class TestBytes:
     assert tokenizer.decode(tokenizer.encode("\u20ac\x00\n")) == "\u20ac\x00\n"
 
   def test_bytes_that_are_no_text(self):
-    tokenizer = tokens.load("bytes", network())
+    tokenizer = tokens.load(None, vocabulary())
     assert tokenizer.decode([0xFF, 0x41]) == "\ufffdA"
 
   def test_chat(self):
-    tokenizer = tokens.load("bytes", network())
+    tokenizer = tokens.load(None, vocabulary())
     ids = tokenizer.encode_chat(ask(" 4*5 <|eos|>"), "20")
     assert tokenizer.decode(ids) == "user:\n4*5 <|eos|>\n\nassistant:\n20"
     assert max(ids) < 256
 
   def test_ids_beyond_the_bytes(self):
-    tokenizer = tokens.load("bytes", network())
+    tokenizer = tokens.load(None, vocabulary())
     assert tokenizer.decode([65, 259, 269, 66]) == "AB"
     assert tokenizer.decode_raw([65, 259]) == "A<|id 259|>"
 
   def test_vocabulary_too_small(self):
     changes = {"mask_id": 254, "eos_id": 253, "pad_id": 253}
     with pytest.raises(errors.UserError, match="vocab_size is 257"):
-      tokens.load("bytes", network(vocab_size=257, **changes))
-    assert tokens.load("bytes", network(vocab_size=258, **changes))
+      tokens.load(None, vocabulary(size=257, **changes))
+    assert tokens.load(None, vocabulary(size=258, **changes))
 
 
 class TestWritten:

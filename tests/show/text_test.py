@@ -37,7 +37,7 @@ def test_bytes_that_are_no_character_stand_alone():
 
 def test_ids_that_are_no_token_are_shown():
   (found,) = text_lib.completions(
-    completions.rollout([([259, completions.NETWORK.mask_id], [0, 1])]),
+    completions.rollout([([259, completions.VOCABULARY.mask_id], [0, 1])]),
     completions.TOKENIZER,
     1,
   )
