@@ -11,8 +11,6 @@ no other file.
 from __future__ import annotations
 
 import pathlib
-import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,23 +173,16 @@ def _describe(c: config_lib.ConfigDict) -> str:
 
 def _print(page: page_lib.Page, is_animated: bool, seconds: float) -> None:
   """Shows the completions in the terminal, one after the other."""
-  size = shutil.get_terminal_size()
-  look = terminal.Look(
-    width=size.columns,
-    eos_id=page.eos_id,
-    is_coloured=terminal.wants_colour(),
-  )
-  print(f"{page.settings}\n\n{page.prompt}")
+  console = terminal.make_console()
+  console.print(f"{page.settings}\n\n{page.prompt}")
   for number, completion in enumerate(page.completions, 1):
-    print(f"\n— completion {number} of {len(page.completions)}")
-    if is_animated:
-      terminal.animate(
-        completion, look, height=size.lines, seconds=seconds, out=sys.stdout
-      )
+    console.print(f"\n— completion {number} of {len(page.completions)}")
+    if is_animated and console.is_terminal and not console.is_dumb_terminal:
+      terminal.animate(completion, console, eos_id=page.eos_id, seconds=seconds)
     else:
-      print("\n".join(terminal.static(completion, look)))
+      terminal.print_frames(completion, console, eos_id=page.eos_id)
   num_steps = max(one.num_steps for one in page.completions)
-  print(terminal.legend(num_steps, look.is_coloured), flush=True)
+  console.print(terminal.legend(num_steps, terminal.has_colours(console)))
 
 
 def _write(page: page_lib.Page, path: pathlib.Path) -> None:
@@ -230,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint=_CHECKPOINT.value,
     is_plain=_PLAIN.value,
   )
-  _print(page, _ANIMATION.value and sys.stdout.isatty(), _SECONDS.value)
+  _print(page, _ANIMATION.value, _SECONDS.value)
   if _HTML.value:
     _write(page, pathlib.Path(_HTML.value))
 

@@ -1,19 +1,24 @@
 """A completion in a terminal: frames of text, coloured by denoising step.
 
-A frame is a list of lines no wider than the terminal. Every piece takes the
-same room before it is unmasked as after, so frames do not jump.
+A frame's lines are no wider than the terminal. Every piece takes the same room
+before it is unmasked as after, so frames do not jump. Whether the output is a
+terminal, and which colours it has, is for `rich` to find out: pipes and files
+get plain characters, and so does everybody who set NO_COLOR
+(https://no-color.org).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
-import unicodedata
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import TextIO
+
+import rich.cells
+import rich.console
+import rich.live
+import rich.style
+import rich.text
 
 from agrpo_jax.show import text as text_lib
 
@@ -25,174 +30,152 @@ BREAK = "↵"
 # From the first step to the last, in the 256-colour palette: blue, green,
 # orange, red, all of them readable on black and on white.
 _COLOURS = (27, 33, 32, 37, 36, 35, 71, 107, 143, 179, 173, 172, 166, 160)
-_DIM = "2"
-_NEW = "1;7"
-_RESET = "\x1b[0m"
+_DIM = rich.style.Style(dim=True)
+_NEW = rich.style.Style(bold=True, reverse=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Look:
-  """How frames are drawn.
+def make_console(out: TextIO | None = None) -> rich.console.Console:
+  """Returns a console that shows text as it is; `out` None is standard output.
 
-  Attributes:
-    width: columns of the terminal.
-    eos_id: the token that is shown as END.
-    is_coloured: write colours; otherwise plain characters only.
+  What a model wrote is neither markup nor anything else to be prettified.
   """
-
-  width: int
-  eos_id: int
-  is_coloured: bool
-
-
-def wants_colour(environment: Mapping[str, str] = os.environ) -> bool:
-  """Colour unless NO_COLOR (https://no-color.org) or a dumb terminal."""
-  return not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+  return rich.console.Console(
+    file=out, markup=False, highlight=False, emoji=False, soft_wrap=True
+  )
 
 
 def frame(
   completion: text_lib.Completion,
   num_steps: int,
-  look: Look,
   *,
+  width: int,
+  eos_id: int,
   mark_new: bool = True,
-) -> list[str]:
-  """The completion after `num_steps` denoising steps.
+) -> list[rich.text.Text]:
+  """Returns the lines of the completion after `num_steps` denoising steps.
 
   Args:
     completion: what to show.
     num_steps: from 0 (all masked) to `completion.num_steps`.
-    look: how.
+    width: columns of the terminal.
+    eos_id: the token that is shown as END.
     mark_new: set apart what the last of these steps unmasked.
-
-  Returns:
-    Lines.
   """
-  lines = [_Line()]
+  lines = [_line()]
   for piece in completion.pieces:
     style = _style(piece, num_steps, completion.num_steps, mark_new)
-    shown = _shown(piece, num_steps, completion.num_steps, look.eos_id)
-    for character in shown:
-      if character == "\n" or lines[-1].width + _width(character) > look.width:
-        lines.append(_Line())
+    # By character and not by word: words appear only when they are unmasked.
+    for character in _shown(piece, num_steps, completion.num_steps, eos_id):
+      is_full = lines[-1].cell_len + rich.cells.cell_len(character) > width
+      if character == "\n" or is_full:
+        lines.append(_line())
       if character != "\n":
-        lines[-1].add(character, style if look.is_coloured else "")
-  return [line.text() for line in lines]
-
-
-def colour(step: int, num_steps: int) -> str:
-  """The code that sets the colour of a denoising step."""
-  share = step / max(1, num_steps - 1)
-  return f"38;5;{_COLOURS[round(share * (len(_COLOURS) - 1))]}"
-
-
-def legend(num_steps: int, is_coloured: bool) -> str:
-  """What the colours and signs mean, on one line."""
-  parts = [f"{MASKED} masked", f"{END} end of text"]
-  if is_coloured:
-    bar = "".join(
-      f"\x1b[{colour(step, len(_COLOURS))}m■" for step in range(len(_COLOURS))
-    )
-    parts.insert(0, f"unmasked at step 1 {bar}{_RESET} {num_steps}")
-  return "   ".join(parts)
-
-
-def static(
-  completion: text_lib.Completion, look: Look, *, num_frames: int = 4
-) -> list[str]:
-  """A few frames one below the other, for where nothing can be redrawn."""
-  last = completion.num_steps
-  shown = sorted({round(last * k / num_frames) for k in range(1, num_frames)})
-  lines = []
-  for num_steps in [*(step for step in shown if 0 < step < last), last]:
-    lines.append(f"after {num_steps} of {last} steps")
-    lines += frame(completion, num_steps, look, mark_new=num_steps < last)
+        lines[-1].append(character, style)
   return lines
+
+
+def colour(step: int, num_steps: int) -> rich.style.Style:
+  """Returns the colour of a denoising step."""
+  share = step / max(1, num_steps - 1)
+  number = _COLOURS[round(share * (len(_COLOURS) - 1))]
+  return rich.style.Style(color=f"color({number})")
+
+
+def legend(num_steps: int, has_colours: bool) -> rich.text.Text:
+  """Returns a line that says what the colours and signs mean."""
+  line = _line()
+  if has_colours:
+    line.append("unmasked at step 1 ")
+    for step in range(len(_COLOURS)):
+      line.append("■", colour(step, len(_COLOURS)))
+    line.append(f" {num_steps}   ")
+  line.append(f"{MASKED} masked   {END} end of text")
+  return line
+
+
+def has_colours(console: rich.console.Console) -> bool:
+  """Whether colours show on a console; bold and dim may where they do not."""
+  return console.color_system is not None and not console.no_color
+
+
+def print_frames(
+  completion: text_lib.Completion,
+  console: rich.console.Console,
+  *,
+  eos_id: int,
+  num_frames: int = 4,
+) -> None:
+  """Prints a few frames one below the other, where nothing can be redrawn."""
+  last = completion.num_steps
+  shown = {round(last * k / num_frames) for k in range(1, num_frames)}
+  for num_steps in [*sorted(n for n in shown if 0 < n < last), last]:
+    console.print(f"after {num_steps} of {last} steps")
+    for line in frame(
+      completion,
+      num_steps,
+      width=console.width,
+      eos_id=eos_id,
+      mark_new=num_steps < last,
+    ):
+      console.print(line)
 
 
 def animate(
   completion: text_lib.Completion,
-  look: Look,
+  console: rich.console.Console,
   *,
-  height: int,
-  out: TextIO,
+  eos_id: int,
   seconds: float,
   sleep: Callable[[float], None] = time.sleep,
 ) -> None:
   """Draws frame over frame, and leaves the last one.
 
   Args:
-    completion: what to show.
-    look: how.
-    height: lines of the terminal; of a longer completion, those around what
-      was unmasked last are shown until the end.
-    out: the terminal.
+    completion: what to show. While it is longer than the terminal is high, the
+      lines around what was unmasked last are shown.
+    console: the terminal.
+    eos_id: the token that is shown as END.
     seconds: how long all of it takes.
     sleep: waits between frames.
   """
   last = completion.num_steps
-  before: list[str] = []
-  drawn = 0
-  out.write("\x1b[?25l")  # hide the cursor
-  try:
+  before: list[rich.text.Text] = []
+  with rich.live.Live(
+    console=console, auto_refresh=False, transient=True
+  ) as live:
     for num_steps in range(last + 1):
-      lines = frame(completion, num_steps, look)
-      view = _around_change(before, lines, max(1, height - 3))
+      lines = frame(completion, num_steps, width=console.width, eos_id=eos_id)
+      view = _around_change(before, lines, max(1, console.height - 3))
       before = lines
-      view = [f"step {num_steps} of {last}", *view]
-      out.write(_over(drawn) + "\n".join(view) + "\n")
-      out.flush()
-      drawn = len(view)
+      head = _line(f"step {num_steps} of {last}")
+      live.update(rich.console.Group(head, *view), refresh=True)
       sleep(seconds / (last + 1))
-    lines = frame(completion, last, look, mark_new=False)
-    out.write(_over(drawn) + "\n".join([f"{last} steps", *lines]) + "\n")
-  finally:
-    out.write("\x1b[?25h")
-    out.flush()
+  # All lines again, for scrolling back; an animation must fit the screen.
+  console.print(f"{last} steps")
+  for line in frame(
+    completion, last, width=console.width, eos_id=eos_id, mark_new=False
+  ):
+    console.print(line)
 
 
-def _over(num_lines: int) -> str:
-  """Goes up over the lines drawn before and clears them."""
-  return f"\x1b[{num_lines}A\r\x1b[J" if num_lines else ""
+def _line(text: str = "") -> rich.text.Text:
+  return rich.text.Text(text, no_wrap=True, overflow="ignore", end="\n")
 
 
 def _around_change(
-  before: Sequence[str], lines: Sequence[str], height: int
-) -> Sequence[str]:
+  before: Sequence[rich.text.Text],
+  lines: Sequence[rich.text.Text],
+  height: int,
+) -> Sequence[rich.text.Text]:
+  """Returns `height` lines with the first in the middle that has changed."""
   changed = [
     number
     for number, (old, new) in enumerate(zip(before, lines, strict=False))
-    if old != new
+    if old.plain != new.plain
   ]
   middle = changed[0] if changed else 0
   start = min(max(0, middle - height // 2), max(0, len(lines) - height))
   return lines[start : start + height]
-
-
-class _Line:
-  """Characters with their styles, and the columns they take."""
-
-  def __init__(self) -> None:
-    self.width = 0
-    self._parts: list[tuple[str, str]] = []
-
-  def add(self, character: str, style: str) -> None:
-    self.width += _width(character)
-    if self._parts and self._parts[-1][0] == style:
-      character = self._parts.pop()[1] + character
-    self._parts.append((style, character))
-
-  def text(self) -> str:
-    return "".join(
-      f"\x1b[{style}m{text}{_RESET}" if style else text
-      for style, text in self._parts
-    )
-
-
-def _width(character: str) -> int:
-  if unicodedata.combining(character):
-    return 0
-  return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _full_text(piece: text_lib.Piece, eos_id: int) -> str:
@@ -209,7 +192,7 @@ def _shown(
     return text
   sign = PARTLY if piece.num_unmasked(num_steps) else MASKED
   return "".join(
-    "\n" if character == "\n" else sign * _width(character)
+    "\n" if character == "\n" else sign * rich.cells.cell_len(character)
     for character in text
   )
 
@@ -222,9 +205,9 @@ def _is_complete(piece: text_lib.Piece, num_steps: int, last: int) -> bool:
 
 def _style(
   piece: text_lib.Piece, num_steps: int, last: int, mark_new: bool
-) -> str:
+) -> rich.style.Style:
   step = piece.unmask_step
   if step is None or step >= num_steps:
     return _DIM
-  code = colour(step, last)
-  return f"{code};{_NEW}" if mark_new and step == num_steps - 1 else code
+  style = colour(step, last)
+  return style + _NEW if mark_new and step == num_steps - 1 else style

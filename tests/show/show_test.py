@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import rich.console
 
 import agrpo_jax
 from agrpo_jax import adhoc
@@ -23,8 +24,7 @@ MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
 PUZZLE = "3102200002100320"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
-PLAIN = terminal.Look(width=80, eos_id=completions.EOS, is_coloured=False)
-COLOURED = terminal.Look(width=80, eos_id=completions.EOS, is_coloured=True)
+EOS = completions.EOS
 
 
 @pytest.fixture
@@ -33,20 +33,40 @@ def accent() -> text_lib.Completion:
   return completions.completion("é!", [2, 0, 1, 4])
 
 
+def frame(found, num_steps, *, width=80, **how) -> list[str]:
+  lines = terminal.frame(found, num_steps, width=width, eos_id=EOS, **how)
+  return [line.plain for line in lines]
+
+
 def test_frames_by_hand(accent):
-  frames = [terminal.frame(accent, n, PLAIN) for n in range(4)]
+  frames = [frame(accent, n) for n in range(4)]
   assert frames == [["░░░"], ["▒░░"], ["▒!░"], ["é!∎"]]
 
 
-def test_colours_by_hand(accent):
-  (line,) = terminal.frame(accent, 2, COLOURED)
-  middle = terminal.colour(1, 3)
-  assert line == f"\x1b[2m▒\x1b[0m\x1b[{middle};1;7m!\x1b[0m\x1b[2m░\x1b[0m"
-  (line,) = terminal.frame(accent, 3, COLOURED, mark_new=False)
-  assert line == (
-    f"\x1b[{terminal.colour(2, 3)}mé\x1b[0m\x1b[{middle}m!\x1b[0m"
-    "\x1b[2m∎\x1b[0m"
+def terminal_of(width=80, height=24, **how) -> rich.console.Console:
+  """A console that takes a string for a terminal with 256 colours."""
+  return rich.console.Console(
+    file=io.StringIO(),
+    force_terminal=True,
+    color_system="256",
+    width=width,
+    height=height,
+    **how,
   )
+
+
+def test_colours_by_hand(accent):
+  console = terminal_of()
+  for num_steps, mark_new in ((2, True), (3, False)):
+    (line,) = terminal.frame(
+      accent, num_steps, width=80, eos_id=EOS, mark_new=mark_new
+    )
+    console.print(line)
+  # Of three steps the first is blue, the last red, the middle one green.
+  assert console.file.getvalue().splitlines() == [
+    "\x1b[2m▒\x1b[0m\x1b[1;7;38;5;71m!\x1b[0m\x1b[2m░\x1b[0m",
+    "\x1b[38;5;160mé\x1b[0m\x1b[38;5;71m!\x1b[0m\x1b[2m∎\x1b[0m",
+  ]
   # The first step and the last have the ends of the scale, however many.
   assert terminal.colour(0, 1) == terminal.colour(0, 99)
   assert terminal.colour(2, 3) == terminal.colour(98, 99)
@@ -56,71 +76,81 @@ def test_lines_break_at_the_width_and_do_not_jump():
   text = "ab日c\n\nd"
   size = len(text.encode())
   found = completions.completion(text, [0] * 4 + [3] * (size - 4))
-  narrow = terminal.Look(width=4, eos_id=1, is_coloured=False)
-  frames = [terminal.frame(found, n, narrow) for n in (0, 1, 4)]
+  frames = [frame(found, n, width=4) for n in (0, 1, 4)]
   assert frames[-1] == ["ab日", "c↵", "↵", "d"]
   assert frames[1] == ["ab▒▒", "░░", "░", "░"]
   assert frames[0] == ["░░░░", "░░", "░", "░"]
 
 
 def test_model_text_sends_nothing_to_the_terminal():
-  found = completions.completion("\x1b[2J", [0, 0, 0, 0])
-  assert terminal.frame(found, 1, PLAIN) == ["<U+001B>[2J"]
+  found = completions.completion("\x1b[2J[b]", [0] * 7)
+  assert frame(found, 1) == ["<U+001B>[2J[b]"]
+  console = terminal_of(no_color=True)
+  terminal.print_frames(found, console, eos_id=EOS)
+  assert "<U+001B>[2J[b]" in console.file.getvalue()  # nor is it markup
 
 
-def test_static_ends_with_the_whole_completion(accent):
-  lines = terminal.static(accent, PLAIN)
-  assert lines[-2:] == ["after 3 of 3 steps", "é!∎"]
-  assert "after 1 of 3 steps" in lines
-  assert "\x1b" not in "".join(lines)
+def test_files_and_pipes_get_plain_characters(accent):
+  out = io.StringIO()
+  console = terminal.make_console(out)
+  terminal.print_frames(accent, console, eos_id=EOS)
+  assert out.getvalue().splitlines() == [
+    "after 1 of 3 steps",
+    "▒░░",
+    "after 2 of 3 steps",
+    "▒!░",
+    "after 3 of 3 steps",
+    "é!∎",
+  ]
+  assert not terminal.has_colours(console)
+  assert "■" not in terminal.legend(3, has_colours=False).plain
+  assert terminal.has_colours(terminal_of())
+  assert not terminal.has_colours(terminal_of(no_color=True))
 
 
 def test_animation_draws_over_itself(accent):
-  out, waits = io.StringIO(), []
-  terminal.animate(
-    accent, PLAIN, height=24, out=out, seconds=8.0, sleep=waits.append
-  )
+  console, waits = terminal_of(no_color=True), []
+  terminal.animate(accent, console, eos_id=EOS, seconds=8.0, sleep=waits.append)
   assert waits == [2.0] * 4
-  assert ESCAPES.sub("", out.getvalue()).split("\n") == [
+  told = console.file.getvalue()
+  lines = ESCAPES.sub("", told).replace("\r", "\n").split("\n")
+  shown = [line for line in lines if line]
+  assert shown[:8] == [
     *("step 0 of 3", "░░░"),
-    *("\rstep 1 of 3", "▒░░"),
-    *("\rstep 2 of 3", "▒!░"),
-    *("\rstep 3 of 3", "é!∎"),
-    *("\r3 steps", "é!∎"),
-    "",
+    *("step 1 of 3", "▒░░"),
+    *("step 2 of 3", "▒!░"),
+    *("step 3 of 3", "é!∎"),
   ]
-  assert out.getvalue().count("\x1b[2A\r\x1b[J") == 4
+  assert shown[-2:] == ["3 steps", "é!∎"]
+  # Every frame but the first goes up over the one before, two lines high.
+  assert told.count("\x1b[1A") >= 4
 
 
 def test_an_interrupted_animation_gives_the_cursor_back(accent):
   def interrupt(seconds):
     raise KeyboardInterrupt
 
-  out = io.StringIO()
+  console = terminal_of()
   with pytest.raises(KeyboardInterrupt):
-    terminal.animate(
-      accent, PLAIN, height=24, out=out, seconds=1.0, sleep=interrupt
-    )
-  assert out.getvalue().endswith("\x1b[?25h")
+    terminal.animate(accent, console, eos_id=EOS, seconds=1.0, sleep=interrupt)
+  told = console.file.getvalue()
+  assert told.rindex("\x1b[?25h") > told.rindex("\x1b[?25l")
 
 
 def test_animation_stays_within_the_screen():
   found = completions.completion("a\n" * 20, [0] * 20 + [2] * 20)
-  out = io.StringIO()
-  terminal.animate(
-    found, PLAIN, height=10, out=out, seconds=0.0, sleep=lambda _: None
-  )
-  *frames, whole = out.getvalue().split("\r\x1b[J")
-  assert all(frame.count("\n") < 10 for frame in frames)
+  console, frames = terminal_of(height=10), []
+
+  def look(seconds):
+    frames.append(ESCAPES.sub("", console.file.getvalue()))
+    console.file.truncate(0)
+    console.file.seek(0)
+
+  terminal.animate(found, console, eos_id=EOS, seconds=0.0, sleep=look)
+  assert all(one.count("\n") < 10 for one in frames)
   assert "a↵" in frames[-1]  # where the last step unmasked something
+  whole = ESCAPES.sub("", console.file.getvalue()).split("3 steps\n")[-1]
   assert whole.count("a↵") == 20
-
-
-def test_colour_can_be_refused():
-  assert terminal.wants_colour({})
-  assert terminal.wants_colour({"NO_COLOR": ""})
-  assert not terminal.wants_colour({"NO_COLOR": "1"})
-  assert not terminal.wants_colour({"TERM": "dumb"})
 
 
 class _Parsed(html.parser.HTMLParser):
@@ -275,8 +305,8 @@ def test_the_command(tmp_path):
   file = tmp_path / "page.html"
   done = run("--config=configs/sudoku_tiny.py", "--example=3", f"--html={file}")
   assert done.returncode == 0, done.stderr
-  plain = ESCAPES.sub("", done.stdout)
-  assert plain != done.stdout  # coloured
+  plain = done.stdout
+  assert "\x1b" not in plain  # a pipe has no colours
   assert re.search(r"after 16 of 16 steps\n[1-4]{16}\n", plain)
   assert str(file) in plain
   tokens = [
