@@ -1,10 +1,15 @@
 """The rows of a sweep: on screen, as CSV and as a picture."""
 
 import csv
+import io
 import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+
+import rich.console
+import rich.table
+import rich.text
 
 from agrpo_jax.evaluation import statistics
 
@@ -34,12 +39,13 @@ _COLUMNS = {  # shown on screen: head and width, to the left where negative
   "seconds": ("seconds", 8),
   "tokens_per_second": ("tokens/s", 9),
 }
+_WIDTH = sum(abs(width) + 1 for _, width in _COLUMNS.values())
 
 
 def row(
   model: str, sampling: Mapping[str, Any], result: statistics.Result
 ) -> dict[str, Any]:
-  """A cell's place in the grid and its figures."""
+  """Returns a cell's place in the grid and its figures."""
   figures = result.scalars()
   return {
     "model": model,
@@ -50,12 +56,26 @@ def row(
 
 
 def line(row: Mapping[str, Any] | None = None) -> str:
-  """A line of the table on screen; without a row, its head."""
-  parts = []
-  for name, (head, width) in _COLUMNS.items():
-    text = head if row is None else _text(name, row[name])
-    parts.append(text.ljust(-width) if width < 0 else text.rjust(width))
-  return " ".join(parts)
+  """Returns a line of the table on screen; without a row, its head.
+
+  Columns stay under each other: what is wider than its column goes on below.
+  """
+  table = rich.table.Table(
+    box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=row is None
+  )
+  for head, width in _COLUMNS.values():
+    table.add_column(
+      head,
+      width=abs(width),
+      justify="left" if width < 0 else "right",
+      overflow="fold",
+    )
+  if row is not None:
+    # Text and not strings, which would be read as markup.
+    table.add_row(*(rich.text.Text(_text(k, row[k])) for k in _COLUMNS))
+  out = io.StringIO()
+  rich.console.Console(file=out, width=_WIDTH, color_system=None).print(table)
+  return "\n".join(text.rstrip() for text in out.getvalue().splitlines())
 
 
 def _text(name: str, value: Any) -> str:
@@ -69,7 +89,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """All figures, a line per cell."""
+  """Writes all figures, a line per cell."""
   with file.open("w", newline="", encoding="utf-8") as opened:
     writer = csv.DictWriter(opened, fieldnames=list(rows[0]))
     writer.writeheader()
@@ -84,7 +104,7 @@ _SHORT = {"completion_length": "length", "temperature": "temperature"}
 def curves(
   rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[Mapping[str, Any]]]:
-  """Label -> rows of a sweep in order of denoising steps.
+  """Returns label -> rows of a sweep in order of denoising steps.
 
   A label names only what differs between lines.
   """
@@ -102,7 +122,7 @@ def curves(
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
-  """Accuracy against denoising steps, a line per model, rule, length, ...
+  """Draws accuracy against denoising steps, a line per model, rule, length.
 
   Args:
     rows: of a sweep; bars are the standard error of the accuracy.
@@ -115,9 +135,9 @@ def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
   figure = figure_lib.Figure(figsize=(8, 5), layout="constrained")
   axes = figure.add_subplot()
   found = curves(rows)
-  for place, (label, ordered) in enumerate(found.items()):
+  for index, (label, ordered) in enumerate(found.items()):
     # Side by side, so that bars do not hide each other.
-    shift = 2 ** (0.03 * (place - (len(found) - 1) / 2))
+    shift = 2 ** (0.03 * (index - (len(found) - 1) / 2))
     axes.errorbar(
       [shift * row["num_denoise_steps"] for row in ordered],
       [100 * row["accuracy"] for row in ordered],

@@ -193,6 +193,19 @@ def test_line_by_hand():
   assert len(head) == len(line)
 
 
+def test_long_and_wide_names_keep_the_columns():
+  """By hand: 24 columns for the model, a character may take two of them."""
+  plain = table.line(ROWS[0])
+  for name, first, second in (
+    ("a" * 30, "a" * 24, "a" * 6),
+    ("[b]", "[b]" + 21 * " ", None),
+    ("模" * 13, "模" * 12, "模"),
+  ):
+    got = table.line({**ROWS[0], "model": name}).splitlines()
+    assert got[0] == first + plain[24:]
+    assert got[1:] == ([] if second is None else [second])
+
+
 def test_csv_and_picture(tmp_path):
   table.write_csv(tmp_path / "sweep.csv", ROWS)
   with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
