@@ -1,12 +1,13 @@
-"""equality, tame: math-verify without eval and without explosions."""
+"""equality: math-verify as released, without eval and without explosions."""
 
+import builtins
 import time
 
 import pytest
 import sympy
+from sympy.parsing import sympy_parser
 
 from agrpo_jax.tasks.verdicts import equality
-from agrpo_jax.tasks.verdicts import tame
 
 _X, _Y = sympy.symbols("x y")
 
@@ -42,11 +43,69 @@ def test_equal(gold, text, verdict):
   assert equality.equal(gold, text) is verdict
 
 
+# Verdicts of math-verify 0.8.0, which AGRPO was measured with.
+
+
+@pytest.mark.parametrize(
+  "gold, text, verdict",
+  [
+    ("18", "x=18\\%", False),
+    ("x=18", "x=18\\%", False),
+    ("18", "5+13=18\\%", False),
+    ("18", "18 percent", False),
+    ("18\\%", "x=18", False),
+    ("0.18", "x=18\\%", True),
+    ("18\\%", "x=18\\%", True),
+    ("18,20", "18\\%,20\\%", False),
+    ("0.18,0.2", "18\\%,20\\%", True),
+    ("\\{18\\}", "\\{18\\%\\}", False),
+    ("x<18", "x<18\\%", False),
+    ("x<0.18", "x<18\\%", True),
+    ("x+18\\%", "x+0.18", True),
+    ("9", "900\\%", True),
+    ("50\\%", "\\frac12", True),
+    ("33.3333\\%", "\\frac13", True),
+  ],
+)
+def test_a_percentage_is_a_hundredth_wherever_it_stands(gold, text, verdict):
+  assert equality.equal(f"${gold}$", f"${text}$") is verdict
+
+
+@pytest.mark.parametrize(
+  "gold, text",
+  [
+    ("-1", "(5(-2)+9)^611"),
+    ("-1", "(-1)^{2023}"),
+    ("1", "1^{2024}"),
+    ("1", "(3-2)^{1000000}"),
+    ("1", "(\\frac12+\\frac12)^{999}"),
+    ("1", "(1+1)^{100}/2^{100}"),
+    ("0", "0^{5000}"),
+    ("3", "3^{(1-1)^{5000}+1}"),
+    ("2^{5000}", "4^{2500}"),
+    ("2^{1001}", "2\\cdot 2^{1000}"),
+    ("(1+\\sqrt2)^{20}", "(3+2\\sqrt2)^{10}"),
+    ("2047276", "\\binom{2024}{2}"),
+    ("2024", "\\frac{2024!}{2023!}"),
+  ],
+)
+def test_large_powers_of_numbers_are_computed(gold, text):
+  assert equality.equal(f"${gold}$", f"${text}$")
+  assert not equality.equal("$77$", f"${text}$")
+
+
 @pytest.mark.parametrize(
   "latex",
   [
     *["9^{9^{9^{9}}}", "10^{1000000000}", "100000!!", "x^{10^{10^{10}}}"],
     *["\\binom{1000000}{500000}", "\\sum_{k=1}^{10000000} \\frac{1}{k^2}"],
+    *[
+      "7^{10000000}",
+      "(6+1)^{10000000}",
+      "1^{10^{10^{10}}}",
+      "((2^{999})^{999})",
+    ],
+    *["(1+\\pi)^{999}", "(1+\\sqrt2+\\sqrt3)^{40}", "\\binom{99999}{50000}"],
     *["(x+1)^{1000}", "(a+b+c+d)^{40}", "e^{e^{e^{e^{e}}}}"],
     *["(" * 60 + "x" + ")" * 60, "\\frac{1}{" * 40 + "2" + "}" * 40],
     *["x" * 3000, "1+" * 2000 + "1", "\\int_0^1 x^{x^x} dx"],
@@ -85,7 +144,7 @@ def test_what_is_refused_still_equals_itself():
   ],
 )
 def test_tame(expression):
-  assert tame.is_tame(expression)
+  assert equality.is_tame(expression)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +153,9 @@ def test_tame(expression):
     _pow(9, 9, 9),
     _pow(_X, 10, 10, 10),
     (_X + _Y) ** 13,
-    sympy.factorial(2000, evaluate=False),
-    sympy.factorial(sympy.factorial(7, evaluate=False), evaluate=False),
-    sympy.binomial(5000, 3, evaluate=False),
+    sympy.factorial(20_000, evaluate=False),
+    sympy.factorial(sympy.factorial(8, evaluate=False), evaluate=False),
+    sympy.binomial(50_000, 3, evaluate=False),
     sympy.Sum(_X, (_X, 1, 10_000)),
     sympy.Product(_X, (_X, -10_000, 1)),
     sympy.exp(sympy.exp(10, evaluate=False), evaluate=False),
@@ -105,11 +164,83 @@ def test_tame(expression):
   ],
 )
 def test_not_tame(expression):
-  assert not tame.is_tame(expression)
+  assert not equality.is_tame(expression)
 
 
 def test_deep_tree_is_not_tame():
   tree = _X
   for _ in range(30):
     tree = sympy.sin(tree)
-  assert not tame.is_tame(tree)
+  assert not equality.is_tame(tree)
+
+
+@pytest.fixture
+def forbidden(monkeypatch):
+  def fail(*unused_args, **unused_kwargs):
+    raise AssertionError("evaluated")
+
+  monkeypatch.setattr(builtins, "eval", fail)
+
+
+@pytest.mark.parametrize(
+  "text, number",
+  [
+    ("12", sympy.Integer(12)),
+    ("-12", sympy.Integer(-12)),
+    ("--12", sympy.Integer(12)),
+    ("0.5", sympy.Float("0.5")),
+    ("1e3", sympy.Float("1e3")),
+    ("E", sympy.E),
+    ("pi", sympy.pi),
+    ("x", sympy.Symbol("x")),
+  ],
+)
+def test_literals(forbidden, text, number):
+  with equality.no_eval():
+    assert sympy.sympify(text) == number
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *["1 + 2", "f(1)", "x.y", "[1]", "(1).real", "__import__('os')"],
+    *["1 if 1 else 2", "-f(1)", "~1", "9**9", "1e"],
+  ],
+)
+def test_nothing_else(forbidden, text):
+  with equality.no_eval(), pytest.raises((ValueError, sympy.SympifyError)):
+    sympy.sympify(text)
+
+
+@pytest.mark.parametrize(
+  "code",
+  [
+    "Integer (__import__('os'))",
+    "Integer (1 , x=2)",
+    "Function ('f')(1)",
+    "Symbol",
+    "Integer",
+    compile("1", "<test>", "eval"),
+  ],
+)
+def test_no_other_code(code):
+  with pytest.raises(ValueError):
+    equality.literal(code, {}, vars(sympy))
+
+
+def test_sympy_is_left_as_it_was():
+  before = sympy_parser.eval_expr
+  with pytest.raises(KeyError), equality.no_eval():
+    raise KeyError
+  assert sympy_parser.eval_expr is before
+  assert sympy.sympify("1 + 2") == 3
+
+
+def test_no_text_of_a_completion_is_evaluated(forbidden):
+  """Numbers that no other test has parsed before, in each way to find them."""
+  assert equality.equal("7123", "it is 7000 + 100 + 23")
+  assert equality.equal("7124", "the answer is 7124")
+  assert equality.equal("-7129", "so 1 - 7130")
+  assert equality.equal("$7125$", "$7,125.0$")
+  assert equality.equal("$7126\\%$", "$7126\\%$")
+  assert not equality.equal("$7127$", "$7128$")

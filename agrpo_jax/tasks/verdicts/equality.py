@@ -1,36 +1,94 @@
 """Mathematical equality by `math-verify`, as the released AGRPO code asks it.
 
 math-verify finds the expression in a text (LaTeX first), turns it into a sympy
-expression and compares by value. Two things are changed. Plain arithmetic and
-numbers would go through sympy's parser, which hands text to Python's `eval`:
-`arithmetic.value` and `no_eval` take its place. And what would take too long
-is refused beforehand where it can be told (`tame`); what slips through is
-stopped by the timer of the process that grades (`worker`), so call this only
-there, or on text that you trust. math-verify's own alarms are off: they need
-whole seconds and another signal handler.
+expression and compares by value. Three things are changed.
+
+* Plain arithmetic and numbers would go through sympy's parser, which hands text
+  to Python's `eval`: `arithmetic.value` and `no_eval` take its place.
+* What would take too long is refused beforehand where it can be told
+  (`is_tame`). What slips through is stopped by the timer of the process that
+  grades (`grading.worker`), so call this only there, or on text that you trust.
+  math-verify's own alarms are off: they need whole seconds and another signal
+  handler.
+* Newer versions let 18% equal 18. The one that AGRPO was measured with (0.8.0)
+  does not, and neither does this.
 """
 
+import ast
+import contextlib
+import fractions
 import functools
 import itertools
 import logging
+import math
 import re
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import math_verify
 import sympy
+from math_verify import grader
 from math_verify import parser
+from sympy.parsing import sympy_parser
 
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks.verdicts import arithmetic
-from agrpo_jax.tasks.verdicts import no_eval
-from agrpo_jax.tasks.verdicts import tame
 
 MAX_CHARS = 20_000  # of a text that is searched
 MAX_LATEX_CHARS = 1000  # of one expression
 MAX_NESTING = 24
 MAX_BOXES = 100
 
+# Of a sympy expression that is compared by computing.
+MAX_NODES = 600
+MAX_DEPTH = 24
+MAX_BITS = 1 << 17  # of a power of a rational number
+MAX_EXPONENT = 1000  # of anything else
+MAX_SYMBOL_EXPONENT = 12  # of a sum with symbols: (a + b)^12 has 13 terms
+MAX_SUM_TERMS = 100  # of the written-out power of an irrational sum
+MAX_TERMS = 1000  # of a written-out sum or product
+MAX_FACTORIAL = 10_000
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def equal(gold: str, text: str) -> bool:
+  """Whether math-verify finds the value of `gold` in `text`.
+
+  Args:
+    gold: the gold answer, in dollar signs to be read as LaTeX.
+    text: a model's.
+
+  Returns:
+    The verdict. False as well for text too long for math-verify's patterns, for
+    an answer that is not tame and of another shape than the gold one, and when
+    time is up.
+  """
+  if len(text) > MAX_CHARS or text.count("\\boxed") > MAX_BOXES:
+    return False
+  try:
+    golds, found = _parsed(gold), _parsed(text)
+    if not all(map(is_tame, (*golds, *found))):
+      return any(a == b for a, b in itertools.product(golds, found))
+    with no_eval():
+      return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+  except base.OutOfTime:
+    return False
+
+
+# math-verify's patterns take quadratic time in a run of white space.
+_LONG_SPACE = re.compile(r"(\s)\1{99,}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> tuple:
+  text = _LONG_SPACE.sub(lambda match: match[1] * 99, text)
+  with no_eval():
+    return tuple(math_verify.parse(text, parsing_timeout=None))
+
+
+# --- What of math-verify is replaced.
 
 
 def _parse_arithmetic(text: str) -> sympy.Rational:
@@ -39,9 +97,7 @@ def _parse_arithmetic(text: str) -> sympy.Rational:
 
 
 # The parser evaluates binomials at once, unlike everything else.
-_LARGE_BINOMIAL = re.compile(r"binom\D{0,9}\d{4}|binom\D{0,9}\d+\D{1,9}\d{4}")
-# math-verify's patterns take quadratic time in a run of white space.
-_LONG_SPACE = re.compile(r"(\s)\1{99,}")
+_LARGE_BINOMIAL = re.compile(r"binom\D{0,9}\d{5}|binom\D{0,9}\d+\D{1,9}\d{5}")
 
 
 def _check_latex(latex: str) -> None:
@@ -56,60 +112,201 @@ def _check_latex(latex: str) -> None:
     raise ValueError("the binomial is too large")
 
 
-for _name in ("parse_expr_cached", "parse_latex_cached"):
-  if not hasattr(parser, _name):
-    raise ImportError(
-      f"this math-verify has no parser.{_name}: install the version that "
-      "requirements.txt names."
-    )
-_parse_latex = parser.parse_latex_cached
-
-
 def _parse_bounded_latex(latex: str) -> sympy.Basic:
   _check_latex(latex)
   return _parse_latex(latex)
 
 
+def _percentage_value(expression: sympy.Basic, default: object) -> sympy.Basic:
+  """Returns what a percentage is worth, where newer versions drop the sign."""
+  del default
+  return expression.doit()
+
+
+for _module, _name in (
+  (parser, "parse_expr_cached"),
+  (parser, "parse_latex_cached"),
+  (grader, "get_pct_val"),
+):
+  if not hasattr(_module, _name):
+    raise ImportError(
+      f"this math-verify has no {_module.__name__}.{_name}: install the "
+      "version that requirements.txt names."
+    )
+_parse_latex = parser.parse_latex_cached
 parser.parse_expr_cached = _parse_arithmetic
 parser.parse_latex_cached = _parse_bounded_latex
+grader.get_pct_val = _percentage_value
 
 
-@functools.lru_cache(maxsize=1024)
-def _parsed(text: str) -> tuple:
-  text = _LONG_SPACE.sub(lambda match: match[1] * 99, text)
-  with no_eval.no_eval():
-    return tuple(math_verify.parse(text, parsing_timeout=None))
+# --- Numbers without `eval`. sympy turns text into numbers by writing a line of
+# Python and evaluating it: `sympy.Number("1")` ends in `eval("Integer (1 )")`.
+# The text that gets there from a completion has passed patterns and a lexer,
+# but code made from what a model wrote should not be run at all.
+
+_MAKERS = {
+  "Integer": sympy.Integer,
+  "Float": sympy.Float,
+  "Rational": sympy.Rational,
+  "Symbol": sympy.Symbol,
+}
 
 
-def equal(gold: str, text: str) -> bool:
-  """Whether math-verify finds the value of `gold` in `text`.
-
-  False as well for text too long for its patterns, for an answer that is not
-  tame and of another shape than the gold one, and when time is up.
-  """
-  if len(text) > MAX_CHARS or text.count("\\boxed") > MAX_BOXES:
-    return False
+@contextlib.contextmanager
+def no_eval() -> Iterator[None]:
+  """Within it, sympy understands the literals it writes and runs no code."""
+  original = sympy_parser.eval_expr
+  sympy_parser.eval_expr = literal
   try:
-    golds, found = _parsed(gold), _parsed(text)
-    if not all(map(tame.is_tame, (*golds, *found))):
-      return any(a == b for a, b in itertools.product(golds, found))
-    if any(map(_is_percentage, golds)) != any(map(_is_percentage, found)):
-      golds = tuple(map(_as_number, golds))
-      found = tuple(map(_as_number, found))
-    with no_eval.no_eval():
-      return math_verify.verify(list(golds), list(found), timeout_seconds=None)
-  except base.OutOfTime:
+    yield
+  finally:
+    sympy_parser.eval_expr = original
+
+
+def literal(
+  code: object, local_dict: Mapping[str, Any], global_dict: Mapping[str, Any]
+) -> sympy.Basic:
+  """Returns the value of `Integer (12)`, `-Float ('0.5')`, a constant's name.
+
+  The arguments are those of sympy's `eval_expr`.
+
+  Raises:
+    ValueError: any other code.
+  """
+  del local_dict
+  if isinstance(code, str):
+    value = _fold(ast.parse(code.strip(), mode="eval").body, global_dict)
+    if value is not None:
+      return value
+  raise ValueError(f"not a literal: {code!r:.80}")
+
+
+def _fold(node: ast.expr, names: Mapping[str, Any]) -> sympy.Basic | None:
+  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+    value = _fold(node.operand, names)
+    return None if value is None else -value
+  if isinstance(node, ast.Name):
+    value = names.get(node.id)
+    return value if isinstance(value, sympy.Basic) else None
+  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+    maker = _MAKERS.get(node.func.id)
+    constants = [a.value for a in node.args if isinstance(a, ast.Constant)]
+    if maker and len(constants) == len(node.args) and not node.keywords:
+      return maker(*constants)
+  return None
+
+
+# --- Which expressions may be compared by computing. Parsing builds a tree and
+# evaluates little; comparing evaluates it. A tree that stands for an
+# astronomical number, or that expands into very many terms, would only run into
+# the time limit.
+
+
+def is_tame(expression: object) -> bool:
+  """Whether computing with `expression` costs little."""
+  if not isinstance(expression, sympy.Basic):
+    return True
+  # Size and depth first: the rules for a node recurse into what is below it.
+  nodes = [(expression, 1)]
+  for node, depth in nodes:
+    nodes.extend((argument, depth + 1) for argument in node.args)
+    if depth > MAX_DEPTH or len(nodes) > MAX_NODES:
+      return False
+  return all(_is_tame_node(node) for node, _ in nodes)
+
+
+def _is_tame_node(node: sympy.Basic) -> bool:
+  if isinstance(node, sympy.Integral):
+    return False  # nothing bounds the search for an antiderivative
+  if isinstance(node, sympy.Pow):
+    return _is_tame_power(node.base, _size(node.exp))
+  if isinstance(node, sympy.exp):
+    return _size(node.args[0]) <= MAX_EXPONENT
+  if isinstance(node, (sympy.factorial, sympy.factorial2, sympy.binomial)):
+    return all(_size(argument) <= MAX_FACTORIAL for argument in node.args)
+  if isinstance(node, (sympy.Sum, sympy.Product)):
+    return all(
+      len(limits) < 3 or _size(limits[2]) + _size(limits[1]) <= MAX_TERMS
+      for limits in node.limits
+    )
+  return True
+
+
+def _is_tame_power(base_node: sympy.Basic, exponent: float) -> bool:
+  """Whether a power is cheap: a sum multiplies out, a number only grows."""
+  value = _rational(base_node)
+  if value is not None:
+    # Not infinite: 1 to any power is 1, but the power has to be computed too.
+    return exponent < math.inf and _bits(value) * exponent <= MAX_BITS
+  if not isinstance(base_node, sympy.Add):
+    return exponent <= MAX_EXPONENT
+  if base_node.free_symbols:
+    return exponent <= MAX_SYMBOL_EXPONENT
+  if exponent > MAX_EXPONENT:
     return False
+  num_others = len(base_node.args) - 1
+  return math.comb(math.ceil(exponent) + num_others, num_others) <= (
+    MAX_SUM_TERMS
+  )
 
 
-# How math-verify marks a percentage. Newer versions let 18% equal 18; the one
-# that AGRPO was measured with, and we, do not, though 18% equals 0.18.
-_PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
+def _rational(node: sympy.Basic) -> fractions.Fraction | None:
+  """Returns the exact value; None if it is irrational, too large, or none."""
+  if isinstance(node, sympy.Rational):
+    return fractions.Fraction(node.p, node.q)
+  if not isinstance(
+    node, (sympy.Add, sympy.Mul, sympy.Pow, sympy.UnevaluatedExpr)
+  ):
+    return None
+  values = [v for v in map(_rational, node.args) if v is not None]
+  if not values or len(values) < len(node.args):
+    return None
+  result, *others = values
+  for other in others:
+    if isinstance(node, sympy.Add):
+      result += other
+    elif isinstance(node, sympy.Mul):
+      result *= other
+    elif (
+      other.denominator == 1
+      and _bits(result) * abs(other) <= MAX_BITS
+      and (result or other >= 0)
+    ):
+      result = result ** int(other)
+    else:
+      return None
+    if _bits(result) > MAX_BITS:
+      return None
+  return result
 
 
-def _is_percentage(expression: object) -> bool:
-  return isinstance(expression, sympy.Mul) and _PERCENT in expression.args
+def _bits(value: fractions.Fraction) -> int:
+  """Returns the bits that each further factor `value` adds; 0 for 1, 0, -1."""
+  return max(abs(value.numerator), value.denominator).bit_length() - 1
 
 
-def _as_number(expression: Any) -> Any:
-  return expression.doit() if _is_percentage(expression) else expression
+def _size(node: sympy.Basic) -> float:
+  """Returns a bound on the absolute value; infinity if it is too large.
+
+  A symbol counts as 1.
+  """
+  try:
+    if isinstance(node, sympy.Number):
+      return abs(float(node)) if node.is_finite else 1.0
+    if (value := _rational(node)) is not None:
+      return abs(float(value))
+    sizes = [_size(argument) for argument in node.args]
+    if isinstance(node, sympy.Add):
+      return math.fsum(sizes)
+    if isinstance(node, sympy.Mul):
+      return math.prod(sizes)
+    if isinstance(node, sympy.Pow):
+      # A base below 1 under a negative power grows as well.
+      return max(sizes[0], 1 / sizes[0] if sizes[0] else 1.0) ** sizes[1]
+    if isinstance(node, sympy.exp):
+      return math.exp(sizes[0])
+    if isinstance(node, (sympy.factorial, sympy.factorial2)):
+      return math.gamma(sizes[0] + 1)
+  except OverflowError:
+    return math.inf
+  return max(sizes, default=1.0)
