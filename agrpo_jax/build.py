@@ -20,6 +20,7 @@ from agrpo_jax import optimizer
 from agrpo_jax import tasks
 from agrpo_jax import types
 from agrpo_jax.grading import pool
+from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import ops
 from agrpo_jax.models import tokens
@@ -48,7 +49,7 @@ class Policy:
   """
 
   mesh: mesh_lib.Mesh
-  network: transformer.Config
+  network: base.Shape
   params: types.Tree
   lora: types.Tree | None
   lora_settings: lora_lib.Lora | None
@@ -93,7 +94,7 @@ def policy(c: config_lib.ConfigDict, *, is_trained: bool = True) -> Policy:
 def from_params(
   c: config_lib.ConfigDict,
   mesh: mesh_lib.Mesh,
-  network: transformer.Config,
+  network: base.Shape,
   params: types.Tree,
 ) -> Policy:
   """Adds adapters and tokenizer to a network whose parameters are there."""
@@ -246,7 +247,7 @@ def check_sampler(
   c: config_lib.ConfigDict,
   sub: config_lib.ConfigDict,
   mesh: mesh_lib.Mesh,
-  network: transformer.Config,
+  network: base.Shape,
 ) -> None:
   """Raises UserError for rows that do not fit the mesh or the network."""
   name = "rollout" if "num_prompts" in sub else "evaluate"

@@ -182,7 +182,7 @@ def sft() -> ConfigDict:
   """Defaults of `agrpo_jax.sft`."""
   c = _common()
   # To start from random parameters: num_layers, width, num_heads, mlp_width of
-  # the network, and any other field of `llada.Config`. Empty: model.path.
+  # the network, and any other field of `base.Shape`. Empty: model.path.
   c.model.network = _free()
   c.sft = s = ConfigDict()
   s.completion_length = 256  # tokens; what is shorter ends in EOS, all targets

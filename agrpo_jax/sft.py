@@ -25,6 +25,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import optimizer
 from agrpo_jax import types
+from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
@@ -209,6 +210,7 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     vocab = tokens.write_byte_tokenizer(folder)
     asked = c.model.network.to_dict()
     defaults = dict(
+      model_type="llada",
       embedding_size=vocab["vocab_size"],
       num_kv_heads=asked.get("num_heads"),
       rope_theta=500_000.0,
@@ -218,7 +220,7 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
       max_length=4096,
     )
     try:
-      network = transformer.Config(**(vocab | defaults | asked))
+      network = base.Shape(**(vocab | defaults | asked))
     except TypeError as error:
       raise errors.UserError(f"config.model.network: {error}") from error
     params = transformer.init(network, jax.random.key(c.seed))

@@ -149,7 +149,7 @@ def _check(
   found: dict[str, list[Cell]] = collections.defaultdict(list)
   c = every[0].config
   load_network = functools.cache(
-    lambda path: model_folder.load_config(
+    lambda path: model_folder.load_shape(
       path, revision=c.model.revision or None
     )
   )

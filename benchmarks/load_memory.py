@@ -26,11 +26,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from agrpo_jax.models import names
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes as processes_lib
 from agrpo_jax.port import files as files_lib
+from agrpo_jax.port import layout
 from agrpo_jax.port import model_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def generate(folder: pathlib.Path, gigabytes: float) -> None:
   )
   (folder / "config.json").write_text(json.dumps(raw))
   rng = np.random.default_rng(0)
-  config = model_folder.load_config(str(folder))
+  config = model_folder.load_shape(str(folder))
   shard: dict[str, np.ndarray] = {}
   weight_map: dict[str, str] = {}
   files: list[str] = []
@@ -77,9 +77,10 @@ def generate(folder: pathlib.Path, gigabytes: float) -> None:
     files.append(name)
     shard.clear()
 
-  entries = jax.tree.leaves(names.table(config))
+  table = layout.table(config)
+  entries = jax.tree.leaves(table)
   sizes = {n: e.stored_shape for e in entries for n in e.names}
-  for name in sorted(sizes, key=names.order):
+  for name in layout.ordered(table):
     bits = rng.integers(0x3C00, 0x3D00, sizes[name], np.uint16)
     shard[name] = bits.view(ml_dtypes.bfloat16)
     if sum(x.nbytes for x in shard.values()) >= _SHARD_BYTES:

@@ -31,6 +31,7 @@ from agrpo_jax import learner as learner_lib
 from agrpo_jax import models
 from agrpo_jax import optimizer
 from agrpo_jax.grading import pool
+from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
@@ -43,7 +44,7 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """A shape to time. `network` holds fields of `llada.Config`."""
+  """A shape to time. `network` holds fields of `base.Shape`."""
 
   network: dict
   dtype: str
@@ -62,8 +63,9 @@ class Preset:
 
 
 def network(layers, width, heads, mlp, vocab):
-  """Fields of `llada.Config`."""
+  """Fields of `base.Shape`."""
   return dict(
+    model_type="llada",
     num_layers=layers,
     width=width,
     num_heads=heads,
@@ -140,7 +142,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
   """The table of one preset, as a dict."""
   mesh = mesh_lib.make()
-  config = transformer.Config(**preset.network, dtype=preset.dtype, remat=remat)
+  config = base.Shape(**preset.network, dtype=preset.dtype, remat=remat)
   axes = mesh_lib.shardings(
     mesh, transformer.logical_axes(config), transformer.abstract_params(config)
   )

@@ -1,15 +1,52 @@
 """Parameters -> logits: the transformer, adapters, families, tokenizers."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import errors
 from agrpo_jax.models import base
 from agrpo_jax.models import llada
 
+# By the `model_type` of a config.json.
+FAMILIES: dict[str, base.Family] = {"llada": llada.FAMILY}
 
-def vocabulary(network: llada.Config) -> base.Vocabulary:
+
+def read_shape(raw: Any, **switches: str) -> base.Shape:
+  """Reads the contents of a `config.json` of any family.
+
+  Args:
+    raw: the parsed file.
+    **switches: `dtype`, `remat`, `attention`; not stored in the file.
+
+  Raises:
+    UserError: naming every key that is missing, malformed, or asks for
+      something that this package does not compute.
+  """
+  if not isinstance(raw, Mapping):
+    raise errors.UserError(
+      f"config.json holds a {type(raw).__name__}, expected an object"
+    )
+  model_type = raw.get("model_type")
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
+    raise errors.UserError(
+      f"config.json: model_type is {model_type!r}, which is none of the "
+      f"families that can be loaded: {', '.join(sorted(FAMILIES))}. Use a "
+      "checkpoint of one of these."
+    )
+  return FAMILIES[model_type].read(raw, switches)
+
+
+def write_shape(shape: base.Shape) -> dict[str, Any]:
+  """A config.json of the network's family."""
+  return FAMILIES[shape.model_type].write(shape)
+
+
+def vocabulary(shape: base.Shape) -> base.Vocabulary:
   """What the tokenizer of a network must agree with."""
   return base.Vocabulary(
-    size=network.vocab_size,
-    mask_id=network.mask_id,
-    eos_id=network.eos_id,
-    pad_id=network.pad_id,
-    end_of_turn=llada.END_OF_TURN,
+    size=shape.vocab_size,
+    mask_id=shape.mask_id,
+    eos_id=shape.eos_id,
+    pad_id=shape.pad_id,
+    end_of_turn=FAMILIES[shape.model_type].end_of_turn,
   )

@@ -1,49 +1,87 @@
-"""The one table of LLaDA's parameters: shapes, logical axes, initial scales.
+"""The records of a network, whatever its family.
 
-The network declares its arrays from it; `init`, sharding and the port of
-checkpoints read it. Layers are stacked along a leading axis, except the last.
+`Shape` says what `transformer` computes, `Vocabulary` what a tokenizer must
+agree with, and `Family` how both follow from a model's folder.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import functools
+from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from agrpo_jax import errors
 
-from agrpo_jax.models import llada
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+ATTENTION = ("auto", "xla", "cudnn")
 
-Config = llada.Config
+# The fields of `Shape` that say how to compute, not what.
+SWITCHES = ("dtype", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-  """One array of the parameters.
+class Shape:
+  """Shape of a network, its special ids, and how it is computed.
 
   Attributes:
-    shape: its shape.
-    axes: a logical axis name per dimension; `mesh.RULES` maps them.
-    stddev: of the truncated normal it starts from; 0 means constant `fill`.
-    fill: the constant it starts from when `stddev` is 0.
+    model_type: key of `models.FAMILIES`.
+    vocab_size: token ids are below it.
+    embedding_size: rows of the embedding table and columns of the head; at
+      least `vocab_size`, the rest is never a token.
+    num_layers: transformer layers.
+    width: size of the residual stream.
+    num_heads: query heads.
+    num_kv_heads: key and value heads; divides `num_heads`.
+    mlp_width: hidden size of the MLP.
+    rope_theta: base of the rotary frequencies.
+    norm_eps: added to the mean square in RMSNorm.
+    qkv_bias: whether q, k and v have biases.
+    tied_head: whether the head is the transposed embedding table.
+    max_length: longest sequence, prompt and completion together.
+    mask_id: id of the mask token.
+    eos_id: id of the token that ends a completion.
+    pad_id: id that fills padding; never attended to.
+    head_dim: size of a head, even; 0 stands for `width / num_heads`, which
+      takes its place.
+    scale_logits: whether logits are divided by sqrt(width).
+    shift: the logits of the token at position i come from the output at
+      i - shift; 0 or 1.
+    dtype: of the matrix products and the residual stream: "float32" or
+      "bfloat16" (sums, norms, softmax, RoPE and logits are float32 anyway).
+    remat: what the forward pass keeps for the backward pass: "none" recomputes
+      nothing, "dots" keeps the outputs of the projections, "full" keeps only
+      the input of each layer.
+    attention: "xla", "cudnn", or "auto": cuDNN for bfloat16 on a GPU.
   """
 
-  shape: tuple[int, ...]
-  axes: tuple[str, ...]
-  stddev: float = 0.0
-  fill: float = 0.0
+  model_type: str
+  vocab_size: int
+  embedding_size: int
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_width: int
+  rope_theta: float
+  norm_eps: float
+  qkv_bias: bool
+  tied_head: bool
+  max_length: int
+  mask_id: int
+  eos_id: int
+  pad_id: int
+  head_dim: int = 0
+  scale_logits: bool = False
+  shift: int = 0
+  dtype: str = "float32"
+  remat: str = "none"
+  attention: str = "auto"
 
-  def initial(self, key: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    if not self.stddev:
-      return jnp.full(self.shape, self.fill, dtype)
-    draw = jax.random.truncated_normal(key, -3.0, 3.0, self.shape, jnp.float32)
-    return (draw * self.stddev).astype(dtype)
-
-  def stacked(self, size: int) -> Spec:
-    return dataclasses.replace(
-      self, shape=(size, *self.shape), axes=("layers", *self.axes)
-    )
+  def __post_init__(self) -> None:
+    values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    raise_problems("the network's settings", problems(values, {}))
+    if not self.head_dim:
+      object.__setattr__(self, "head_dim", self.width // self.num_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,84 +103,138 @@ class Vocabulary:
   end_of_turn: str
 
 
-def _is_spec(node: Any) -> bool:
-  return isinstance(node, Spec)
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A kind of network, as its checkpoints describe it.
+
+  Attributes:
+    read: (the parsed config.json, switches of `Shape` by name) -> Shape. Raises
+      one UserError that names everything that is missing, malformed, or asks
+      for what `transformer` does not compute.
+    write: Shape -> config.json with every key that the original code reads.
+      Raises UserError for a shape that the family cannot have.
+    module_name: (path of a module in our tree, its layer or None) -> its name
+      in the original, e.g. ("layers", "q"), 3 -> "model.layers.3.self_attn.
+      q_proj". The layer counts from 0; ("last_layer", ...) has one too.
+    end_of_turn: name of the token that ends a turn of a chat.
+  """
+
+  read: Callable[[Mapping[str, Any], Mapping[str, str]], Shape]
+  write: Callable[[Shape], dict[str, Any]]
+  module_name: Callable[[tuple[str, ...], int | None], str]
+  end_of_turn: str
 
 
-def _norm_spec(config: Config) -> dict[str, Spec]:
-  return {"scale": Spec((config.width,), ("norm",), fill=1.0)}
+# The least value of a whole number; 1 for the others.
+_LEAST = {"mask_id": 0, "eos_id": 0, "pad_id": 0, "head_dim": 0, "shift": 0}
 
 
-def layer_specs(config: Config) -> dict[str, dict[str, Spec]]:
-  """The arrays of one layer."""
-  width, mlp = config.width, config.mlp_width
-  kv = config.num_kv_heads * config.head_dim
-  std = width**-0.5
-  # The outputs that add to the residual stream shrink with its depth.
-  depth = (2 * config.num_layers) ** -0.5
+def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
+  """Everything wrong with the values of `Shape`, one sentence each.
 
-  def kernel(fan_in, fan_out, axes, stddev):
-    return {"kernel": Spec((fan_in, fan_out), axes, stddev)}
+  Args:
+    values: field -> value; a field that is absent is not judged.
+    labels: field -> the name that the reader of the message knows it by.
+  """
+  found = []
+  good = {}
+  for field in dataclasses.fields(Shape):
+    name, kind = field.name, field.type
+    if name not in values:
+      continue
+    value, label = values[name], labels.get(name, name)
+    if kind is bool:
+      if not isinstance(value, bool):
+        found.append(f"{label}={value!r} is not true or false")
+    elif kind is int:
+      least = _LEAST.get(name, 1)
+      if not is_int(value) or value < least:
+        found.append(f"{label}={value!r} is not a whole number >= {least}")
+      else:
+        good[name] = value
+    elif kind is float and (
+      isinstance(value, bool)
+      or not isinstance(value, (int, float))
+      or not 0 < value < float("inf")
+    ):
+      found.append(f"{label}={value!r} is not a number > 0")
+  for name, choices in (
+    ("shift", (0, 1)),
+    ("dtype", DTYPES),
+    ("remat", REMAT),
+    ("attention", ATTENTION),
+  ):
+    if name in values and values[name] not in choices:
+      found.append(f"{name}={values[name]!r}: choose one of {choices}")
 
-  specs = {
-    "attn_norm": _norm_spec(config),
-    "q": kernel(width, width, ("embed", "heads"), std),
-    "k": kernel(width, kv, ("embed", "kv_heads"), std),
-    "v": kernel(width, kv, ("embed", "kv_heads"), std),
-    "attn_out": kernel(width, width, ("heads", "embed"), std * depth),
-    "mlp_norm": _norm_spec(config),
-    "gate": kernel(width, mlp, ("embed", "mlp"), std),
-    "up": kernel(width, mlp, ("embed", "mlp"), std),
-    "down": kernel(mlp, width, ("mlp", "embed"), mlp**-0.5 * depth),
-  }
-  if config.qkv_bias:
-    for name in ("q", "k", "v"):
-      one = specs[name]["kernel"]
-      specs[name]["bias"] = Spec(one.shape[1:], one.axes[1:])
-  return specs
+  def say(name: str) -> str:
+    return f"{labels.get(name, name)}={good[name]}"
 
+  def both(first: str, second: str) -> bool:
+    return first in good and second in good
 
-def specs(config: Config) -> dict[str, Any]:
-  """Every array of the parameters, as a tree of `Spec`."""
-  width, rows = config.width, config.embedding_size
-  layer = layer_specs(config)
-  tree: dict[str, Any] = {
-    "embed": {"table": Spec((rows, width), ("vocab", "embed"), width**-0.5)},
-    "last_layer": layer,
-    "final_norm": _norm_spec(config),
-  }
-  if config.num_layers > 1:
-    tree["layers"] = jax.tree.map(
-      lambda one: one.stacked(config.num_layers - 1), layer, is_leaf=_is_spec
+  if good.get("head_dim"):
+    if good["head_dim"] % 2:
+      found.append(f"{say('head_dim')} is odd; RoPE needs an even size")
+  elif both("width", "num_heads"):
+    if good["width"] % good["num_heads"]:
+      found.append(f"{say('width')} is not divisible by {say('num_heads')}")
+    elif good["width"] // good["num_heads"] % 2:
+      found.append(
+        f"{say('width')} / {say('num_heads')} is odd; RoPE needs an even size"
+      )
+  if both("num_heads", "num_kv_heads") and (
+    good["num_heads"] % good["num_kv_heads"]
+  ):
+    found.append(
+      f"{say('num_heads')} is not divisible by {say('num_kv_heads')}"
     )
-  if not config.tied_head:
-    kernel = Spec((width, rows), ("embed", "vocab"), width**-0.5)
-    tree["head"] = {"kernel": kernel}
-  return tree
+  if both("embedding_size", "vocab_size") and (
+    good["embedding_size"] < good["vocab_size"]
+  ):
+    found.append(f"{say('embedding_size')} is smaller than {say('vocab_size')}")
+  for name in ("mask_id", "eos_id", "pad_id"):
+    if both(name, "vocab_size") and good[name] >= good["vocab_size"]:
+      found.append(f"{say(name)} is not below {say('vocab_size')}")
+  if both("mask_id", "eos_id") and good["mask_id"] == good["eos_id"]:
+    found.append(f"{say('mask_id')} is also {labels.get('eos_id', 'eos_id')}")
+  return found
 
 
-def logical_axes(config: Config) -> dict[str, Any]:
-  """The parameters' tree with a tuple of logical axis names per array."""
-  return jax.tree.map(lambda one: one.axes, specs(config), is_leaf=_is_spec)
+def unsupported(
+  raw: Mapping[str, Any], only: Mapping[str, tuple[tuple[Any, ...], Any]]
+) -> list[str]:
+  """The keys of a config.json that ask for what is not computed.
+
+  Args:
+    raw: the parsed file.
+    only: key -> (values that are computed, what the original code takes if the
+      key is absent).
+  """
+  found = []
+  for key, (accepted, default) in only.items():
+    value = raw.get(key, default)
+    if not any(_same(value, one) for one in accepted):
+      absent = "" if key in raw else " (what the original takes if absent)"
+      found.append(f"{key}={value!r}{absent}: only {accepted[0]!r} works")
+  return found
 
 
-def abstract_params(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
-  """The parameters' tree with shapes and `dtype`, without memory."""
-  return jax.tree.map(
-    lambda one: jax.ShapeDtypeStruct(one.shape, dtype),
-    specs(config),
-    is_leaf=_is_spec,
-  )
+def is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def init(
-  config: Config, key: jax.Array, dtype: Any = jnp.float32
-) -> dict[str, Any]:
-  """Random parameters; traceable, so that they can be born sharded."""
-  leaves, treedef = jax.tree.flatten(specs(config), is_leaf=_is_spec)
-  keys = jax.random.split(key, len(leaves))
-  return jax.tree.unflatten(
-    treedef,
-    [one.initial(key, dtype) for one, key in zip(leaves, keys, strict=True)],
-  )
+def _same(value: Any, accepted: Any) -> bool:
+  # Type-strict where it matters: JSON `0` is not `false`, but `0` is `0.0`.
+  if isinstance(value, bool) or isinstance(accepted, bool):
+    return value is accepted
+  return value == accepted
+
+
+def raise_problems(where: str, found: list[str]) -> None:
+  """Raises one UserError with all that was found, if anything was."""
+  if found:
+    raise errors.UserError(
+      f"{where}: " + "; ".join(found) + ". Correct these values, or use a "
+      "checkpoint that this package can compute."
+    )

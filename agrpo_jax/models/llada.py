@@ -1,24 +1,18 @@
-"""What a LLaDA network is: read from, and written to, its `config.json`.
+"""The family LLaDA: LLaDA-8B-Base and -Instruct, LLaDA-1.5.
 
-`from_json` refuses what this package cannot compute exactly as the original
-PyTorch code does, and names every such key at once. Keys that only concern how
-the original is initialised or trained are ignored.
+Reading a config.json refuses what this package cannot compute exactly as the
+original PyTorch code does. Keys that only concern how the original is
+initialised or trained are ignored.
 """
 
-from __future__ import annotations
-
-import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from agrpo_jax import errors
+from agrpo_jax.models import base
 
-# The token that ends a turn of a chat.
-END_OF_TURN = "<|eot_id|>"
-
-DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "cudnn")
+MODEL_TYPE = "llada"
 
 # Our field -> the key of config.json.
 _KEYS = {
@@ -73,129 +67,69 @@ _ONLY: dict[str, tuple[tuple[Any, ...], Any]] = {
   "embedding_dropout": ((0.0,), 0.1),
 }
 
+_ROOT = "model.transformer."
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Shape of the network, its special ids, and how it is computed.
+# Our module -> its name, within a layer and outside of the layers.
+_IN_LAYER = {
+  "attn_norm": "attn_norm",
+  "q": "q_proj",
+  "k": "k_proj",
+  "v": "v_proj",
+  "attn_out": "attn_out",
+  "mlp_norm": "ff_norm",
+  "gate": "ff_proj",
+  "up": "up_proj",
+  "down": "ff_out",
+}
+_OUTSIDE = {"embed": "wte", "final_norm": "ln_f", "head": "ff_out"}
 
-  Attributes:
-    vocab_size: token ids are below it.
-    embedding_size: rows of the embedding table and columns of the head; at
-      least `vocab_size`, the rest is never a token.
-    num_layers: transformer layers.
-    width: size of the residual stream.
-    num_heads: query heads; `head_dim = width / num_heads` is even.
-    num_kv_heads: key and value heads; divides `num_heads`.
-    mlp_width: hidden size of the MLP.
-    rope_theta: base of the rotary frequencies.
-    norm_eps: added to the mean square in RMSNorm.
-    qkv_bias: whether q, k and v have biases.
-    tied_head: whether the head is the transposed embedding table.
-    scale_logits: whether logits are divided by sqrt(width).
-    max_length: longest sequence, prompt and completion together.
-    mask_id: id of the mask token.
-    eos_id: id of the token that ends a completion.
-    pad_id: id that fills padding; never attended to.
-    dtype: of the matrix products and the residual stream: "float32" or
-      "bfloat16" (sums, norms, softmax, RoPE and logits are float32 anyway).
-    remat: what the forward pass keeps for the backward pass: "none" recomputes
-      nothing, "dots" keeps the outputs of the projections, "full" keeps only
-      the input of each layer.
-    attention: "xla", "cudnn", or "auto": cuDNN for bfloat16 on a GPU.
-  """
 
-  vocab_size: int
-  embedding_size: int
-  num_layers: int
-  width: int
-  num_heads: int
-  num_kv_heads: int
-  mlp_width: int
-  rope_theta: float
-  norm_eps: float
-  qkv_bias: bool
-  tied_head: bool
-  max_length: int
-  mask_id: int
-  eos_id: int
-  pad_id: int
-  scale_logits: bool = False
-  dtype: str = "float32"
-  remat: str = "none"
-  attention: str = "auto"
+def _read(raw: Mapping[str, Any], switches: Mapping[str, str]) -> base.Shape:
+  found = base.unsupported(raw, _ONLY)
+  values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
+  for name in _REQUIRED:
+    if values[name] is None:
+      found.append(f"{_KEYS[name]} is missing")
+  _fill(values, raw, found)
+  values.update(switches)
+  known = {name: value for name, value in values.items() if value is not None}
+  found += base.problems(known, _KEYS)
+  base.raise_problems("config.json", found)
+  return base.Shape(model_type=MODEL_TYPE, **values)
 
-  def __post_init__(self) -> None:
-    values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    _raise("the network's settings", _problems(values, {}))
 
-  @property
-  def head_dim(self) -> int:
-    return self.width // self.num_heads
-
-  @classmethod
-  def from_json(cls, raw: Mapping[str, Any], **switches: str) -> Config:
-    """Reads the contents of a LLaDA `config.json`.
-
-    Args:
-      raw: the parsed file.
-      **switches: `dtype`, `remat`, `attention`; not stored in the file.
-
-    Raises:
-      UserError: naming every key that is missing, malformed, or asks for
-        something that this package does not compute.
-    """
-    if not isinstance(raw, Mapping):
-      raise errors.UserError(
-        f"config.json holds a {type(raw).__name__}, expected an object"
-      )
-    if raw.get("model_type") != "llada":
-      raise errors.UserError(
-        f"config.json: model_type is {raw.get('model_type')!r}, expected "
-        "'llada': only LLaDA checkpoints can be loaded"
-      )
-    found = []
-    for key, (accepted, default) in _ONLY.items():
-      value = raw.get(key, default)
-      if not any(_same(value, one) for one in accepted):
-        absent = "" if key in raw else " (what the original takes if absent)"
-        found.append(f"{key}={value!r}{absent}: only {accepted[0]!r} works")
-    values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
-    for name in _REQUIRED:
-      if values[name] is None:
-        found.append(f"{_KEYS[name]} is missing")
-    _fill(values, raw, found)
-    values.update(switches)
-    known = {name: value for name, value in values.items() if value is not None}
-    found += _problems(known, _KEYS)
-    _raise("config.json", found)
-    return cls(**values)
-
-  def to_json(self) -> dict[str, Any]:
-    """A config.json with every key that the original code reads."""
-    raw = {key: getattr(self, name) for name, key in _KEYS.items()}
-    only = {key: accepted[0] for key, (accepted, _) in _ONLY.items()}
-    raw.update({key: one for key, one in only.items() if one is not None})
-    raw.update(
-      model_type="llada",
-      architectures=["LLaDAModelLM"],
-      auto_map={
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-      },
-      alibi_bias_max=8.0,
-      attention_layer_norm_with_affine=True,
-      flash_attention=False,
-      init_cutoff_factor=None,
-      init_device="meta",
-      init_fn="mitchell",
-      init_std=0.02,
-      mlp_ratio=4,
-      multi_query_attention=None,
-      precision="amp_bf16",
-      use_cache=False,
+def _write(shape: base.Shape) -> dict[str, Any]:
+  if shape.shift or shape.head_dim * shape.num_heads != shape.width:
+    raise errors.UserError(
+      f"A LLaDA has no shifted logits and heads of width / num_heads; this "
+      f"network has shift={shape.shift}, head_dim={shape.head_dim}, "
+      f"num_heads={shape.num_heads} and width={shape.width}. Write it as "
+      "another family."
     )
-    return dict(sorted(raw.items()))
+  raw = {key: getattr(shape, name) for name, key in _KEYS.items()}
+  only = {key: accepted[0] for key, (accepted, _) in _ONLY.items()}
+  raw.update({key: one for key, one in only.items() if one is not None})
+  raw.update(
+    model_type=MODEL_TYPE,
+    architectures=["LLaDAModelLM"],
+    auto_map={
+      "AutoConfig": "configuration_llada.LLaDAConfig",
+      "AutoModel": "modeling_llada.LLaDAModelLM",
+      "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    },
+    alibi_bias_max=8.0,
+    attention_layer_norm_with_affine=True,
+    flash_attention=False,
+    init_cutoff_factor=None,
+    init_device="meta",
+    init_fn="mitchell",
+    init_std=0.02,
+    mlp_ratio=4,
+    multi_query_attention=None,
+    precision="amp_bf16",
+    use_cache=False,
+  )
+  return dict(sorted(raw.items()))
 
 
 def _fill(
@@ -215,8 +149,12 @@ def _fill(
         f"{values['num_kv_heads']!r}"
       )
   ratio = raw.get("mlp_ratio", 4)
-  if values["mlp_width"] is None and _is_int(values["width"]):
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool):
+  if values["mlp_width"] is None and base.is_int(values["width"]):
+    if (
+      isinstance(ratio, bool)
+      or not isinstance(ratio, (int, float))
+      or not math.isfinite(ratio)
+    ):
       found.append(f"mlp_ratio={ratio!r} is not a number")
     elif ratio * values["width"] != int(ratio * values["width"]):
       found.append(
@@ -231,90 +169,15 @@ def _fill(
     values["pad_id"] = values["eos_id"]
 
 
-def _problems(
-  values: Mapping[str, Any], labels: Mapping[str, str]
-) -> list[str]:
-  """Everything wrong with the values that are there, one sentence each.
-
-  Args:
-    values: field -> value; a field that is absent is not judged.
-    labels: field -> the name that the reader of the message knows it by.
-  """
-  found = []
-  good = {}
-  for field in dataclasses.fields(Config):
-    name, kind = field.name, field.type
-    if name not in values:
-      continue
-    value, label = values[name], labels.get(name, name)
-    if kind == "bool":
-      if not isinstance(value, bool):
-        found.append(f"{label}={value!r} is not true or false")
-    elif kind == "int":
-      least = 0 if name in ("mask_id", "eos_id", "pad_id") else 1
-      if not _is_int(value) or value < least:
-        found.append(f"{label}={value!r} is not a whole number >= {least}")
-      else:
-        good[name] = value
-    elif kind == "float" and (
-      isinstance(value, bool)
-      or not isinstance(value, (int, float))
-      or not 0 < value < float("inf")
-    ):
-      found.append(f"{label}={value!r} is not a number > 0")
-  for name, choices in (
-    ("dtype", DTYPES),
-    ("remat", REMAT),
-    ("attention", ATTENTION),
-  ):
-    if name in values and values[name] not in choices:
-      found.append(f"{name}={values[name]!r}: choose one of {choices}")
-
-  def say(name: str) -> str:
-    return f"{labels.get(name, name)}={good[name]}"
-
-  def both(first: str, second: str) -> bool:
-    return first in good and second in good
-
-  if both("width", "num_heads"):
-    if good["width"] % good["num_heads"]:
-      found.append(f"{say('width')} is not divisible by {say('num_heads')}")
-    elif good["width"] // good["num_heads"] % 2:
-      found.append(
-        f"{say('width')} / {say('num_heads')} is odd; RoPE needs an even size"
-      )
-  if both("num_heads", "num_kv_heads") and (
-    good["num_heads"] % good["num_kv_heads"]
-  ):
-    found.append(
-      f"{say('num_heads')} is not divisible by {say('num_kv_heads')}"
-    )
-  if both("embedding_size", "vocab_size") and (
-    good["embedding_size"] < good["vocab_size"]
-  ):
-    found.append(f"{say('embedding_size')} is smaller than {say('vocab_size')}")
-  for name in ("mask_id", "eos_id", "pad_id"):
-    if both(name, "vocab_size") and good[name] >= good["vocab_size"]:
-      found.append(f"{say(name)} is not below {say('vocab_size')}")
-  if both("mask_id", "eos_id") and good["mask_id"] == good["eos_id"]:
-    found.append(f"{say('mask_id')} is also {labels.get('eos_id', 'eos_id')}")
-  return found
+def _module_name(path: tuple[str, ...], layer: int | None) -> str:
+  if path[0] in ("layers", "last_layer"):
+    return f"{_ROOT}blocks.{layer}.{_IN_LAYER[path[1]]}"
+  return _ROOT + _OUTSIDE[path[0]]
 
 
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _same(value: Any, accepted: Any) -> bool:
-  # Type-strict where it matters: JSON `0` is not `false`, but `0` is `0.0`.
-  if isinstance(value, bool) or isinstance(accepted, bool):
-    return value is accepted
-  return value == accepted
-
-
-def _raise(where: str, problems: list[str]) -> None:
-  if problems:
-    raise errors.UserError(
-      f"{where}: " + "; ".join(problems) + ". Correct these values, or use a "
-      "checkpoint that this package can compute."
-    )
+FAMILY = base.Family(
+  read=_read,
+  write=_write,
+  module_name=_module_name,
+  end_of_turn="<|eot_id|>",
+)

@@ -104,7 +104,7 @@ def logical_axes(settings: Lora, params_axes: types.Tree) -> types.Tree:
 
   Args:
     settings: targets.
-    params_axes: `llada.logical_axes` of the network.
+    params_axes: `transformer.logical_axes` of the network.
   """
   axes: types.Tree = {}
   for path, kernel_axes in _kernels(params_axes, settings.targets):

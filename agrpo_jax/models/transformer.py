@@ -1,4 +1,4 @@
-"""LLaDA in Flax: a Llama whose attention sees the whole sequence.
+"""One transformer in Flax, whose attention sees the whole sequence.
 
 Rows are laid out [prompt | completion | padding] with a length each; every
 position attends to the first `length` positions, so padding and batch mates
@@ -6,7 +6,7 @@ change nothing. `hidden` and `unembed` are apart, and both work only at given
 positions: logits of a whole sequence are never formed, and the last layer
 computes queries and MLP only where a result is asked for.
 
-The parameters are laid out as the table in `llada_params` says.
+The parameters are laid out as the table in `parameters` says.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from jax import ad_checkpoint
 
 from agrpo_jax import types
 from agrpo_jax.models import base
-from agrpo_jax.models import llada
 from agrpo_jax.models import ops
+from agrpo_jax.models import parameters
 from agrpo_jax.parallel import mesh as mesh_lib
 
-Config = llada.Config
-abstract_params = base.abstract_params
-init = base.init
-logical_axes = base.logical_axes
+abstract_params = parameters.abstract_params
+init = parameters.init
+logical_axes = parameters.logical_axes
 
 # Below this many queries the scores of the last layer are small, and cuDNN's
 # tiles would be mostly empty.
@@ -55,7 +54,7 @@ class Projection(nn.Module):
   mesh, weights split over its axis fsdp are gathered here.
   """
 
-  specs: dict[str, base.Spec]
+  specs: dict[str, parameters.Spec]
   dtype: str
   lora_scale: float = 1.0
   rows: mesh_lib.NamedSharding | None = None
@@ -87,7 +86,7 @@ class Projection(nn.Module):
 class RMSNorm(nn.Module):
   """x / sqrt(mean(x^2) + eps), in float32, times a learned scale."""
 
-  specs: dict[str, base.Spec]
+  specs: dict[str, parameters.Spec]
   eps: float
 
   @nn.compact
@@ -104,7 +103,7 @@ class Layer(nn.Module):
   done only there.
   """
 
-  config: Config
+  shape: base.Shape
   lora_scale: float = 1.0
   rows: mesh_lib.NamedSharding | None = None
 
@@ -116,23 +115,23 @@ class Layer(nn.Module):
     rope: tuple[jax.Array, jax.Array],
     positions_BxS: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
-    config = self.config
-    table = base.layer_specs(config)
+    shape = self.shape
+    table = parameters.layer_specs(shape)
 
     def project(name: str, x: jax.Array) -> jax.Array:
       return Projection(
         table[name],
-        config.dtype,
+        shape.dtype,
         self.lora_scale,
         self.rows,
         name=name,
       )(x)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
-      return RMSNorm(table[name], config.norm_eps, name=name)(x)
+      return RMSNorm(table[name], shape.norm_eps, name=name)(x)
 
     def heads(x: jax.Array) -> jax.Array:
-      return x.reshape(*x.shape[:2], -1, config.head_dim)
+      return x.reshape(*x.shape[:2], -1, shape.head_dim)
 
     with jax.named_scope("attention"):
       normed = norm("attn_norm", x_BxLxD)
@@ -144,9 +143,9 @@ class Layer(nn.Module):
         normed = take_positions(normed, positions_BxS)
         cos, sin = (one[positions_BxS][:, :, None, :] for one in rope)
       q = ops.rotate(heads(project("q", normed)), cos, sin)
-      how = _attention(config, num_queries=q.shape[1])
+      how = _attention(shape, num_queries=q.shape[1])
       mixed = ops.attend(q, k, v, length_B, how)
-      mixed = mixed.reshape(*mixed.shape[:2], config.width)
+      mixed = mixed.reshape(*mixed.shape[:2], -1)
       x_BxLxD = x_BxLxD + project("attn_out", mixed)
     with jax.named_scope("mlp"):
       normed = norm("mlp_norm", x_BxLxD)
@@ -162,10 +161,10 @@ def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
   return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
-def _attention(config: Config, num_queries: int) -> str:
-  if config.attention != "auto":
-    return config.attention
-  on_gpu = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+def _attention(shape: base.Shape, num_queries: int) -> str:
+  if shape.attention != "auto":
+    return shape.attention
+  on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
   many = num_queries >= _FEWEST_CUDNN_QUERIES
   return "cudnn" if on_gpu and many else "xla"
 
@@ -181,38 +180,38 @@ def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:
   return lambda layer: nn.remat(layer, prevent_cse=not in_scan, policy=policy)
 
 
-class LLaDA(nn.Module):
-  """The network. Parameters are laid out as `llada_params.specs` says.
+class Transformer(nn.Module):
+  """The network. Parameters are laid out as `parameters.specs` says.
 
   Attributes:
-    config: shapes and compute switches.
+    shape: shapes and compute switches.
     lora_scale: factor of the adapter, if the collection "lora" is given.
     rows: how the rows of a batch are split over devices (`mesh.rows`); needed
       where parameters are split too.
   """
 
-  config: Config
+  shape: base.Shape
   lora_scale: float = 1.0
   rows: mesh_lib.NamedSharding | None = None
 
   def setup(self) -> None:
-    config, table = self.config, base.specs(self.config)
+    shape, table = self.shape, parameters.specs(self.shape)
     self.embed = Embed(table["embed"], self.rows)
-    if config.num_layers > 1:
+    if shape.num_layers > 1:
       self.layers = nn.scan(
-        _remat(config.remat, in_scan=True)(Layer),
+        _remat(shape.remat, in_scan=True)(Layer),
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
-        length=config.num_layers - 1,
-      )(config, self.lora_scale, self.rows)
-    self.last_layer = _remat(config.remat, in_scan=False)(Layer)(
-      config, self.lora_scale, self.rows
+        length=shape.num_layers - 1,
+      )(shape, self.lora_scale, self.rows)
+    self.last_layer = _remat(shape.remat, in_scan=False)(Layer)(
+      shape, self.lora_scale, self.rows
     )
-    self.final_norm = RMSNorm(table["final_norm"], config.norm_eps)
-    if not config.tied_head:
+    self.final_norm = RMSNorm(table["final_norm"], shape.norm_eps)
+    if not shape.tied_head:
       self.head = Projection(
-        table["head"], config.dtype, self.lora_scale, self.rows
+        table["head"], shape.dtype, self.lora_scale, self.rows
       )
 
   def hidden(
@@ -221,21 +220,27 @@ class LLaDA(nn.Module):
     length_B: jax.Array,
     positions_BxS: jax.Array,
   ) -> jax.Array:
-    """The normalised output of the last layer at the positions, [B, S, D].
+    """The normalised output that predicts the positions, [B, S, D].
+
+    It is the last layer's at the positions themselves, or one before where the
+    network's logits are shifted; position 0 has none before it, and keeps its
+    own.
 
     Args:
       tokens_BxL: int, rows [prompt | completion | padding].
       length_B: int32, tokens of each row before its padding.
-      positions_BxS: int32, where the output is wanted; may repeat.
+      positions_BxS: int32, the positions to predict; may repeat.
     """
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
+    if self.shape.shift:
+      positions_BxS = jnp.maximum(positions_BxS - self.shape.shift, 0)
     with jax.named_scope("embed"):
-      x_BxLxD = self.embed(tokens_BxL).astype(self.config.dtype)
+      x_BxLxD = self.embed(tokens_BxL).astype(self.shape.dtype)
       x_BxLxD = _split_rows(x_BxLxD, self.rows)
     rope = ops.rope_tables(
-      self.config.head_dim, self.config.rope_theta, tokens_BxL.shape[1]
+      self.shape.head_dim, self.shape.rope_theta, tokens_BxL.shape[1]
     )
-    if self.config.num_layers > 1:
+    if self.shape.num_layers > 1:
       with jax.named_scope("layers"):
         x_BxLxD, _ = self.layers(x_BxLxD, length_B, rope)
     with jax.named_scope("last_layer"):
@@ -245,12 +250,12 @@ class LLaDA(nn.Module):
   def unembed(self, hidden_BxSxD: jax.Array) -> jax.Array:
     """Logits [B, S, embedding_size], float32."""
     with jax.named_scope("unembed"):
-      if self.config.tied_head:
+      if self.shape.tied_head:
         logits = ops.matmul(hidden_BxSxD, self.embed.table.T)
       else:
         logits = self.head(hidden_BxSxD, jnp.float32)
-      if self.config.scale_logits:
-        logits /= math.sqrt(self.config.width)
+      if self.shape.scale_logits:
+        logits /= math.sqrt(self.shape.width)
       return logits
 
   def __call__(
@@ -265,7 +270,7 @@ class LLaDA(nn.Module):
 class Embed(nn.Module):
   """The table of token embeddings."""
 
-  specs: dict[str, base.Spec]
+  specs: dict[str, parameters.Spec]
   rows: mesh_lib.NamedSharding | None = None
 
   def setup(self) -> None:
@@ -281,7 +286,7 @@ class Embed(nn.Module):
 
 
 def logits_fn(
-  config: Config,
+  shape: base.Shape,
   params: Any,
   lora: Any = None,
   lora_scale: float = 1.0,
@@ -290,9 +295,9 @@ def logits_fn(
   """The network bound to its parameters: (tokens, length, positions) -> logits.
 
   The logits have `vocab_size` columns, float32. `rows` is how a batch is split
-  over devices, see `LLaDA`.
+  over devices, see `Transformer`.
   """
-  network = LLaDA(config, lora_scale, rows)
+  network = Transformer(shape, lora_scale, rows)
   variables = {"params": params}
   if lora is not None:
     variables["lora"] = lora
@@ -303,22 +308,23 @@ def logits_fn(
     logits_BxSxE: Any = network.apply(
       variables, tokens_BxL, length_B, positions_BxS
     )
-    return logits_BxSxE[..., : config.vocab_size]
+    return logits_BxSxE[..., : shape.vocab_size]
 
   return logits
 
 
-def forward_flops(config: Config, length: int, num_positions: int) -> float:
+def forward_flops(shape: base.Shape, length: int, num_positions: int) -> float:
   """FLOPs of the matrix products of one row's forward pass.
 
   length: L, padding included; num_positions: S, positions unembedded.
   """
-  width, kv = config.width, config.num_kv_heads * config.head_dim
+  width, kv = shape.width, shape.num_kv_heads * shape.head_dim
+  heads = shape.num_heads * shape.head_dim
   keys_values = 2 * width * kv
-  per_query = 2 * width * width + 3 * width * config.mlp_width
-  attention = 2 * length * width
-  rest = config.num_layers - 1
+  per_query = 2 * width * heads + 3 * width * shape.mlp_width
+  attention = 2 * length * heads
+  rest = shape.num_layers - 1
   full = length * (keys_values + per_query + attention) * rest
   last = length * keys_values + num_positions * (per_query + attention)
-  head = num_positions * width * config.embedding_size
+  head = num_positions * width * shape.embedding_size
   return 2.0 * (full + last + head)

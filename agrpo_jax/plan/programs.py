@@ -20,6 +20,7 @@ from agrpo_jax import errors
 from agrpo_jax import models
 from agrpo_jax import optimizer
 from agrpo_jax import types
+from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
@@ -30,7 +31,8 @@ from agrpo_jax.plan import hlo
 from agrpo_jax.port import model_folder
 
 # Shapes that need not be downloaded.
-_LLADA_8B = transformer.Config(
+_LLADA_8B = base.Shape(
+  model_type="llada",
   vocab_size=126464,
   embedding_size=126464,
   num_layers=32,
@@ -102,7 +104,7 @@ class Program:
     return seconds
 
 
-def network_of(c: config_lib.ConfigDict) -> transformer.Config:
+def network_of(c: config_lib.ConfigDict) -> base.Shape:
   """The shape of the config's model, read without its parameters.
 
   Raises:
@@ -114,7 +116,7 @@ def network_of(c: config_lib.ConfigDict) -> transformer.Config:
   if c.model.path in KNOWN:
     return dataclasses.replace(KNOWN[c.model.path], **switches)
   if pathlib.Path(c.model.path).expanduser().is_dir():
-    return model_folder.load_config(c.model.path, **switches)
+    return model_folder.load_shape(c.model.path, **switches)
   raise errors.UserError(
     f"config.model.path={c.model.path!r} is neither a folder with a "
     f"config.json nor one of {', '.join(KNOWN)}, whose shape is known. "
@@ -123,7 +125,7 @@ def network_of(c: config_lib.ConfigDict) -> transformer.Config:
 
 
 def policy_of(
-  c: config_lib.ConfigDict, mesh: mesh_lib.Mesh, network: transformer.Config
+  c: config_lib.ConfigDict, mesh: mesh_lib.Mesh, network: base.Shape
 ) -> build.Policy:
   """`build.policy` with arrays that have shapes and places but no memory."""
   axes = transformer.logical_axes(network)

@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from agrpo_jax import types
-from agrpo_jax.models import names
 from agrpo_jax.port import files
+from agrpo_jax.port import layout
 
 DTYPES: dict[str, Any] = {
   "F32": jnp.float32,
@@ -78,7 +78,7 @@ def check_finite(
 
 def place(
   tensors: files.Tensors,
-  entry: names.Entry,
+  entry: layout.Entry,
   sharding: jax.sharding.Sharding | None,
   dtype: Any,
   problems: list[str],
@@ -106,7 +106,7 @@ def place(
 
 def _read_part(
   tensors: files.Tensors,
-  entry: names.Entry,
+  entry: layout.Entry,
   bounds: tuple[tuple[int, int, int], ...],
   dtype: Any,
   problems: list[str],
@@ -146,7 +146,7 @@ def _transpose(x: np.ndarray, target: np.ndarray) -> None:
     target[:, rows] = x[rows].T
 
 
-def stored(array: jax.Array, entry: names.Entry, layer: int) -> np.ndarray:
+def stored(array: jax.Array, entry: layout.Entry, layer: int) -> np.ndarray:
   """The tensor that a checkpoint stores for (a layer of) one of our arrays."""
   one = array[layer] if entry.stacked else array
   if isinstance(one, jax.Array) and not one.is_fully_addressable:

@@ -12,13 +12,13 @@ import jax
 from agrpo_jax import errors
 from agrpo_jax import models
 from agrpo_jax import types
+from agrpo_jax.models import base
 from agrpo_jax.models import folder as folder_lib
-from agrpo_jax.models import names
 from agrpo_jax.models import tokens
-from agrpo_jax.models import transformer
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
 from agrpo_jax.port import hub
+from agrpo_jax.port import layout
 from agrpo_jax.port import write
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes
@@ -26,25 +26,23 @@ MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes
 Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
 
 
-def load_config(
+def load_shape(
   path: str, *, revision: str | None = None, **switches: str
-) -> transformer.Config:
+) -> base.Shape:
   """Reads only the `config.json` of a checkpoint; see `load`."""
   folder = hub.folder(str(path), (files.CONFIG,), revision)
-  return _read_config(folder, switches)
+  return _read_shape(folder, switches)
 
 
 def load(
   path: str | pathlib.Path,
   *,
   dtype: Any = None,
-  shardings: Shardings
-  | Callable[[transformer.Config], Shardings]
-  | None = None,
+  shardings: Shardings | Callable[[base.Shape], Shardings] | None = None,
   revision: str | None = None,
   **switches: str,
-) -> tuple[transformer.Config, types.Tree]:
-  """Loads a LLaDA checkpoint.
+) -> tuple[base.Shape, types.Tree]:
+  """Loads the checkpoint of a network.
 
   Tensors are read as they are placed: the host holds one stacked array at a
   time, and every process reads only what its own devices hold.
@@ -53,25 +51,25 @@ def load(
     path: a local folder or a hub id.
     dtype: of the parameters; as stored if None.
     shardings: where they go: a tree like the parameters', or a function that
-      makes it from the config; JAX's default device if None.
+      makes it from the shape; JAX's default device if None.
     revision: branch, tag or commit on the hub.
     **switches: how to compute: `compute_dtype`, `remat`, `attention` (`dtype`,
-      `remat`, `attention` of `llada.Config`).
+      `remat`, `attention` of `base.Shape`).
 
   Raises:
     UserError: naming everything that is wrong with the checkpoint.
   """
   folder = hub.folder(str(path), hub.CHECKPOINT, revision)
-  config = _read_config(folder, switches)
+  shape = _read_shape(folder, switches)
   tensors = files.Tensors(folder)
-  table = names.table(config)
+  table = layout.table(shape)
   problems = arrays.misfits(tensors, table, dtype)
   if problems:
     for name in sorted(tensors.names()):
       arrays.check_finite(tensors, name, tensors.read(name), problems)
     _raise(folder, problems)
   if callable(shardings):
-    shardings = shardings(config)
+    shardings = shardings(shape)
   if shardings is None:
     shardings = jax.tree.map(lambda _: None, table)
   params = jax.tree.map(
@@ -82,12 +80,12 @@ def load(
     shardings,
   )
   _raise(folder, problems)
-  return config, params
+  return shape, params
 
 
 def load_tokenizer(
   path: str,
-  network: transformer.Config,
+  shape: base.Shape,
   *,
   revision: str | None = None,
 ) -> tokens.Tokenizer:
@@ -95,7 +93,7 @@ def load_tokenizer(
 
   Args:
     path: a local folder or a hub id, or "bytes" for raw bytes as tokens.
-    network: that the tokenizer is for.
+    shape: of the network that the tokenizer is for.
     revision: branch, tag or commit on the hub.
 
   Raises:
@@ -104,17 +102,15 @@ def load_tokenizer(
   folder = None
   if path != "bytes":
     folder = hub.folder(path, hub.TOKENIZER, revision)
-  return tokens.load(folder, models.vocabulary(network))
+  return tokens.load(folder, models.vocabulary(shape))
 
 
-def _read_config(
-  folder: pathlib.Path, switches: dict[str, str]
-) -> transformer.Config:
+def _read_shape(folder: pathlib.Path, switches: dict[str, str]) -> base.Shape:
   if "compute_dtype" in switches:
     switches = {**switches, "dtype": switches["compute_dtype"]}
     del switches["compute_dtype"]
   raw = folder_lib.read_json(folder / files.CONFIG)
-  return transformer.Config.from_json(raw, **switches)
+  return models.read_shape(raw, **switches)
 
 
 def _raise(folder: pathlib.Path, problems: list[str]) -> None:
@@ -128,7 +124,7 @@ def _raise(folder: pathlib.Path, problems: list[str]) -> None:
 
 def save(
   path: str | pathlib.Path,
-  config: transformer.Config,
+  shape: base.Shape,
   params: types.Tree,
   *,
   source: str | pathlib.Path | None = None,
@@ -141,7 +137,7 @@ def save(
 
   Args:
     path: the folder, made if need be.
-    config: of the network.
+    shape: of the network.
     params: its parameters.
     source: the checkpoint it came from, a folder or hub id: its `config.json`,
       tokenizer and code files are copied. None: `config.json` is written anew.
@@ -154,9 +150,9 @@ def save(
   origin = None
   if source is not None:
     origin = hub.folder(str(source), hub.ALL_BUT_WEIGHTS)
-  where: dict[str, tuple[jax.Array, names.Entry, int]] = {}
+  where: dict[str, tuple[jax.Array, layout.Entry, int]] = {}
 
-  def locate(entry: names.Entry, array: jax.Array) -> None:
+  def locate(entry: layout.Entry, array: jax.Array) -> None:
     if array.shape != entry.spec.shape:
       raise ValueError(
         f"{entry.names[0]}: {array.shape=}, expected {entry.spec.shape}"
@@ -164,7 +160,8 @@ def save(
     for layer, name in enumerate(entry.names):
       where[name] = (array, entry, layer)
 
-  jax.tree.map(locate, names.table(config), params)
+  table = layout.table(shape)
+  jax.tree.map(locate, table, params)
   sizes = {
     name: math.prod(entry.stored_shape) * array.dtype.itemsize
     for name, (array, entry, _) in where.items()
@@ -172,10 +169,10 @@ def save(
   dtypes = [str(array.dtype) for array, _, _ in where.values()]
   write.write(
     pathlib.Path(path),
-    sizes={name: sizes[name] for name in sorted(sizes, key=names.order)},
+    sizes={name: sizes[name] for name in layout.ordered(table)},
     read=lambda name: arrays.stored(*where[name]),
     config=write.config_text(
-      config, origin, max(sorted(set(dtypes)), key=dtypes.count)
+      shape, origin, max(sorted(set(dtypes)), key=dtypes.count)
     ),
     source=origin,
     max_shard_bytes=max_shard_bytes,

@@ -1,15 +1,17 @@
 """Adapters in the layout of PEFT, the PyTorch library.
 
-PEFT finds the modules to adapt by the end of their names, and `ff_out` ends
-both the MLP's output ("down" here) and the language-model head. Where only one
-of the two is adapted, `target_modules` is therefore written as a regular
-expression of whole names.
+PEFT finds the modules to adapt by the end of their names, which may be shared
+with modules that are not adapted: LLaDA's `ff_out` ends both the MLP's output
+("down" here) and the language-model head. There `target_modules` is written as
+a regular expression of whole names.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
+from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +22,12 @@ import safetensors.numpy
 
 from agrpo_jax import errors
 from agrpo_jax import types
+from agrpo_jax.models import base
 from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import lora as lora_lib
-from agrpo_jax.models import names as names_lib
-from agrpo_jax.models import transformer
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
+from agrpo_jax.port import layout
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -46,23 +48,23 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 # (path of the module in our tree, its kernel in the table).
-Slot = tuple[tuple[str, ...], names_lib.Entry]
+Slot = tuple[tuple[str, ...], layout.Entry]
 
 
 def save(
   folder: pathlib.Path,
-  config: transformer.Config,
+  shape: base.Shape,
   adapter: types.Tree,
   settings: lora_lib.Lora,
-  base: str = "",
+  base_model: str = "",
 ) -> None:
-  """Writes an adapter; `base` names the checkpoint that it adapts.
+  """Writes an adapter; `base_model` names the checkpoint that it adapts.
 
   Raises:
     UserError: if the folder cannot be written.
   """
   tensors = {}
-  slots = _slots(config)
+  slots = _slots(shape)
   for target in settings.targets:
     for path, entry in slots[target]:
       pair = adapter
@@ -74,7 +76,7 @@ def save(
           x = np.asarray(x, np.float32).T
           tensors[_name(kernel, letter)] = np.ascontiguousarray(x)
   described = {
-    "base_model_name_or_path": base or None,
+    "base_model_name_or_path": base_model or None,
     "bias": "none",
     "fan_in_fan_out": False,
     "inference_mode": True,
@@ -104,9 +106,9 @@ def save(
 
 
 def load(
-  folder: pathlib.Path, config: transformer.Config
+  folder: pathlib.Path, shape: base.Shape
 ) -> tuple[types.Tree, lora_lib.Lora]:
-  """Reads an adapter of the network that `config` describes.
+  """Reads an adapter of the network that `shape` describes.
 
   What is adapted follows from the tensors that are there.
 
@@ -134,7 +136,7 @@ def load(
   targets = []
   adapter: types.Tree = {}
   expected: set[str] = set()
-  for target, slots in _slots(config).items():
+  for target, slots in _slots(shape).items():
     names = {
       _name(kernel, letter)
       for _, entry in slots
@@ -147,11 +149,11 @@ def load(
     expected |= names
     for path, entry in slots:
       fan_out, fan_in = entry.stored_shape
-      shapes: Any = {"a": (rank, fan_in), "b": (fan_out, rank)}
+      sizes: Any = {"a": (rank, fan_in), "b": (fan_out, rank)}
       pair = {}
-      for letter, shape in shapes.items():
+      for letter, size in sizes.items():
         layers = [
-          _read(tensors, _name(kernel, letter), shape, problems)
+          _read(tensors, _name(kernel, letter), size, problems)
           for kernel in entry.names
         ]
         pair[letter] = np.stack(layers) if entry.stacked else layers[0]
@@ -163,11 +165,11 @@ def load(
   return adapter, lora_lib.Lora(rank, float(alpha), tuple(targets))
 
 
-def _slots(config: transformer.Config) -> dict[str, list[Slot]]:
+def _slots(shape: base.Shape) -> dict[str, list[Slot]]:
   """Our target -> the modules that it adapts."""
   slots: dict[str, list[Slot]] = {}
   for key_path, entry in jax.tree_util.tree_leaves_with_path(
-    names_lib.table(config)
+    layout.table(shape)
   ):
     *path, array = (key.key for key in key_path)
     if array == "kernel":
@@ -186,17 +188,25 @@ def _target_modules(
 ) -> list[str] | str:
   """What PEFT must look for to adapt these targets and nothing else."""
 
-  def ends(target: str) -> str:
-    return slots[target][0][1].names[0].split(".")[-2]
+  def modules(target: str) -> list[list[str]]:
+    return [
+      kernel.removesuffix(".weight").split(".")
+      for _, entry in slots[target]
+      for kernel in entry.names
+    ]
 
-  # Without a head of its own, the network has one `ff_out` per layer only.
-  if ("down" in targets) == ("head" in targets) or "head" not in slots:
-    return sorted({ends(target) for target in targets})
-  in_layers = "|".join(sorted(ends(one) for one in targets if one != "head"))
-  patterns = [rf"blocks\.\d+\.({in_layers})"] if in_layers else []
-  if "head" in targets:
-    patterns.append(ends("head"))
-  return rf".*transformer\.({'|'.join(patterns)})"
+  def ends(targets: Iterable[str]) -> set[str]:
+    return {module[-1] for target in targets for module in modules(target)}
+
+  if not ends(targets) & ends(slots.keys() - {*targets}):
+    return sorted(ends(targets))
+  # Whole names, any layer.
+  patterns = {
+    r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module)
+    for target in targets
+    for module in modules(target)
+  }
+  return rf"(.*\.)?({'|'.join(sorted(patterns))})"
 
 
 def _read(

@@ -16,8 +16,9 @@ import numpy as np
 import safetensors.numpy
 
 from agrpo_jax import errors
+from agrpo_jax import models
+from agrpo_jax.models import base
 from agrpo_jax.models import folder as folder_lib
-from agrpo_jax.models import transformer
 from agrpo_jax.port import files
 
 _PARTIAL = ".partial"
@@ -26,7 +27,6 @@ _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 _NOT_COPIED = (files.CONFIG, files.INDEX)
 # Either key may say how transformers loads the weights.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_SWITCHES = ("dtype", "remat", "attention")
 
 
 def refuse_weights(folder: pathlib.Path) -> None:
@@ -42,12 +42,12 @@ def refuse_weights(folder: pathlib.Path) -> None:
 
 
 def config_text(
-  config: transformer.Config, source: pathlib.Path | None, dtype: str
+  shape: base.Shape, source: pathlib.Path | None, dtype: str
 ) -> str:
   """The contents of `config.json`.
 
   Args:
-    config: of the network.
+    shape: of the network.
     source: the folder whose config.json is kept as it is, but for the dtype;
       None, or a folder without one: it is written anew.
     dtype: of (most of) the tensors.
@@ -56,15 +56,15 @@ def config_text(
     UserError: if the source's config.json describes another network.
   """
   if source is None or not (source / files.CONFIG).exists():
-    return _json(config.to_json() | {"dtype": dtype})
+    return _json(models.write_shape(shape) | {"dtype": dtype})
   text = (source / files.CONFIG).read_text(encoding="utf-8")
   raw = folder_lib.read_json(source / files.CONFIG)
-  theirs = dataclasses.asdict(transformer.Config.from_json(raw))
-  ours = dataclasses.asdict(config)
+  theirs = dataclasses.asdict(models.read_shape(raw))
+  ours = dataclasses.asdict(shape)
   differ = [
     f"{name} {theirs[name]!r} there, {ours[name]!r} here"
     for name in ours
-    if name not in _SWITCHES and theirs[name] != ours[name]
+    if name not in base.SWITCHES and theirs[name] != ours[name]
   ]
   if differ:
     raise errors.UserError(

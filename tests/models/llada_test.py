@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 from agrpo_jax import errors
-from agrpo_jax.models import transformer
+from agrpo_jax import models
+from agrpo_jax.models import base
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "testdata" / "golden"
 
@@ -16,8 +17,9 @@ def golden_json():
 
 
 def tiny(**changes):
-  return transformer.Config(
+  return base.Shape(
     **{
+      "model_type": "llada",
       "vocab_size": 37,
       "embedding_size": 40,
       "num_layers": 3,
@@ -41,8 +43,9 @@ def tiny(**changes):
 
 class TestConfig:
   def test_golden(self):
-    config = transformer.Config.from_json(golden_json(), remat="dots")
-    assert config == transformer.Config(
+    config = models.read_shape(golden_json(), remat="dots")
+    assert config == base.Shape(
+      model_type="llada",
       vocab_size=512,
       embedding_size=512,
       num_layers=2,
@@ -64,8 +67,8 @@ class TestConfig:
 
   def test_round_trip(self):
     config = tiny()
-    raw = json.loads(json.dumps(config.to_json()))
-    assert transformer.Config.from_json(raw) == config
+    raw = json.loads(json.dumps(models.write_shape(config)))
+    assert models.read_shape(raw) == config
     # Every key of a real config.json, but for what the library itself adds.
     assert set(golden_json()) - set(raw) == {"dtype", "transformers_version"}
 
@@ -110,7 +113,7 @@ class TestConfig:
   )
   def test_refuses_by_name(self, key, value):
     with pytest.raises(errors.UserError, match=key):
-      transformer.Config.from_json({**golden_json(), key: value})
+      models.read_shape({**golden_json(), key: value})
 
   def test_reports_everything_at_once(self):
     raw = {
@@ -122,7 +125,7 @@ class TestConfig:
     }
     del raw["d_model"]
     with pytest.raises(errors.UserError) as caught:
-      transformer.Config.from_json(raw, remat="all", dtype="int8")
+      models.read_shape(raw, remat="all", dtype="int8")
     for part in (
       "alibi=True",
       "n_kv_heads=3",
@@ -139,25 +142,23 @@ class TestConfig:
     for key in ("n_kv_heads", "embedding_size", "pad_token_id", "scale_logits"):
       del raw[key]
     raw |= {"mlp_hidden_size": None, "mlp_ratio": 2.5}
-    config = transformer.Config.from_json(raw)
+    config = models.read_shape(raw)
     assert config.num_kv_heads == 4
     assert config.embedding_size == 512
     assert config.pad_id == 505
     assert config.mlp_width == 160
     assert not config.scale_logits
     assert (
-      transformer.Config.from_json(
-        {**raw, "multi_query_attention": True}
-      ).num_kv_heads
+      models.read_shape({**raw, "multi_query_attention": True}).num_kv_heads
       == 1
     )
     del raw["rope"]
     with pytest.raises(errors.UserError, match=r"rope=False .* absent"):
-      transformer.Config.from_json(raw)
+      models.read_shape(raw)
 
   def test_not_an_object(self):
     with pytest.raises(errors.UserError, match="list"):
-      transformer.Config.from_json([])
+      models.read_shape([])
 
   def test_settings_are_checked_too(self):
     config = tiny()

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from agrpo_jax import errors
+from agrpo_jax.models import base
 from agrpo_jax.models import lora
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 
 
 def network(**changes):
-  return transformer.Config(
+  return base.Shape(
     **{
+      "model_type": "llada",
       "vocab_size": 11,
       "embedding_size": 12,
       "num_layers": 3,

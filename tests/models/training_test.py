@@ -51,11 +51,13 @@ def test_rows_stay_split_when_parameters_are(run_in_subprocess):
   run_in_subprocess("""
     import re
     import jax, numpy as np
+    from agrpo_jax.models import base
     from agrpo_jax.models import transformer
     from agrpo_jax.parallel import mesh as mesh_lib
-    config = transformer.Config(
-      vocab_size=120, embedding_size=128, num_layers=3, width=64, num_heads=8,
-      num_kv_heads=4, mlp_width=96, rope_theta=500.0, norm_eps=1e-5,
+    config = base.Shape(
+      model_type="llada", vocab_size=120, embedding_size=128, num_layers=3,
+      width=64, num_heads=8, num_kv_heads=4, mlp_width=96,
+      rope_theta=500.0, norm_eps=1e-5,
       qkv_bias=True, tied_head=False, max_length=64, mask_id=119, eos_id=118,
       pad_id=118,
     )

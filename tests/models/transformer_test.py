@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
 from agrpo_jax.port import model_folder
@@ -36,7 +37,7 @@ class TestGolden:
     config, params = load(name)
     golden = np.load(GOLDEN / "forward" / f"{name}.npz")
     tokens = golden["ids"]
-    logits = transformer.LLaDA(config).apply(
+    logits = transformer.Transformer(config).apply(
       {"params": params},
       tokens,
       np.full(len(tokens), tokens.shape[1], np.int32),
@@ -169,7 +170,7 @@ class TestNetwork:
     )
     golden = np.load(GOLDEN / "forward" / "tiny_gqa_sharded.npz")
     tokens = golden["ids"]
-    logits = jax.jit(transformer.LLaDA(config).apply)(
+    logits = jax.jit(transformer.Transformer(config).apply)(
       {"params": params},
       tokens,
       np.full(len(tokens), tokens.shape[1], np.int32),
@@ -239,7 +240,8 @@ class TestNetwork:
 
   def test_flops_by_hand(self):
     """2 layers, width 4, one kv head of 2, MLP 3, 5 ids; L = 7, S = 1."""
-    config = transformer.Config(
+    config = base.Shape(
+      model_type="llada",
       vocab_size=5,
       embedding_size=5,
       num_layers=2,
@@ -275,7 +277,11 @@ class TestParameters:
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     length = jax.ShapeDtypeStruct((1,), jnp.int32)
     network = jax.eval_shape(
-      transformer.LLaDA(config).init, jax.random.key(0), tokens, length, tokens
+      transformer.Transformer(config).init,
+      jax.random.key(0),
+      tokens,
+      length,
+      tokens,
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(network["params"], shapes)
     params = transformer.init(config, jax.random.key(0))

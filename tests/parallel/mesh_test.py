@@ -126,13 +126,15 @@ def test_a_weight_in_use_is_whole_over_fsdp(run_in_subprocess):
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from agrpo_jax.models import base
     from agrpo_jax.models import transformer
     from agrpo_jax.models import lora as lora_lib
     from agrpo_jax.parallel import mesh as mesh_lib
 
-    config = transformer.Config(
-      vocab_size=40, embedding_size=64, num_layers=2, width=32, num_heads=4,
-      num_kv_heads=4, mlp_width=64, rope_theta=1e4, norm_eps=1e-5,
+    config = base.Shape(
+      model_type="llada", vocab_size=40, embedding_size=64, num_layers=2,
+      width=32, num_heads=4, num_kv_heads=4, mlp_width=64,
+      rope_theta=1e4, norm_eps=1e-5,
       qkv_bias=False, tied_head=False, max_length=64, mask_id=39, eos_id=38,
       pad_id=38,
     )
@@ -252,6 +254,7 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
     import jax
     import jax.numpy as jnp
     from agrpo_jax.plan import hlo
+    from agrpo_jax.models import base
     from agrpo_jax.models import transformer
     from agrpo_jax.parallel import mesh as mesh_lib
     from agrpo_jax.samplers import noise
@@ -262,9 +265,10 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
     from agrpo_jax import types
 
     vocab_size = 4096
-    config = transformer.Config(
-      vocab_size=vocab_size, embedding_size=vocab_size, num_layers=1, width=40,
-      num_heads=4, num_kv_heads=4, mlp_width=64, rope_theta=1e4, norm_eps=1e-5,
+    config = base.Shape(
+      model_type="llada", vocab_size=vocab_size, embedding_size=vocab_size,
+      num_layers=1, width=40, num_heads=4, num_kv_heads=4, mlp_width=64,
+      rope_theta=1e4, norm_eps=1e-5,
       qkv_bias=False, tied_head=False, max_length=64, mask_id=39, eos_id=38,
       pad_id=38,
     )

@@ -389,7 +389,7 @@ def test_a_whole_plan_on_eight_virtual_devices():
   assert "prompts of 64 tokens" in out
   # No device computes what another does: 8 rows of 64 + 24 tokens, logits at
   # 3 positions, 8 denoising steps, shared by 8 devices.
-  network = programs.model_folder.load_config(
+  network = programs.model_folder.load_shape(
     str(ROOT / "agrpo_jax/assets/tiny-sudoku")
   )
   flops = 8 * transformer.forward_flops(network, 64 + 24, 3)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from agrpo_jax import errors
+from agrpo_jax import models
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
 from agrpo_jax.port import model_folder
@@ -37,7 +38,7 @@ def adapter_of(params, targets, seed=0):
 def saved(folder, targets=lora_lib.TARGETS):
   config, params = model_folder.load(GQA, dtype="float32")
   settings, adapter = adapter_of(params, targets)
-  peft.save(folder, config, adapter, settings, base="some/base")
+  peft.save(folder, config, adapter, settings, base_model="some/base")
   return config, params, settings, adapter
 
 
@@ -117,7 +118,7 @@ class TestSave:
 
   def test_a_tied_network_has_one_ff_out_per_layer(self, tmp_path):
     raw = json.loads((GQA / "config.json").read_text())
-    config = transformer.Config.from_json({**raw, "weight_tying": True})
+    config = models.read_shape({**raw, "weight_tying": True})
     settings, adapter = adapter_of(
       transformer.abstract_params(config), ("down",)
     )
@@ -178,12 +179,12 @@ class TestLoad:
 
   def test_of_another_network(self, tmp_path):
     saved(tmp_path, ("q",))
-    config = model_folder.load_config(str(CKPT / "tiny_loss"))
+    config = model_folder.load_shape(str(CKPT / "tiny_loss"))
     with pytest.raises(errors.UserError, match="expected"):
       peft.load(tmp_path, config)
 
   def test_no_adapter_there(self, tmp_path):
-    config = model_folder.load_config(str(GQA))
+    config = model_folder.load_shape(str(GQA))
     with pytest.raises(errors.UserError, match=r"adapter_config\.json"):
       peft.load(tmp_path, config)
     (tmp_path / peft.CONFIG).write_text('{"r": 2, "lora_alpha": 4}')

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 from agrpo_jax import errors
+from agrpo_jax import models
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.port import model_folder
@@ -101,10 +102,10 @@ class TestLoad:
     )
 
   def test_config_alone(self):
-    assert model_folder.load_config(str(MHA), remat="dots").remat == "dots"
+    assert model_folder.load_shape(str(MHA), remat="dots").remat == "dots"
 
   def test_host_holds_one_array_at_a_time(self, tmp_path):
-    config = transformer.Config.from_json(
+    config = models.read_shape(
       {
         **json.loads((MHA / "config.json").read_text()),
         "n_layers": 9,
@@ -354,7 +355,7 @@ class TestSave:
 
   def test_variants(self, tmp_path):
     """Biases and a tied head have names of their own, or none."""
-    config = transformer.Config.from_json(
+    config = models.read_shape(
       {
         **json.loads((MHA / "config.json").read_text()),
         "include_qkv_bias": True,
