@@ -12,6 +12,9 @@ bare: the question alone.
 The required format is that of the released prompts; the wording is ours.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks.verdicts import answers
 from agrpo_jax.tasks.verdicts import equality
@@ -29,7 +32,7 @@ _TASK = (
 
 
 def messages(question: str, protocol: str) -> tuple[dict[str, str], ...]:
-  """The chat turns that ask `question`."""
+  """Returns the chat turns that ask `question`."""
   if protocol == "bare":
     return base.user_turn(question)
   if protocol == "llada":
@@ -44,7 +47,7 @@ def messages(question: str, protocol: str) -> tuple[dict[str, str], ...]:
 
 
 def reward_weights(protocol: str) -> dict[str, float]:
-  """As released: tags 0.5 each and 3 for a right answer.
+  """Returns the released weights: tags 0.5 each and 3 for a right answer.
 
   The protocols without tags reward the answer alone.
   """
@@ -52,15 +55,24 @@ def reward_weights(protocol: str) -> dict[str, float]:
   return {"think_tag": tag, "answer_tag": tag, "correct": 3.0}
 
 
-def reward(completion: str, gold: str, protocol: str) -> dict[str, float]:
-  """Parts, 1 or 0 each: tags opened and closed, and the released verdict."""
+def reward(
+  completion: str,
+  fields: Mapping[str, Any],
+  options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Returns the parts of both tasks' reward, 1 or 0 each.
+
+  think_tag, answer_tag: the tag is opened and closed.
+  correct: the released verdict.
+  """
+  protocol = (options or {}).get("protocol", PROTOCOLS[0])
   completion = answers.clip(completion)
   think = THINK_TAG[protocol] or "think"
   text = PREFILL[protocol] + completion
   return {
     "think_tag": float(answers.in_tag(text, think) is not None),
     "answer_tag": float(answers.in_tag(text, "answer") is not None),
-    "correct": float(released_correct(completion, gold)),
+    "correct": float(released_correct(completion, fields["gold"])),
   }
 
 

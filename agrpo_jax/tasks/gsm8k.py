@@ -97,14 +97,7 @@ def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
   return boxed.reward_weights(_settings(options)["protocol"])
 
 
-def reward(
-  completion: str,
-  fields: Mapping[str, Any],
-  options: Mapping[str, Any] | None = None,
-) -> dict[str, float]:
-  """Parts think_tag, answer_tag, correct: 1 or 0 each."""
-  protocol = _settings(options)["protocol"]
-  return boxed.reward(completion, fields["gold"], protocol)
+reward = boxed.reward
 
 
 def grade(

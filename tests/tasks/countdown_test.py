@@ -221,6 +221,8 @@ def test_solution_against_brute_force():
     ("\\boxed{5 × 17 − 18}", "5 * 17 - 18"),
     ("so 17 x 5 - 18 = 67.\nDone.", "17*5 - 18"),
     ("\\boxed{17*5-18", "17*5-18"),
+    ("1\x007*5-18", ""),
+    ("17*5-1\x7f8 = 67", ""),
     ("<answer>the answer</answer>", ""),
     ("nothing", ""),
   ],
@@ -305,3 +307,27 @@ def test_answers_are_not_executed(monkeypatch):
   text = "<answer>That is 1 + 2 + 3 = 6</answer>"
   fields = {"numbers": [1, 2, 3], "target": 6}
   assert countdown.reward(text, fields)["correct"] == 1.0
+
+
+_LONG = "9" * 5000  # Python converts no more than 4300 digits
+
+
+@pytest.mark.parametrize(
+  "completion, right",
+  [
+    (f"<answer>17*5-18 = {_LONG}</answer>", {"correct", "solved"}),
+    (f"<answer>17*5-18 = 6 = {_LONG}</answer>", {"correct", "solved"}),
+    (f"<answer>{_LONG} = 17*5-18</answer>", {"solved"}),
+    (f"<answer>{_LONG}*17*5-18 = 67</answer>", set()),
+    (f"<answer>17*5-18 = 67</answer> {_LONG}", {"correct", "solved"}),
+  ],
+)
+def test_an_integer_too_long_costs_only_what_reads_it(completion, right):
+  """It makes the released format reward crash, not always the other one."""
+  parts = countdown.reward(completion, _FIELDS)
+  grades = countdown.grade(completion, _FIELDS)
+  assert {p for p in ("correct", "solved") if parts[p]} == right
+  assert grades["accuracy"] == parts["correct"]
+  assert grades["accuracy_tolerant"] == parts["solved"] == parts["uses_numbers"]
+  if not completion.endswith(_LONG):
+    assert not any(parts[p] for p in ("target", "characters", "numbers"))

@@ -209,6 +209,7 @@ def test_number_of_shots():
     ("3214142323414131", 7 / 8, 0.0),
     ("4214142323414132", 0.0, 0.0),  # a clue overwritten
     (_GOLD + "1", 0.0, 0.0),
+    (_GOLD + "\x00", 0.0, 0.0),
     (_GOLD[:15], 0.0, 0.0),
     ("", 0.0, 0.0),
     (f"<answer>{_GOLD}</answer>", 0.0, 0.0),
@@ -220,8 +221,7 @@ def test_bare_reward_and_verdict(completion, cells, exact):
   assert set(parts) == set(weights)
   assert sum(weights[name] * parts[name] for name in parts) == cells
   assert (parts["cells"], parts["exact"]) == (cells, exact)
-  if len(completion.strip()) <= 16:
-    assert sudoku.grade(completion, _FIELDS, _BARE)["accuracy"] == exact
+  assert sudoku.grade(completion, _FIELDS, _BARE)["accuracy"] == exact
 
 
 def test_released_weights_by_default():

@@ -79,6 +79,9 @@ def test_no_plain_number(span):
       None,
     ),
     ("<answer>She sells 9 eggs at $2, which makes 18 dollars</answer>", 18),
+    ("It is 1\x008", None),  # neither 8 nor 18: a guess
+    ("\\boxed{1\x008}", None),
+    ("It is \x0018", 18),
     ("no digits", None),
     ("", None),
   ],

@@ -135,41 +135,46 @@ def reward(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Named parts, each 1 or 0.
+  """Returns named parts, each 1 or 0.
 
-  target, characters, numbers, extra_equals, correct: about the equation inside
-    <answer>, as released; all 0 where that crashes. solved: the expression
-    found by `extraction.find` solves the problem. uses_numbers: it uses
-    exactly the numbers.
+  target, characters, numbers, extra_equals: the released format reward, about
+    the equation inside <answer>; all 0 where that crashes.
+  correct: the released correctness reward, about the same.
+  solved: the expression found by `extraction.find` solves the problem.
+  uses_numbers: it uses exactly the numbers.
   """
   del options
   text = answers.clip(completion)
   numbers, target = fields["numbers"], fields["target"]
   parts = dict.fromkeys((*_RELEASED_WEIGHTS, "solved", "uses_numbers"), 0.0)
+  equation = answers.in_tag(text, "answer") or ""
+  if "=" in equation:
+    parts.update(_released_format(equation, numbers, target))
+    is_correct = extraction.released_correct(equation, numbers, target)
+    parts["correct"] = float(is_correct)
   expression = extraction.find(text, numbers)
-  try:
-    parts.update(_released_parts(text, numbers, target))
-    parts["uses_numbers"] = float(problems_lib.uses(expression, numbers))
-  except ValueError:  # an integer of more digits than Python converts
-    return parts
+  parts["uses_numbers"] = float(problems_lib.uses(expression, numbers))
   parts["solved"] = float(problems_lib.solves(expression, numbers, target))
   return parts
 
 
-def _released_parts(
-  text: str, numbers: list[int], target: int
+# Integers that make the released format reward crash, not the other one.
+_UNREADABLE = re.compile(rf"\d{{{problems_lib.MAX_DIGITS + 1}}}")
+
+
+def _released_format(
+  equation: str, numbers: list[int], target: int
 ) -> dict[str, float]:
-  equation = answers.in_tag(text, "answer")
-  if equation is None or "=" not in equation:
-    return {}
   sides = equation.split("=")
   left, right = sides[0].strip(), sides[-1].strip()
+  has_target = right.isdecimal()
+  if _UNREADABLE.search(left) or (has_target and _UNREADABLE.match(right)):
+    return {}
   return {
-    "target": float(right.isdecimal() and int(right) == target),
+    "target": float(has_target and int(right) == target),
     "characters": float(bool(re.fullmatch(r"[\d\s+\-*/()]+", left))),
     "numbers": float(problems_lib.uses(left, numbers)),
     "extra_equals": float(len(sides) > 2),
-    "correct": float(extraction.released_correct(equation, numbers, target)),
   }
 
 

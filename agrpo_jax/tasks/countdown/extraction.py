@@ -39,10 +39,7 @@ def released_grade(text: str, numbers: list[int], target: int) -> bool:
   for line in reversed(answers.released_answer(text).split("\n")):
     equation = line.lstrip("=")
     if "=" in equation:
-      try:
-        return released_correct(equation, numbers, target)
-      except ValueError:
-        return False
+      return released_correct(equation, numbers, target)
   return False
 
 
@@ -76,19 +73,14 @@ def find(text: str, numbers: list[int]) -> str:
   boxed = answers.last_boxed(scope)
   lines = [boxed] if boxed else reversed(scope.splitlines())
   for line in lines:
+    if answers.BROKEN_NUMBER.search(line):
+      continue
     plain = _plain(line)
     spans = (
       max(_SPAN.findall(side), key=len, default="") for side in plain.split("=")
     )
     sides = [span.strip() for span in spans if _OPERATOR.search(span)]
     if sides:
-      fitting = (s for s in sides if _uses(s, numbers))
+      fitting = (s for s in sides if problems.uses(s, numbers))
       return next(fitting, sides[0])
   return ""
-
-
-def _uses(expression: str, numbers: list[int]) -> bool:
-  try:
-    return problems.uses(expression, numbers)
-  except ValueError:
-    return False

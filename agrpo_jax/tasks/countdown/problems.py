@@ -15,6 +15,7 @@ from agrpo_jax import errors
 from agrpo_jax.tasks.verdicts import arithmetic
 
 MAX_NUMBERS = 4
+MAX_DIGITS = 4300  # of an integer; Python converts no longer ones
 _TEST_SHARE = 1 / 8
 _OPERATORS = "+-*/"
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
@@ -116,20 +117,21 @@ def _apply(
 
 
 def uses(expression: str, numbers: Sequence[int]) -> bool:
-  """Whether the integers written in `expression` are exactly `numbers`.
-
-  Raises ValueError for an integer of thousands of digits.
-  """
-  written = map(int, re.findall(r"\d+", expression))
-  return collections.Counter(written) == collections.Counter(numbers)
+  """Whether the integers written in `expression` are exactly `numbers`."""
+  written = re.findall(r"\d+", expression)
+  if any(len(digits) > MAX_DIGITS for digits in written):
+    return False
+  return collections.Counter(map(int, written)) == collections.Counter(numbers)
 
 
 def solves(expression: str, numbers: Sequence[int], target: int) -> bool:
   """Whether + - * / of each number once give the target, exactly."""
   if "**" in expression or "//" in expression:
     return False
+  if not uses(expression, numbers):
+    return False
   try:
-    return uses(expression, numbers) and arithmetic.value(expression) == target
+    return arithmetic.value(expression) == target
   except ValueError:
     return False
 

@@ -165,7 +165,8 @@ def grade(
   protocol = _settings(options)["protocol"]
   puzzle, gold = fields["puzzle"], fields["gold"]
   if protocol == "bare":
-    strict = _released_grid(text.strip())
+    whole = text.strip()  # with anything more it is no grid, as for the reward
+    strict = _released_grid(whole if len(whole) <= grids.SIZE else "")
   elif protocol == "d1":
     strict = d1.sudoku_grid(text) or "0" * grids.SIZE
   else:

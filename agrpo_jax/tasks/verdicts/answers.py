@@ -7,8 +7,12 @@ BOX = "\\boxed{"
 MAX_CHARS = 100_000  # a longer completion is cut before anything reads it
 
 
+# Control characters between digits: nobody can say which number is meant.
+BROKEN_NUMBER = re.compile(r"\d[\x00-\x08\x0e-\x1b\x7f]+\d")
+
+
 def clip(text: str) -> str:
-  """The part of a completion that is looked at."""
+  """Returns the part of a completion that is looked at."""
   return text[:MAX_CHARS]
 
 

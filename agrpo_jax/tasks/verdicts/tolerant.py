@@ -100,11 +100,13 @@ def _numbers(plain: str) -> list[fractions.Fraction | None]:
 
 
 def number(span: str) -> fractions.Fraction | None:
-  """The one number that `span` holds; None if none, or several differ.
+  """Returns the one number that `span` holds; None if none, or several differ.
 
   Of an equation the last side that holds a number counts. Arithmetic without
   an equals sign is evaluated.
   """
+  if answers.BROKEN_NUMBER.search(span):
+    return None
   for side in reversed(_plain(span).split("=")):
     value = _arithmetic(side)
     if value is not None:
@@ -134,7 +136,9 @@ def _arithmetic(plain: str) -> fractions.Fraction | None:
 
 
 def _last_number(text: str) -> fractions.Fraction | None:
-  """The last number of running text; None where alternatives are offered."""
+  """Returns the last number of a text; None where alternatives are offered."""
+  if answers.BROKEN_NUMBER.search(text):
+    return None
   plain = _plain(text)
   found = _numbers(plain)
   if not found or (_CHOICE.search(plain) and len(set(found)) > 1):
