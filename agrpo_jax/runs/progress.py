@@ -1,6 +1,7 @@
-"""What a person at the terminal sees of a run."""
+"""The lines and bars by which a person follows a run."""
 
 import collections
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,10 @@ from typing import Any
 from typing import TextIO
 
 import tqdm
+
+from agrpo_jax.parallel import processes
+
+_SECONDS_PER_LINE = 30
 
 
 class Progress:
@@ -82,7 +87,11 @@ def progress_line(
   tokens_per_second: float,
   eta_seconds: float | None,
 ) -> str:
-  """`step  12/400  reward 0.512  ...  1480 tok/s  ETA 0:18:22`."""
+  """Returns `step  12/400  reward 0.512  ...  1480 tok/s  ETA 0:18:22`.
+
+  The first number counts the train steps that are done, as the names of
+  checkpoints do.
+  """
   width = len(str(num_train_steps))
   parts = [f"step {train_step + 1:>{width}}/{num_train_steps}"]
   shown = ("reward", "accuracy") if "reward" in scalars else ("loss",)
@@ -96,7 +105,7 @@ def progress_line(
 
 
 def duration(seconds: float) -> str:
-  """Hours, minutes and seconds: 3:05:09, or 2d 3:05:09."""
+  """Returns hours, minutes and seconds: 3:05:09, or 2d 3:05:09."""
   minutes, second = divmod(round(seconds), 60)
   hours, minute = divmod(minutes, 60)
   days, hour = divmod(hours, 24)
@@ -104,13 +113,73 @@ def duration(seconds: float) -> str:
   return f"{days}d {clock}" if days else clock
 
 
-def bar(total: int, description: str) -> Any:
-  """A bar for a long wait, shown on a terminal only.
+def bar(
+  total: int,
+  description: str,
+  *,
+  out: TextIO | None = None,
+  clock: Callable[[], float] = time.monotonic,
+) -> Any:
+  """Returns a bar for a long wait, which elsewhere than on a terminal is lines.
 
-  It goes to standard error, so that redirected output holds lines alone. Use:
-  `with bar(10, "evaluate") as b: b.update()`.
+  Use: `with bar(10, "evaluating") as b: b.update()`. Of several processes the
+  first alone shows it.
+
+  Args:
+    total: updates until the end.
+    description: what is being done.
+    out: where to; None for standard error, so that what a command prints as its
+      result holds nothing else.
+    clock: seconds from any origin; bars have their own.
   """
-  return tqdm.tqdm(total=total, desc=description, disable=None, leave=False)
+  out = out or sys.stderr
+  if out.isatty():
+    is_hidden = not processes.is_main()
+    return tqdm.tqdm(
+      total=total, desc=description, disable=is_hidden, leave=False, file=out
+    )
+  return _Lines(total, description, out, clock)
+
+
+class _Lines:
+  """A line for the first update and the last, and every half a minute."""
+
+  def __init__(
+    self,
+    total: int,
+    description: str,
+    out: TextIO,
+    clock: Callable[[], float],
+  ):
+    self._total = total
+    self._description = description
+    self._out = out
+    self._clock = clock
+    self._done = 0
+    self._start = clock()
+    self._last = -math.inf  # when the last line was written
+
+  def __enter__(self) -> "_Lines":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def update(self, count: int = 1) -> None:
+    self._done += count
+    now = self._clock()
+    is_due = now - self._last >= _SECONDS_PER_LINE or self._done == self._total
+    if count and is_due and processes.is_main():
+      self._last = now
+      print(
+        f"{self._description}: {self._done} of {self._total} after "
+        f"{duration(now - self._start)}",
+        file=self._out,
+        flush=True,
+      )
+
+  def close(self) -> None:
+    """Does nothing: lines stay."""
 
 
 class Clock:

@@ -58,9 +58,40 @@ def test_durations():
   assert progress.duration(11109) == "3:05:09"
 
 
-def test_a_bar_only_on_a_terminal(capsys):
-  with progress.bar(3, "rollout") as bar:
+class _Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_a_bar_on_a_terminal_and_nothing_left_of_it():
+  out = _Terminal()
+  with progress.bar(3, "scoring", out=out) as bar:
     for _ in range(3):
       bar.update()
+  assert "scoring:" in out.getvalue()
+  assert out.getvalue().endswith("\r")
+
+
+def test_lines_in_a_file():
+  """Of the first update, then one in 30 s at most, and of the last."""
+  out = io.StringIO()
+  clock = _Clock(0.0, 5.0, 20.0, 34.0, 36.0, 70.0, 71.0)
+  bar = progress.bar(12, "evaluating", out=out, clock=clock)
+  bar.update(2)
+  for _ in range(5):
+    bar.update(2)
+  bar.close()
+  assert out.getvalue() == (
+    "evaluating: 2 of 12 after 0:00:05\n"
+    "evaluating: 8 of 12 after 0:00:36\n"
+    "evaluating: 10 of 12 after 0:01:10\n"
+    "evaluating: 12 of 12 after 0:01:11\n"
+  )
+
+
+def test_standard_output_holds_results_alone(capsys):
+  with progress.bar(1, "scoring") as bar:
+    bar.update()
   captured = capsys.readouterr()
-  assert captured.out == captured.err == ""
+  assert captured.out == ""
+  assert captured.err == "scoring: 1 of 1 after 0:00:00\n"
