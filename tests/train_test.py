@@ -89,7 +89,7 @@ def test_not_finite_stops_before_saving(tmp_path, monkeypatch):
     return {"reward": float("nan") if next(calls) == 1 else 0.0}
 
   monkeypatch.setattr(train, "reward_scalars", blow_up)
-  with pytest.raises(FloatingPointError, match=r"step 1.*reward=nan"):
+  with pytest.raises(FloatingPointError, match=r"train step 2 .*reward=nan"):
     train.train(c)
   # the state after train step 0
   assert checkpoint_read.Reader(c.workdir).latest_step == 1

@@ -1,4 +1,4 @@
-"""What a run tells: numbers and sample completions to files and dashboards.
+"""Numbers and sample completions of a run, for files and dashboards.
 
 `<workdir>/metrics.jsonl` has a line per call of `Writer.scalars`,
 `samples.jsonl` a line per sample, `tensorboard/` the same for TensorBoard;
@@ -7,11 +7,16 @@ quantity: `reward`, `reward_std`, `frac_reward_zero_std`,
 `completions/mean_length`, `kl`, `entropy`, `clip_ratio/low_mean`,
 `clip_ratio/high_mean`, `loss`, `grad_norm`, `learning_rate`.
 
-`train_step` is the number, from 0, of the train step that the values are of. A
-run that restores a state with `train_step` = k goes on with train step k, so
-lines from k on are dropped when it opens the files: none appears twice. For
-none to be missing, the values of train step k - 1 must be written before that
-state is saved.
+What people read counts train steps that are done: the console, dashboards,
+messages and the names of checkpoints. `train_step` in the two files, and in the
+code, is instead the index, from 0, of the train step that the values are of: the
+line with `train_step` = k is of step k + 1 on the console, and describes what
+led to checkpoint k + 1.
+
+A run that restores the state after k train steps goes on with index k, so lines
+from k on are dropped when it opens the files: none appears twice. For none to
+be missing, the values of a train step must be written before the state after it
+is saved.
 """
 
 import json
@@ -38,7 +43,7 @@ class Writer:
 
   Args:
     workdir: an existing directory that this run has claimed.
-    resume_step: the restored state's train step, 0 for a fresh start.
+    resume_step: train steps done in the restored state, 0 for a fresh start.
     wandb_settings: arguments of `wandb.init` (project, name, mode, config ...),
       or None for no Weights & Biases. A run that goes on in its work directory
       goes on in its Weights & Biases run.
@@ -70,9 +75,10 @@ class Writer:
     self.close()
 
   def scalars(self, train_step: int, values: Mapping[str, Any]) -> None:
-    """One number per name; arrays must have one element.
+    """Writes one number per name; arrays must have one element.
 
-    A value that is not finite stands as null in `metrics.jsonl`.
+    A value that is not finite stands as null in `metrics.jsonl`. `train_step`,
+    here and below, is an index from 0.
     """
     if not self._backends:
       return
@@ -83,7 +89,7 @@ class Writer:
   def texts(
     self, train_step: int, samples: Sequence[Mapping[str, Any]]
   ) -> None:
-    """Sample completions: one dict of JSON values each."""
+    """Writes sample completions: one dict of JSON values each."""
     for backend in self._backends:
       backend.texts(int(train_step), samples)
 
@@ -100,7 +106,7 @@ class Writer:
 
 
 def to_floats(values: Mapping[str, Any]) -> dict[str, float]:
-  """Python floats, in one transfer from the device.
+  """Returns Python floats, in one transfer from the device.
 
   Raises:
     ValueError: a value is not one number.
@@ -117,7 +123,11 @@ def to_floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_finite(train_step: int, values: Mapping[str, Any]) -> None:
-  """Raises FloatingPointError naming train step, metrics and their values."""
+  """Stops a run at the first value that is not finite.
+
+  Raises:
+    FloatingPointError: naming train step, metrics and their values.
+  """
   wrong = {
     name: value
     for name, value in to_floats(values).items()
@@ -125,7 +135,10 @@ def check_finite(train_step: int, values: Mapping[str, Any]) -> None:
   }
   if wrong:
     listed = ", ".join(f"{name}={value}" for name, value in wrong.items())
-    raise FloatingPointError(f"Not finite at train step {train_step}: {listed}")
+    raise FloatingPointError(
+      f"Not finite in train step {train_step + 1} (the line of metrics.jsonl "
+      f"with train_step {train_step}): {listed}"
+    )
 
 
 class _JsonLines:
@@ -154,7 +167,7 @@ class _JsonLines:
 
 
 def _open_at(path: pathlib.Path, resume_step: int) -> Any:
-  """Opens for appending, without the lines of `resume_step` and later.
+  """Opens a file for appending, without the lines of `resume_step` and later.
 
   A killed process may leave half a line at the end; it goes too.
   """
@@ -168,7 +181,7 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
           num_dropped += 1
     if num_dropped:
       logging.info(
-        "Dropped %d lines of %s: the run goes on at train step %d.",
+        "Dropped %d lines of %s: the run goes on after train step %d.",
         num_dropped,
         path,
         resume_step,
@@ -190,7 +203,7 @@ def _write_line(file: Any, record: Mapping[str, Any]) -> None:
 
 
 def _jsonable(value: Any) -> Any:
-  """JSON has no NaN and no infinity; null stands for them."""
+  """Returns the value with null for NaN and infinity, which JSON lacks."""
   if isinstance(value, Mapping):
     return {str(key): _jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
@@ -203,7 +216,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def _encodable(text: str) -> str:
-  """Half characters, which a byte tokenizer can give, written as escapes."""
+  """Returns the text with escapes for half characters.
+
+  A byte tokenizer can give those, and UTF-8 has none.
+  """
   return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -212,7 +228,7 @@ class _TensorBoard:
     self._writer = tensorboardX.SummaryWriter(
       str(directory / "tensorboard"),
       # TensorBoard then hides what an earlier process wrote from there on.
-      purge_step=resume_step,
+      purge_step=resume_step + 1,
       # File names have seconds in them; a quick restart must not overwrite.
       filename_suffix=f".{resume_step}.{secrets.token_hex(4)}",
     )
@@ -220,7 +236,7 @@ class _TensorBoard:
   def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
     for name, number in numbers.items():
       if math.isfinite(number):  # it would warn on the terminal every time
-        self._writer.add_scalar(name, number, train_step)
+        self._writer.add_scalar(name, number, train_step + 1)
 
   def texts(
     self, train_step: int, samples: Sequence[Mapping[str, Any]]
@@ -232,7 +248,7 @@ class _TensorBoard:
         for key, value in sample.items()
         for line in _encodable(f"{key}: {value}").splitlines()
       ]
-      self._writer.add_text(f"sample/{index}", "\n".join(lines), train_step)
+      self._writer.add_text(f"sample/{index}", "\n".join(lines), train_step + 1)
 
   def flush(self) -> None:
     self._writer.flush()
@@ -262,7 +278,7 @@ class _Wandb:
     )
 
   def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
-    self._run.log(dict(numbers), step=train_step)
+    self._run.log(dict(numbers), step=train_step + 1)
 
   def texts(
     self, train_step: int, samples: Sequence[Mapping[str, Any]]
@@ -273,7 +289,7 @@ class _Wandb:
         [_encodable(str(sample[key])) for key in columns] for sample in samples
       ]
       table = self._wandb.Table(columns=columns, data=rows)
-      self._run.log({"samples": table}, step=train_step)
+      self._run.log({"samples": table}, step=train_step + 1)
 
   def flush(self) -> None:
     pass
@@ -283,7 +299,7 @@ class _Wandb:
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-  """The records of a `metrics.jsonl` or `samples.jsonl`, null as NaN."""
+  """Yields the records of a `metrics.jsonl` or `samples.jsonl`, null as NaN."""
   with open(path, encoding="utf-8") as file:
     for line in file:
       record = json.loads(line)

@@ -92,6 +92,7 @@ def _read_lines(path):
 
 
 def test_tensorboard_has_the_scalars(tmp_path):
+  """Under the number of train steps done, by which checkpoints are named."""
   for start in (0, 2):  # the second goes on from train step 2
     with metrics.Writer(tmp_path, start) as writer:
       for train_step in range(start, start + 3):
@@ -103,15 +104,15 @@ def test_tensorboard_has_the_scalars(tmp_path):
     for value in event.summary.value
   ]
   assert sorted(points) == [
-    (0, 0.0),
-    (1, 0.25),
-    (2, 0.5),
-    (2, 0.5),
-    (3, 0.75),
-    (4, 1.0),
+    (1, 0.0),
+    (2, 0.25),
+    (3, 0.5),
+    (3, 0.5),
+    (4, 0.75),
+    (5, 1.0),
   ]
   starts = [e.step for e in events if e.session_log.status]
-  assert sorted(starts) == [0, 2]
+  assert sorted(starts) == [1, 3]
 
 
 def test_a_resumed_run_has_every_train_step_once(tmp_path):
@@ -223,8 +224,8 @@ def test_wandb_gets_the_same_and_goes_on_in_its_run(tmp_path, monkeypatch):
       writer.texts(start, [{"completion": "a", "reward": 1.0}])
       writer.texts(start, [])
   assert fake.runs[0].logged == [
-    (0, {"reward": 0.5}),
-    (0, {"samples": (["completion", "reward"], [["a", "1.0"]])}),
+    (1, {"reward": 0.5}),
+    (1, {"samples": (["completion", "reward"], [["a", "1.0"]])}),
   ]
   assert all(run.is_finished for run in fake.runs)
   first, second = fake.inits
@@ -247,5 +248,6 @@ def test_check_finite_names_step_metrics_and_values():
       7, {"loss": jnp.float32("nan"), "reward": 1.0, "grad_norm": math.inf}
     )
   assert str(caught.value) == (
-    "Not finite at train step 7: loss=nan, grad_norm=inf"
+    "Not finite in train step 8 (the line of metrics.jsonl with train_step 7): "
+    "loss=nan, grad_norm=inf"
   )
