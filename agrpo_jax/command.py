@@ -23,7 +23,9 @@ from agrpo_jax.parallel import processes
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "A file in configs/; --config.KEY=VALUE changes a key.",
+  "A file in configs/, such as configs/gsm8k.py, or FILE:VARIANT. "
+  "--config.KEY=VALUE changes a key, as in --config.rollout.temperature=0.8; "
+  "agrpo_jax/config.py lists the keys with their units and legal values.",
   # What has legal keys is locked by config.py; options of a task are free.
   lock_config=False,
   accept_new_attributes=True,
@@ -35,6 +37,8 @@ _PROCESSES = {
 }
 for _name, _meaning in _PROCESSES.items():
   flags.DEFINE_string(_name, None, f"{_meaning} Else AGRPO_{_name.upper()}.")
+
+_HELP = ("help", "?", "helpshort", "helpfull", "helpxml")
 
 
 def main(
@@ -58,11 +62,18 @@ def main(
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
+    # What --help lists beside a command's own flags.
+    for name in (*required, *_PROCESSES):
+      flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
     try:
       rest = flags.FLAGS(argv)
       missing = [name for name in required if flags.FLAGS[name].value is None]
       if CONFIG.value is not None:
         _ = CONFIG.value.workdir  # raises what went wrong in the config file
+    except SystemExit:
+      if any(word.lstrip("-") in _HELP for word in argv):
+        sys.exit(0)  # absl's own code would be 1
+      raise
     except (AttributeError, KeyError) as error:
       _fail(
         f"A --config.KEY flag names a key that the config lacks: {error}. "
@@ -73,7 +84,7 @@ def main(
       _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
     if missing:
       listed = ", ".join(f"--{name}=..." for name in missing)
-      _fail(f"Missing: {listed} (--helpfull lists all flags).")
+      _fail(f"Missing: {listed} (--help says what they are).")
     return rest
 
   def guarded(argv: Sequence[str]) -> None:
@@ -99,10 +110,9 @@ def main(
       _fail(str(stopped), stopped.code, is_shared=True)
     except FloatingPointError as error:
       _fail(str(error), code=3, is_shared=True)
-    except KeyboardInterrupt:
-      _fail(
-        "Stopped. The same command goes on from the last checkpoint.", code=130
-      )
+    except KeyboardInterrupt as error:
+      # What can go on says so where it is interrupted.
+      _fail(str(error) or "Stopped.", code=130)
     except Exception as error:
       if processes.is_lost(error):
         first_line = str(error).splitlines()[0][:200]
@@ -121,7 +131,7 @@ def main(
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
-  """What a flag lists, as int or float.
+  """Returns what a flag lists, as int or float.
 
   Raises:
     UserError: naming what is no number.
@@ -138,7 +148,7 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
 
 
 def _settings() -> dict[str, Any]:
-  """What must be the same on all processes: the config and our own flags."""
+  """Returns what must be the same on all processes: the config, our flags."""
   found: dict[str, Any] = {
     f"--{flag.name}": flag.value
     for module, own in flags.FLAGS.flags_by_module_dict().items()
@@ -152,7 +162,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _fail(message: str, code: int = 2, *, is_shared: bool = False) -> NoReturn:
-  """Says why and ends; `is_shared` says that all processes do so here."""
+  """Says why and ends; `is_shared` tells that all processes do so here."""
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
   if jax.distributed.is_initialized() and not is_shared:

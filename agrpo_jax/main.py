@@ -4,7 +4,8 @@ r"""Trains a masked diffusion language model by AGRPO.
       --config.workdir=runs/gsm8k
 
 Any key of the config can be changed: `--config.rollout.temperature=0.8`. The
-same command in the same work directory goes on where it stopped.
+files in configs/ name hardware, hours and variants; agrpo_jax/config.py lists
+every key. The same command in the same work directory goes on where it stopped.
 """
 
 from collections.abc import Sequence

@@ -68,6 +68,7 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
   Raises:
     UserError: it cannot be written, is in use, or holds records made with
       other settings.
+    KeyboardInterrupt: the caller's, which then says that the records are kept.
   """
   if not output:
     yield Records()
@@ -88,7 +89,14 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
       ) from error
     check(output, settings)
     _write(_path(output, "settings.json"), settings)
-    yield Records(output)
+    kept = Records(output)
+    try:
+      yield kept
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt(
+        f"Stopped. {len(kept.done)} completions are kept in {output}; the same "
+        "command goes on from there."
+      ) from None
 
 
 def check(output: str, settings: Mapping[str, Any]) -> None:

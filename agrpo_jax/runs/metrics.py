@@ -8,10 +8,10 @@ quantity: `reward`, `reward_std`, `frac_reward_zero_std`,
 `clip_ratio/high_mean`, `loss`, `grad_norm`, `learning_rate`.
 
 What people read counts train steps that are done: the console, dashboards,
-messages and the names of checkpoints. `train_step` in the two files, and in the
-code, is instead the index, from 0, of the train step that the values are of: the
-line with `train_step` = k is of step k + 1 on the console, and describes what
-led to checkpoint k + 1.
+messages and the names of checkpoints. `train_step` in the two files, and in
+the code, is instead the index, from 0, of the train step that the values are
+of: the line with `train_step` = k is of step k + 1 on the console, and tells
+what led to checkpoint k + 1.
 
 A run that restores the state after k train steps goes on with index k, so lines
 from k on are dropped when it opens the files: none appears twice. For none to

@@ -180,7 +180,10 @@ def stop_requests() -> Iterator[StopRequest]:
   def note(number: int, frame: Any) -> None:
     del frame
     if request.signal and number == signal.SIGINT:
-      raise KeyboardInterrupt
+      raise KeyboardInterrupt(
+        "Stopped at once. The same command goes on from the newest checkpoint, "
+        "or from the start if there is none yet."
+      )
     request.signal = number
     print(
       "Stopping after this train step (Ctrl-C again: at once, unsaved).",

@@ -31,6 +31,8 @@ from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
 
+flags.declare_key_flag("config")  # listed by --help although it is optional
+
 # Which flag changes which key of config.evaluate. Other commands have flags of
 # the same names; only one command runs in a process.
 _SETTINGS = {
