@@ -22,12 +22,12 @@ from agrpo_jax import types
 from agrpo_jax.grading import pool
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
-from agrpo_jax.models import ops
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
-from agrpo_jax.objectives import agrpo
-from agrpo_jax.objectives import mc_steps
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import split
+from agrpo_jax.policies import guided
+from agrpo_jax.policies import plain
 from agrpo_jax.port import model_folder
 from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.samplers import host
@@ -56,15 +56,14 @@ class Policy:
   tokenizer: tokens.Tokenizer
   base_model: dict[str, Any]
 
-  @property
-  def logits_fn(self) -> learner_lib.PolicyFn:
+  def bind(self, params: types.Tree, lora: types.Tree | None) -> types.Network:
+    """Returns the network bound to parameters and adapter."""
     scale = self.lora_settings.scale if self.lora_settings else 1.0
     rows = mesh_lib.rows(self.mesh) if self.mesh.size > 1 else None
-    return functools.partial(_bind, self.network, scale, rows)
-
-
-def _bind(network, lora_scale, rows, params, lora):
-  return transformer.logits_fn(network, params, lora, lora_scale, rows)
+    return types.Network(
+      transformer.logits_fn(self.network, params, lora, scale, rows),
+      split.top_k_of(self.mesh),
+    )
 
 
 def policy(c: config_lib.ConfigDict, *, is_trained: bool = True) -> Policy:
@@ -270,12 +269,16 @@ def make_sampler(
     UserError: see `check_sampler`.
   """
   check_sampler(c, sub, policy.mesh, policy.network)
+  guidance = sub.get("guidance", 0.0)
   return host.Sampler(
-    policy=policy.logits_fn,
+    bind=policy.bind,
     sampling=sampling(sub, policy.tokenizer),
     mesh=policy.mesh,
     batch_size=sub.batch_size,
     bucket=c.data.bucket,
+    policy=guided.Guided(guidance, policy.tokenizer.mask_id)
+    if guidance
+    else plain.PLAIN,
   )
 
 
@@ -290,24 +293,14 @@ def make_learner(
   o = c.objective
   check_rows(policy.mesh, "objective.microbatch", o.microbatch)
   return learner_lib.Learner(
-    policy=policy.logits_fn,
+    bind=policy.bind,
     optimizer=optimizer.make(config_lib.optimizer_settings(c)),
     sampling=sampling(c.rollout, policy.tokenizer),
-    objective=_settings(agrpo.Objective, o),
-    steps=_settings(mc_steps.McSteps, o),
-    baseline=o.baseline,
+    objective=config_lib.objective_settings(o),
     group_size=c.rollout.group_size,
-    updates_per_batch=o.updates_per_batch,
     microbatch=o.microbatch,
     shard_rows=shard_rows(policy.mesh),
-    top_k=ops.split_top_k(policy.mesh),
   )
-
-
-def _settings(record: type, sub: config_lib.ConfigDict) -> Any:
-  """A frozen dataclass from the keys of a sub-tree that are its fields."""
-  names = [field.name for field in dataclasses.fields(record)]
-  return record(**{name: sub[name] for name in names})
 
 
 def shard_rows(mesh: mesh_lib.Mesh) -> Any:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import ml_collections
 
+from agrpo_jax import objectives
 from agrpo_jax import optimizer
 from agrpo_jax import tasks
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -121,7 +122,7 @@ def _sampling(sub: ConfigDict) -> None:
   sub.completion_length = 256  # C, tokens
   sub.block_length = 32  # T, divides completion_length
   sub.num_denoise_steps = 128  # K, a multiple of the number of blocks
-  sub.unmask_rule = "confidence"  # random, confidence, entropy
+  sub.unmask_rule = "confidence"  # random, confidence, entropy, threshold
   sub.temperature = 0.0  # 0: the most probable token
   sub.top_k = 0  # 0: off
   sub.top_p = 1.0  # 1: off
@@ -143,6 +144,7 @@ def rl() -> ConfigDict:
   rollout.temperature = 1.0
 
   c.objective = o = ConfigDict()
+  o.name = "agrpo"  # a name in `objectives.OBJECTIVES`
   o.num_mc_steps = 24  # M denoising steps drawn per completion
   o.step_rule = "entropy"  # uniform or entropy
   o.stratified = "row"  # row, batch, none
@@ -171,7 +173,7 @@ def rl() -> ConfigDict:
   e.every = 0  # train steps between evaluations; 0: never
   e.split = "test"
   e.num_examples = 256  # the first ones; 0: all
-  # Unmask all positions this probable at once (Fast-dLLM); None: off.
+  # Rule threshold: all positions this probable are unmasked at once.
   e.threshold = ml_collections.config_dict.placeholder(float)
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion
@@ -213,6 +215,13 @@ def sampling_settings(sub: ConfigDict) -> dict[str, Any]:
   """The keys of `sampling_lib.Sampling` that a config's sub-tree holds."""
   names = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
   return {name: sub[name] for name in sub if name in names}
+
+
+def objective_settings(sub: ConfigDict) -> Any:
+  """The objective that `config.objective` names, with its settings."""
+  record = objectives.OBJECTIVES[sub.name]
+  names = [field.name for field in dataclasses.fields(record)]  # type: ignore
+  return record(**{name: sub[name] for name in names})
 
 
 def optimizer_settings(c: ConfigDict) -> optimizer.Optimizer:

@@ -8,10 +8,8 @@ from typing import Any
 
 from agrpo_jax import config
 from agrpo_jax import errors
+from agrpo_jax import objectives
 from agrpo_jax import optimizer
-from agrpo_jax.objectives import advantage
-from agrpo_jax.objectives import agrpo
-from agrpo_jax.objectives import mc_steps
 from agrpo_jax.samplers import sampling as sampling_lib
 
 
@@ -131,26 +129,21 @@ def _rl_problems(c: config.ConfigDict) -> list[str]:
     rollout.batch_size,
     f"a divisor of num_prompts * group_size = {rows}",
   )
-  found.positive(
-    "objective", o, "num_mc_steps", "updates_per_batch", "microbatch"
-  )
-  found.known("objective.step_rule", o.step_rule, mc_steps.STEP_RULES)
-  found.known("objective.stratified", o.stratified, mc_steps.STRATA)
-  found.known("objective.steps", o.steps, mc_steps.STEPS)
-  found.known("objective.normalize", o.normalize, mc_steps.NORMALIZE)
-  found.known("objective.likelihood", o.likelihood, agrpo.LIKELIHOODS)
-  found.known("objective.baseline", o.baseline, advantage.BASELINES)
-  found.known("objective.kl_estimator", o.kl_estimator, agrpo.KL_ESTIMATORS)
-  for name in ("clip_low", "clip_high"):
-    found.want(o[name] > 0, f"objective.{name}", o[name], "positive")
-  found.want(o.kl_coef >= 0, "objective.kl_coef", o.kl_coef, "0 or more")
-  if o.updates_per_batch >= 1:
-    found.want(
-      o.num_mc_steps % o.updates_per_batch == 0,
-      "objective.updates_per_batch",
-      o.updates_per_batch,
-      f"a divisor of num_mc_steps={o.num_mc_steps}",
+  found.positive("objective", o, "microbatch")
+  found.known("objective.name", o.name, tuple(objectives.OBJECTIVES))
+  if o.name in objectives.OBJECTIVES and not sampling_found:
+    settings = config.objective_settings(o)
+    sampling = sampling_lib.Sampling(
+      mask_id=0, eos_id=0, **config.sampling_settings(rollout)
     )
+    found += [f"objective.{p}" for p in settings.problems(sampling)]
+  found.want(
+    rollout.unmask_rule != "threshold",
+    "rollout.unmask_rule",
+    rollout.unmask_rule,
+    "random, confidence or entropy: threshold is for evaluation",
+  )
+  if o.updates_per_batch >= 1:
     found += optimizer.problems(config.optimizer_settings(c))
   found += _sampling_problems("evaluate", c.evaluate)
   found.positive("evaluate", c.evaluate, "batch_size")

@@ -1,12 +1,12 @@
-"""One train step: from a graded rollout to new parameters.
+"""One train step of any objective: from a graded rollout to new parameters.
 
 1. Rewards become advantages, group by group.
-2. M denoising steps are drawn per completion, in `updates_per_batch` portions.
-3. A portion is a flat list of (completion, step) pairs. Draws that fell on the
-   same step are one pair with their weights added, and pairs whose advantage is
-   zero are left out: neither changes the gradient.
-4. Microbatches of pairs run in one loop on device; gradients add up in float32.
-5. One optimizer update per portion.
+2. The objective says which partial completions to visit, for each of U
+   optimizer updates.
+3. An update's visits are a flat list of units; those that cannot change the
+   gradient are left out.
+4. Microbatches of units run in one loop on device; gradients add up in float32.
+5. One optimizer update.
 """
 
 import dataclasses
@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from agrpo_jax import types
-from agrpo_jax.objectives import advantage as advantage_lib
-from agrpo_jax.objectives import agrpo as objective_lib
-from agrpo_jax.objectives import mc_steps
+from agrpo_jax.objectives import base
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import plain
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import sampling as sampling_lib
-
-PolicyFn = Callable[[types.Tree, types.Tree | None], types.LogitsFn]
-"""(params, lora) -> the network bound to them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,42 +31,24 @@ class Learner:
   """Everything static about a train step.
 
   Attributes:
-    policy: binds the network to parameters and adapter.
+    bind: binds the network to parameters and adapter.
     optimizer: the optax chain.
     sampling: how rollouts are drawn.
-    objective: the loss.
-    steps: the draw of denoising steps.
-    baseline: one of `advantage.BASELINES`.
+    objective: what is visited, and the loss.
     group_size: G; consecutive rows of a rollout are a group.
-    updates_per_batch: optimizer updates per rollout, dividing `num_mc_steps`:
-      1 is the paper's algorithm; the released launcher takes one per draw.
-    microbatch: (completion, step) pairs per forward and backward pass.
+    microbatch: units per forward and backward pass.
+    policy: how the logits of a step were computed in the rollout.
     shard_rows: puts the leading axis of a pytree on the mesh.
-    top_k: how the largest logits are found, see `ops.split_top_k`.
   """
 
-  policy: PolicyFn
+  bind: types.BindFn
   optimizer: optax.GradientTransformation
   sampling: sampling_lib.Sampling
-  objective: objective_lib.Objective
-  steps: mc_steps.McSteps
-  baseline: str
+  objective: base.Objective
   group_size: int
-  updates_per_batch: int
   microbatch: int
+  policy: policies.Policy = plain.PLAIN
   shard_rows: Callable[[Any], Any] = lambda tree: tree
-  top_k: types.TopK = jax.lax.top_k
-
-  def init(
-    self, params: types.Tree, lora: types.Tree | None
-  ) -> types.TrainState:
-    """The state before the first train step; `lora` None trains `params`."""
-    return types.TrainState(
-      train_step=jnp.int32(0),
-      params=params,
-      lora=lora,
-      opt_state=self.optimizer.init(params if lora is None else lora),
-    )
 
   def train_step(
     self,
@@ -85,44 +65,54 @@ class Learner:
       state: before.
       rollout: B completions, groups side by side.
       reward_B: float32 [B].
-      key: of the draw of denoising steps.
+      key: of what the objective draws.
       row_id_Bx2: uint32 [B, 2], see `noise.row_keys`.
-      reference: the reference policy's parameters when `kl_coef` > 0 and all
-        parameters are trained; with adapters it is the network without them.
+      reference: the reference policy's parameters when the objective has one
+        and all parameters are trained; with adapters it is the network without
+        them.
 
     Returns:
       The state after, and scalars: loss, gradient norm, policy ratio, clipped
       fractions, KL, entropy, spread of rewards, draws.
     """
-    advantage_NxG = jax.vmap(
-      lambda reward_G: advantage_lib.group_advantage(reward_G, self.baseline)
-    )(reward_B.reshape(-1, self.group_size))
+    objective = self.objective
+    advantage_NxG = jax.vmap(objective.advantage)(
+      reward_B.reshape(-1, self.group_size)
+    )
     advantage_B = advantage_NxG.reshape(-1)
     batch_key, row_key = jax.random.split(key)
     key_B = noise_lib.row_keys(row_key, row_id_Bx2)
-    drawn = mc_steps.draw(
-      rollout,
-      mc_steps.uniforms(batch_key, key_B, self.steps),
-      self.steps,
-      self.sampling.eos_id,
+    visits_UxBxQxS, drawn = objective.visits(
+      rollout, batch_key, key_B, self.sampling
     )
+    behaviour_UxBxQxSxF = None
+    if objective.behaviour == "scored":
+      # Before the first update the policy is the behaviour policy.
+      behaviour_UxBxQxSxF = jax.lax.map(
+        lambda visits: (
+          self._read_all(
+            self._units(visits, advantage_B),
+            self.bind(state.params, state.lora),
+            rollout,
+            visits,
+          ).logprob
+        ),
+        visits_UxBxQxS,
+      )
 
-    def update(learned: Any, portion: mc_steps.Drawn) -> Any:
+    def update(learned: Any, portion: Any) -> Any:
       # Only what is learned is carried: a frozen base must not be copied.
       trainable, opt_state = learned
       before = state.with_trainable(trainable).replace(opt_state=opt_state)
-      return self._update(before, rollout, advantage_B, portion, reference)
-
-    def portions(x_BxM: jax.Array) -> jax.Array:
-      """[B, M] -> [updates, B, M / updates]; strata are dealt out in turn."""
-      return jnp.moveaxis(
-        x_BxM.reshape(x_BxM.shape[0], -1, self.updates_per_batch), 2, 0
+      visits, behaviour = portion
+      return self._update(
+        before, rollout, advantage_B, visits, behaviour, reference
       )
 
     (trainable, opt_state), (terms, norms) = jax.lax.scan(
       update,
       (state.trainable, state.opt_state),
-      jax.tree.map(portions, drawn),
+      (visits_UxBxQxS, behaviour_UxBxQxSxF),
     )
     state = state.with_trainable(trainable).replace(
       opt_state=opt_state, train_step=state.train_step + 1
@@ -148,32 +138,31 @@ class Learner:
       / num_factors,
       "entropy": rollout.entropy.sum() / jnp.maximum(carries_BxC.sum(), 1),
       "frac_reward_zero_std": (advantage_NxG == 0).all(axis=1).mean(),
-      "draws/distinct_fraction": mc_steps.distinct_fraction(drawn.step),
-      "draws/pairs": norms["num_pairs"].sum(),
-      "draws/max_weight": drawn.weight.max(),
+      "draws/pairs": norms["num_units"].sum(),
       "completions/mean_denoise_steps": rollout.num_steps.mean(),
     }
-    if self.objective.kl_coef > 0:
+    if objective.has_reference:
       metrics["kl"] = terms.kl.sum() / num_factors
-    return state, metrics
+    return state, metrics | drawn
 
   def _update(
     self,
     state: types.TrainState,
     rollout: types.Rollout,
     advantage_B: jax.Array,
-    drawn: mc_steps.Drawn,
+    visits: base.Visits,
+    behaviour: jax.Array | None,
     reference: types.Tree | None,
-  ) -> tuple[tuple[types.Tree, types.Tree], tuple[objective_lib.Terms, dict]]:
-    gradient, terms, num_pairs = self.gradient(
-      state, rollout, advantage_B, drawn, reference
+  ) -> tuple[tuple[types.Tree, types.Tree], tuple[base.Terms, dict]]:
+    gradient, terms, num_units = self.gradient(
+      state, rollout, advantage_B, visits, behaviour, reference
     )
     updates, opt_state = self.optimizer.update(
       gradient, state.opt_state, state.trainable
     )
-    # Without a pair there is nothing to learn from: momentum and weight decay
+    # Without a unit there is nothing to learn from: momentum and weight decay
     # must not move the parameters either.
-    is_update = num_pairs > 0
+    is_update = num_units > 0
     learned = jax.tree.map(
       lambda new, old: jnp.where(is_update, new, old),
       (optax.apply_updates(state.trainable, updates), opt_state),
@@ -184,7 +173,7 @@ class Learner:
       {
         "grad_norm": optax.tree.norm(gradient),
         "is_update": is_update.astype(jnp.int32),
-        "num_pairs": num_pairs,
+        "num_units": num_units,
       },
     )
 
@@ -193,66 +182,77 @@ class Learner:
     state: types.TrainState,
     rollout: types.Rollout,
     advantage_B: jax.Array,
-    drawn: mc_steps.Drawn,
-    reference: types.Tree | None,
-  ) -> tuple[types.Tree, objective_lib.Terms, jax.Array]:
-    """Gradient of the loss: the mean over rows and draws.
+    visits: base.Visits,
+    behaviour: jax.Array | None = None,
+    reference: types.Tree | None = None,
+  ) -> tuple[types.Tree, base.Terms, jax.Array]:
+    """Gradient of an update's loss, in constant memory.
+
+    Where the loss is a sum over visits, each microbatch has a loss and a
+    gradient of its own. Else the loss l of all factors f_i(theta) is
+    differentiated in two passes, by the chain rule:
+
+      dl/dtheta = sum_i (dl/df_i) (df_i/dtheta)
+
+    The first pass reads the factors without gradient; the second adds up the
+    gradients of `stop_gradient(dl/df_i) * f_i`.
+
+    Args:
+      state: with the parameters to differentiate by.
+      rollout: B completions.
+      advantage_B: float32 [B].
+      visits: [B, Q, S, ...].
+      behaviour: float32 [B, Q, S, F] of a `scored` behaviour policy, or None.
+      reference: see `train_step`.
 
     Returns:
-      float32 tree like the trainable one; terms, whose loss is that mean; the
-      number of (completion, step) pairs that were run.
+      float32 tree like the trainable one; terms; the number of units run.
     """
-    num_rows, num_draws = drawn.step.shape
-    has_kl = self.objective.kl_coef > 0
-    pair_weight_BxM = merge_repeats(drawn) / (num_rows * num_draws)
-    is_active_BxM = pair_weight_BxM > 0
-    if not has_kl:
-      is_active_BxM &= (advantage_B != 0)[:, None]
-    pair_P = jnp.argsort(~is_active_BxM.reshape(-1), stable=True)
-    pair_P = jnp.pad(
-      pair_P, (0, -pair_P.size % self.microbatch), constant_values=-1
-    )
-    num_pairs = is_active_BxM.sum()
+    objective = self.objective
+    reference_network = None
+    if objective.has_reference:
+      # With adapters, the frozen base without them is the reference policy.
+      frozen = state.params if state.lora is not None else reference
+      reference_network = self.bind(frozen, None)
+    units = self._units(visits, advantage_B)
+    weight_BxQxSxF = whole = None
+    if not objective.is_sum_over_visits:
+      weight_BxQxSxF, whole = self._loss_weights(
+        units, state, rollout, advantage_B, visits, behaviour, reference_network
+      )
 
     def microbatch_loss(
       trainable: types.Tree, index: jax.Array
-    ) -> tuple[jax.Array, objective_lib.Terms]:
-      place = index * self.microbatch + jnp.arange(self.microbatch)
-      pair = jax.lax.dynamic_slice_in_dim(
-        pair_P, index * self.microbatch, self.microbatch
+    ) -> tuple[jax.Array, base.Terms]:
+      trained = state.with_trainable(trainable)
+      network = self.bind(trained.params, trained.lora)
+      rows, unit, advantage_P, old, weight_PxSxF = units.take(
+        index, rollout, visits, advantage_B, behaviour, weight_BxQxSxF
       )
-      row, draw_index = jnp.divmod(jnp.maximum(pair, 0), num_draws)
-      weight = jnp.where(
-        place < num_pairs, pair_weight_BxM[row, draw_index], 0.0
-      )
-      rows, step, weight, advantage = self.shard_rows(
-        (
-          jax.tree.map(lambda x: x[row], rollout),
-          drawn.step[row, draw_index],
-          weight,
-          advantage_B[row],
+      factors = self._read(network, rows, unit)
+      if weight_PxSxF is not None:
+        # Padding of a microbatch repeats a unit, without weight.
+        is_used = factors.is_factor & (unit.weight > 0)[..., None]
+        loss = jnp.where(is_used, weight_PxSxF * factors.logprob, 0.0).sum()
+        return loss, base.Terms.zeros()
+      reference_PxSxF = None
+      if reference_network is not None:
+        reference_PxSxF = jax.lax.stop_gradient(
+          self._read(reference_network, rows, unit).logprob
         )
-      )
-      policy = state.with_trainable(trainable)
-      reference_fn = None
-      if has_kl:
-        # With adapters, the frozen base without them is the reference policy.
-        base = state.params if state.lora is not None else reference
-        reference_fn = self.policy(base, None)
-      terms = objective_lib.loss_terms(
-        self.policy(policy.params, policy.lora),
-        reference_fn,
+      if objective.behaviour == "recorded":
+        old = self._recorded(rows, unit)
+      terms = objective.loss(
+        _one_unit_each(factors),
+        _one_unit_each(old),
+        _one_unit_each(reference_PxSxF),
+        advantage_P,
+        _one_unit_each(unit),
         rows,
-        step,
-        weight,
-        advantage,
-        self.sampling,
-        self.objective,
-        self.top_k,
       )
       return terms.loss, terms
 
-    def accumulate(carry):
+    def accumulate(carry: Any) -> Any:
       index, gradient, terms = carry
       (_, more_terms), more = jax.value_and_grad(microbatch_loss, has_aux=True)(
         state.trainable, index
@@ -266,21 +266,223 @@ class Learner:
       lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable
     )
     _, gradient, terms = jax.lax.while_loop(
-      lambda carry: carry[0] * self.microbatch < num_pairs,
+      lambda carry: carry[0] * self.microbatch < units.num,
       accumulate,
-      (jnp.int32(0), zeros, objective_lib.Terms.zeros()),
+      (jnp.int32(0), zeros, base.Terms.zeros()),
     )
-    return gradient, terms, num_pairs
+    return gradient, terms if whole is None else whole, units.num
+
+  def _units(self, visits: base.Visits, advantage_B: jax.Array) -> "_Units":
+    is_active_BxQ = (visits.weight > 0).any(axis=2)
+    if self.objective.skips_zero_advantage:
+      is_active_BxQ &= (advantage_B != 0)[:, None]
+    # Active units first, so that a loop may stop at the last of them: their
+    # number is known on device only, and differs from step to step.
+    index_P = jnp.argsort(~is_active_BxQ.reshape(-1), stable=True)
+    index_P = jnp.pad(
+      index_P, (0, -index_P.size % self.microbatch), constant_values=-1
+    )
+    return _Units(
+      index_P=index_P,
+      num=is_active_BxQ.sum(),
+      per_row=is_active_BxQ.shape[1],
+      microbatch=self.microbatch,
+      shard_rows=self.shard_rows,
+    )
+
+  def _read(
+    self, network: types.Network, rows: types.Rollout, unit: base.Visits
+  ) -> base.Factors:
+    """Factors [P, S, F] of the visits [P, S, ...] of P rows."""
+    policy = self.policy if self.objective.replays else plain.PLAIN
+    mask_id = self.sampling.mask_id
+    partial_PxSxC = jnp.where(
+      unit.is_masked, mask_id, rows.completion[:, None, :]
+    )
+    block_start_P = unit.block[:, 0] * self.sampling.block_length
+    # The start state is the present one with the block masked again, and what
+    # comes after it, which no step has touched yet.
+    position_C = jnp.arange(rows.completion.shape[1])
+    is_late_PxC = position_C[None, :] >= block_start_P[:, None]
+    memory = policy.open(
+      network,
+      rows.prompt,
+      rows.prompt_length,
+      jnp.where(is_late_PxC, mask_id, partial_PxSxC[:, 0]),
+      block_start_P,
+    )
+    logits_PxSxWxV = policy.logits(
+      network,
+      memory,
+      rows.prompt,
+      rows.prompt_length,
+      partial_PxSxC,
+      unit.offset,
+    )
+
+    def score(
+      logits_SxWxV: jax.Array, row: types.Rollout, unit: base.Visits
+    ) -> base.Factors:
+      return jax.vmap(
+        lambda logits_WxV, visit: self.objective.score(
+          logits_WxV, row, visit, self.sampling, network.top_k
+        )
+      )(logits_SxWxV, unit)
+
+    return mesh_lib.vmap_rows(score)(logits_PxSxWxV, rows, unit)
+
+  def _recorded(self, rows: types.Rollout, unit: base.Visits) -> jax.Array:
+    """float32 [P, S, F], the behaviour policy's factors of P units."""
+    recorded = self.objective.recorded
+    return jax.vmap(
+      lambda row, unit: jax.vmap(lambda visit: recorded(row, visit))(unit)
+    )(rows, unit)
+
+  def _read_all(
+    self,
+    units: "_Units",
+    network: types.Network,
+    rollout: types.Rollout,
+    visits: base.Visits,
+  ) -> base.Factors:
+    """Factors [B, Q, S, F] without gradient; those of idle units are none."""
+    num_rows, per_row = visits.weight.shape[:2]
+
+    def read(index: jax.Array) -> base.Factors:
+      return self._read(network, *units.take(index, rollout, visits)[:2])
+
+    shapes = jax.eval_shape(read, jnp.int32(0))
+    every = jax.tree.map(
+      lambda x: jnp.zeros((num_rows * per_row, *x.shape[1:]), x.dtype), shapes
+    )
+
+    def fill(carry: Any) -> Any:
+      index, every = carry
+      at = units.indices(index)
+      # Padding is dropped: -1 would be the last entry.
+      at = jnp.where(at < 0, num_rows * per_row, at)
+      every = jax.tree.map(
+        lambda x, part: x.at[at].set(part, mode="drop"), every, read(index)
+      )
+      return index + 1, every
+
+    _, every = jax.lax.while_loop(
+      lambda carry: carry[0] * self.microbatch < units.num,
+      fill,
+      (jnp.int32(0), every),
+    )
+    return jax.tree.map(
+      lambda x: x.reshape(num_rows, per_row, *x.shape[1:]), every
+    )
+
+  def _loss_weights(
+    self,
+    units: "_Units",
+    state: types.TrainState,
+    rollout: types.Rollout,
+    advantage_B: jax.Array,
+    visits: base.Visits,
+    behaviour: jax.Array | None,
+    reference_network: types.Network | None,
+  ) -> tuple[jax.Array, base.Terms]:
+    """dl/df of every factor, float32 [B, Q, S, F], and the terms of l."""
+    network = self.bind(state.params, state.lora)
+    factors = self._read_all(units, network, rollout, visits)
+    reference = None
+    if reference_network is not None:
+      reference = self._read_all(
+        units, reference_network, rollout, visits
+      ).logprob
+    if self.objective.behaviour == "recorded":
+      behaviour = jax.vmap(self._recorded, in_axes=(None, 1), out_axes=1)(
+        rollout, visits
+      )
+
+    def grouped(tree: Any) -> Any:
+      return jax.tree.map(
+        lambda x: x.reshape(-1, self.group_size, *x.shape[1:]), tree
+      )
+
+    def loss(logprob: jax.Array) -> tuple[jax.Array, base.Terms]:
+      terms_N = jax.vmap(self.objective.loss)(
+        *grouped(
+          (
+            factors.replace(logprob=logprob),
+            behaviour,
+            reference,
+            advantage_B,
+            visits,
+            rollout,
+          )
+        )
+      )
+      terms = terms_N.total()
+      return terms.loss, terms
+
+    return jax.grad(loss, has_aux=True)(factors.logprob)
 
 
-def merge_repeats(drawn: mc_steps.Drawn) -> jax.Array:
-  """float32 [B, M]: weights, those of equal steps of a row added to the first.
+@dataclasses.dataclass(frozen=True)
+class _Units:
+  """An update's units in the order in which microbatches take them.
 
-  The sum over draws of weight times summand does not change, and all but the
-  first of equal draws need no forward pass.
+  Attributes:
+    index_P: int32, row * Q + number of the unit, active ones first; -1 fills
+      the last microbatch up.
+    num: int32, how many are active.
+    per_row: Q.
+    microbatch: units taken at once.
+    shard_rows: puts the leading axis of a pytree on the mesh.
   """
-  is_same_BxMxM = drawn.step[:, :, None] == drawn.step[:, None, :]
-  is_earlier_MxM = jnp.tri(drawn.step.shape[1], k=-1, dtype=bool)
-  is_first_BxM = ~(is_same_BxMxM & is_earlier_MxM[None]).any(axis=2)
-  total_BxM = jnp.where(is_same_BxMxM, drawn.weight[:, None, :], 0.0).sum(2)
-  return jnp.where(is_first_BxM, total_BxM, 0.0)
+
+  index_P: jax.Array
+  num: jax.Array
+  per_row: int
+  microbatch: int
+  shard_rows: Callable[[Any], Any]
+
+  def indices(self, index: jax.Array) -> jax.Array:
+    """The entries of `index_P` in microbatch number `index`."""
+    return jax.lax.dynamic_slice_in_dim(
+      self.index_P, index * self.microbatch, self.microbatch
+    )
+
+  def take(
+    self,
+    index: jax.Array,
+    rollout: types.Rollout,
+    visits: base.Visits,
+    advantage_B: jax.Array | None = None,
+    *per_unit: Any,
+  ) -> Any:
+    """What belongs to microbatch number `index`, its rows on the mesh.
+
+    Args:
+      index: int32.
+      rollout: B completions.
+      visits: [B, Q, S, ...]; what is not active comes back with weight 0.
+      advantage_B: float32 [B], or None.
+      *per_unit: further trees whose leaves have the leading axes [B, Q].
+
+    Returns:
+      The same, one entry per unit of the microbatch.
+    """
+    row, column = jnp.divmod(jnp.maximum(self.indices(index), 0), self.per_row)
+    visits, *per_unit = jax.tree.map(
+      lambda x: x[row, column], (visits, *per_unit)
+    )
+    place = index * self.microbatch + jnp.arange(self.microbatch)
+    weight = jnp.where((place < self.num)[:, None], visits.weight, 0.0)
+    return self.shard_rows(
+      (
+        jax.tree.map(lambda x: x[row], rollout),
+        visits.replace(weight=weight),
+        None if advantage_B is None else advantage_B[row],
+        *per_unit,
+      )
+    )
+
+
+def _one_unit_each(tree: Any) -> Any:
+  """[P, S, ...] -> [P, 1, S, ...]: P completions with one unit each."""
+  return jax.tree.map(lambda x: x[:, None], tree)

@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   "llada": {**_GREEDY, "completion_length": 128},
   "d1": _GREEDY,
   "agrpo": {**_GREEDY, "stop_at_eos": True},
-  "fast_dllm": {**_GREEDY, "threshold": 0.9},
+  "fast_dllm": {**_GREEDY, "unmask_rule": "threshold", "threshold": 0.9},
 }
 
 

@@ -31,11 +31,11 @@ from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
+from agrpo_jax.policies import row
 from agrpo_jax.port import model_folder
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
-from agrpo_jax.samplers import rollout as rollout_lib
 
 _MIN_MASK_RATIO = 1e-3
 
@@ -79,7 +79,7 @@ def noise(
   return uniform_BxC < ratio_B[:, None], ratio_B
 
 
-def loss(logits_fn: types.LogitsFn, batch: Batch, mask_id: int) -> jax.Array:
+def loss(network: types.Network, batch: Batch, mask_id: int) -> jax.Array:
   """LLaDA's SFT loss (arXiv:2502.09992, equation 5), mean over rows.
 
     1 / (t C) sum over masked positions of -log p(token | prompt, partial)
@@ -88,7 +88,7 @@ def loss(logits_fn: types.LogitsFn, batch: Batch, mask_id: int) -> jax.Array:
   noise bounds the negative log-likelihood per token, in nats.
 
   Args:
-    logits_fn: the network.
+    network: bound to its parameters.
     batch: B demonstrations.
     mask_id: id of [MASK].
 
@@ -96,17 +96,12 @@ def loss(logits_fn: types.LogitsFn, batch: Batch, mask_id: int) -> jax.Array:
     float32 scalar.
   """
   num_tokens = batch.completion.shape[1]
-  tokens_BxL = jax.vmap(rollout_lib.place, (0, 0, 0, 0, None))(
+  logits_BxCxV = row.logits_at(
+    network,
     batch.tokens,
     batch.length,
-    batch.completion,
-    batch.is_masked,
-    mask_id,
-  )
-  logits_BxCxV = logits_fn(
-    tokens_BxL,
-    batch.length + num_tokens,
-    batch.length[:, None] + jnp.arange(num_tokens)[None, :],
+    jnp.where(batch.is_masked, mask_id, batch.completion),
+    jnp.broadcast_to(jnp.arange(num_tokens), batch.completion.shape),
   )
   cross_entropy_BxC = optax.softmax_cross_entropy_with_integer_labels(
     logits_BxCxV, batch.completion
@@ -128,8 +123,8 @@ def make_train_step(
   ) -> tuple[types.TrainState, dict[str, jax.Array]]:
     def microbatch_loss(trainable: types.Tree, part: Batch) -> jax.Array:
       now = state.with_trainable(trainable)
-      logits_fn = policy.logits_fn(now.params, now.lora)
-      return loss(logits_fn, shard(part), mask_id)
+      network = policy.bind(now.params, now.lora)
+      return loss(network, shard(part), mask_id)
 
     def accumulate(carry: Any, part: Batch) -> Any:
       value, gradient = jax.value_and_grad(microbatch_loss)(

@@ -8,6 +8,7 @@ S positions or support size, V vocabulary, D width.
 
 from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -17,9 +18,8 @@ Tree = Any  # a pytree of arrays
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(tokens_BxL, length_B, positions_BxS) -> logits_BxSxV, float32.
 
-A network already bound to its parameters and adapter. Attention is
-bidirectional over the first `length` tokens of each row; what stands after them
-is without effect. Logits exist only at the asked positions.
+Attention is bidirectional over the first `length` tokens of each row; what
+stands after them is without effect. Logits exist only at the asked positions.
 """
 
 TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -27,6 +27,27 @@ TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 Of equal values the first come first, as `jax.lax.top_k` has it.
 """
+
+
+class Network(NamedTuple):
+  """A network bound to its parameters and adapter.
+
+  The sampler and the objectives know no more of a network than this; a test
+  puts a table of logits in its place, whose probabilities are known by hand.
+
+  Attributes:
+    logits: see `LogitsFn`. They are target-aligned: the logits at a position
+      are for the token at that position.
+    top_k: how the largest of its logits are found, `parallel.split.top_k_of`
+      where the vocabulary is split over devices.
+  """
+
+  logits: LogitsFn
+  top_k: TopK = jax.lax.top_k
+
+
+BindFn = Callable[[Tree, Tree | None], Network]
+"""(params, lora) -> the network bound to them."""
 
 
 class Prompts(flax.struct.PyTreeNode):

@@ -36,7 +36,6 @@ from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.objectives import agrpo
-from agrpo_jax.objectives import mc_steps
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.samplers import host as sampler_lib
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -170,17 +169,14 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
   )
   num_rows = preset.num_prompts * preset.group_size
   sampler = sampler_lib.Sampler(
-    policy.logits_fn, sampling, mesh, num_rows, preset.prompt_length
+    policy.bind, sampling, mesh, num_rows, preset.prompt_length
   )
   learner = learner_lib.Learner(
-    policy=policy.logits_fn,
+    bind=policy.bind,
     optimizer=optimizer.make(optimizer.Optimizer(learning_rate=1e-6)),
     sampling=sampling,
-    objective=agrpo.Objective(),
-    steps=mc_steps.McSteps(num_mc_steps=preset.num_mc_steps),
-    baseline="leave_one_out",
+    objective=agrpo.Agrpo(num_mc_steps=preset.num_mc_steps),
     group_size=preset.group_size,
-    updates_per_batch=1,
     microbatch=preset.microbatch,
     shard_rows=build.shard_rows(mesh),
   )

@@ -12,12 +12,13 @@ import pytest
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import types
 from agrpo_jax.models import transformer
-from agrpo_jax.objectives import agrpo as objective_lib
+from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import mc_steps
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
 from fixtures import recordings
+from fixtures import states
 
 NUM_ROWS, GROUP_SIZE = 8, 4
 ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
@@ -37,21 +38,17 @@ def setting(rule="random", **changes):
     top_k=20,
   )
 
-  def policy(params, lora):
-    return transformer.logits_fn(config, params, lora)
+  def bind(params, lora):
+    return types.Network(transformer.logits_fn(config, params, lora))
 
-  options = dict(
-    policy=policy,
+  learner = learner_lib.Learner(
+    bind=bind,
     optimizer=optax.adamw(1e-3),
     sampling=sampling,
-    objective=objective_lib.Objective(),
-    steps=mc_steps.McSteps(num_mc_steps=4),
-    baseline="leave_one_out",
+    objective=agrpo.Agrpo(num_mc_steps=4, **changes),
     group_size=GROUP_SIZE,
-    updates_per_batch=1,
     microbatch=8,
   )
-  learner = learner_lib.Learner(**(options | changes))
   tokens = jax.random.randint(jax.random.key(1), (NUM_ROWS, 6), 0, 80)
   prompts = types.Prompts(
     tokens=tokens,
@@ -60,10 +57,10 @@ def setting(rule="random", **changes):
   )
   rollout = jax.jit(
     lambda prompts: rollout_lib.sample_rollout(
-      policy(params, None), prompts, sampling
+      bind(params, None), prompts, sampling
     )
   )(prompts)
-  return learner, learner.init(params, None), rollout, prompts.key
+  return learner, states.initial(learner, params), rollout, prompts.key
 
 
 REWARD = jnp.array([1.0, 0.0, 0.0, 2.0, 0.5, 0.5, 0.25, 0.0])
@@ -75,7 +72,7 @@ def step(learner, state, rollout, keys, reward=REWARD):
   )
 
 
-@pytest.mark.parametrize("rule", sampling_lib.UNMASK_RULES)
+@pytest.mark.parametrize("rule", ["random", "confidence", "entropy"])
 def test_the_first_policy_ratio_is_one(rule):
   """Rollout and objective agree on every log-probability, also the order's."""
   _, metrics = step(*setting(rule))
@@ -90,14 +87,11 @@ def test_microbatches_do_not_change_the_gradient(microbatch):
   other = dataclasses.replace(learner, microbatch=microbatch)
   gradients, expected_loss = [], None
   for one in (learner, other):
-    drawn = mc_steps.draw(
-      rollout,
-      mc_steps.uniforms(jax.random.key(0), keys, one.steps),
-      one.steps,
-      0,
+    visits, _ = one.objective.visits(
+      rollout, jax.random.key(0), keys, one.sampling
     )
     gradient, terms, _ = jax.jit(one.gradient)(
-      state, rollout, REWARD - 0.5, drawn, None
+      state, rollout, REWARD - 0.5, jax.tree.map(lambda x: x[0], visits)
     )
     gradients.append(gradient)
     np.testing.assert_allclose(
@@ -118,8 +112,15 @@ def test_equal_draws_run_once_with_their_weights_added():
     step=jnp.tile(jnp.array([[0, 2, 0, 0]]), (NUM_ROWS, 1)),
     weight=jnp.ones((NUM_ROWS, 4)),
   )
-  a, _, num_once = learner.gradient(state, rollout, REWARD, once, None)
-  b, _, num_repeated = learner.gradient(state, rollout, REWARD, repeated, None)
+
+  def gradient(drawn):
+    visits = agrpo.visits_of(
+      rollout, drawn, learner.sampling, learner.objective
+    )
+    return learner.gradient(state, rollout, REWARD, visits)
+
+  a, _, num_once = gradient(once)
+  b, _, num_repeated = gradient(repeated)
   chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-7)
   num_active = int((REWARD != 0).sum())
   assert int(num_once) == int(num_repeated) == 2 * num_active
@@ -152,8 +153,7 @@ def test_updates_per_batch_share_out_the_draws():
 
 
 def test_kl_needs_every_row_and_vanishes_at_the_reference():
-  objective = objective_lib.Objective(kl_coef=0.1)
-  learner, state, rollout, _ = setting(objective=objective)
+  learner, state, rollout, _ = setting(kl_coef=0.1)
   _, metrics = jax.jit(learner.train_step)(
     state, rollout, jnp.ones(NUM_ROWS), jax.random.key(0), ROW_ID, state.params
   )
@@ -182,7 +182,7 @@ def test_a_completion_does_not_depend_on_its_batch():
   learner, state, rollout, keys = setting("confidence")
   order = jnp.array([5, 0, 3])
   alone = rollout_lib.sample_rollout(
-    learner.policy(state.params, None),
+    learner.bind(state.params, None),
     types.Prompts(
       tokens=jnp.pad(
         rollout.prompt[order], ((0, 0), (0, 7)), constant_values=17

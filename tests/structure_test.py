@@ -13,12 +13,12 @@ PACKAGE = ROOT / "agrpo_jax"
 
 # The folders from the ground up: a folder imports only folders before it.
 LAYERS = """
-  parallel models samplers objectives port tasks grading runs evaluation
-  lm_eval show plan
+  parallel models policies samplers objectives port tasks grading runs
+  evaluation lm_eval show plan
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.
-WITHOUT_NETWORK = {"types", "samplers", "objectives"}
+WITHOUT_NETWORK = {"types", "policies", "samplers", "objectives"}
 NETWORKS = {"models", "port"}
 
 # Grading runs in processes that must start fast and never touch a device.

@@ -99,7 +99,7 @@ class Adapter:
     self._tokenizer = self._policy.tokenizer
     self._greedy = jax.jit(
       lambda params, pairs: greedy.match(
-        self._policy.logits_fn(params, None), pairs, self._tokenizer.mask_id
+        self._policy.bind(params, None), pairs, self._tokenizer.mask_id
       )
     )
 

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 
 from agrpo_jax import types
 from agrpo_jax.objectives import elbo
-from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.policies import row
 
 
-def match(
-  logits_fn: types.LogitsFn, pairs: elbo.Pairs, mask_id: int
-) -> jax.Array:
+def match(network: types.Network, pairs: elbo.Pairs, mask_id: int) -> jax.Array:
   """bool [B]: is the completion what greedy decoding gives?
 
   Of the masked positions the one with the most probable token gets it, one a
@@ -21,7 +19,6 @@ def match(
   """
   size = pairs.completion.shape[1]
   place_C = jnp.arange(size)
-  position_BxC = pairs.prompt_length[:, None] + place_C[None, :]
 
   def is_undecided(state: tuple[jax.Array, jax.Array]) -> jax.Array:
     is_masked_BxC, matches_B = state
@@ -31,15 +28,13 @@ def match(
     state: tuple[jax.Array, jax.Array],
   ) -> tuple[jax.Array, jax.Array]:
     is_masked_BxC, matches_B = state
-    tokens_BxL = jax.vmap(rollout_lib.place, (0, 0, 0, 0, None))(
+    logits_BxCxV = row.logits_at(
+      network,
       pairs.prompt,
       pairs.prompt_length,
-      pairs.completion,
-      is_masked_BxC,
-      mask_id,
-    )
-    logits_BxCxV = logits_fn(
-      tokens_BxL, pairs.prompt_length + pairs.length, position_BxC
+      jnp.where(is_masked_BxC, mask_id, pairs.completion),
+      jnp.broadcast_to(place_C, pairs.completion.shape),
+      pairs.length,
     )
     confidence_BxC = jax.nn.log_softmax(logits_BxCxV).max(axis=-1)
     chosen_B = jnp.where(is_masked_BxC, confidence_BxC, -jnp.inf).argmax(axis=1)

@@ -26,6 +26,7 @@ from agrpo_jax.models import base
 from agrpo_jax.models import ops
 from agrpo_jax.models import parameters
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import split
 
 abstract_params = parameters.abstract_params
 init = parameters.init
@@ -282,7 +283,7 @@ class Embed(nn.Module):
     tokens = jnp.clip(tokens, 0, self.specs["table"].shape[0] - 1)
     if self.rows is None:
       return self.table[tokens]
-    return ops.split_lookup(self.rows, self.table, tokens)
+    return split.lookup(self.rows, self.table, tokens)
 
 
 def logits_fn(

@@ -1,80 +1,218 @@
-"""AGRPO's loss: a clipped policy gradient on drawn denoising steps.
+"""AGRPO: a clipped policy gradient on drawn denoising steps (arXiv:2510.04019).
 
-For one completion and one drawn denoising step (arXiv:2510.04019):
+For one completion and one drawn denoising step:
 
-1. rebuild the partial completion as it stood before the step (`state`);
-2. one forward pass, logits at the positions that the step's likelihood needs;
+1. rebuild the partial completion as it stood before the step, and choose the
+   positions that the step's likelihood needs (`state`);
+2. one pass of the policy, logits at those positions (the learner's part);
 3. log-probability of what happened, factor by factor (`step_logprob`);
 4. per factor, the clipped policy ratio times the advantage, and a KL penalty
-   if asked for (`surrogate`).
-
-`loss_terms` does it for a flat list of (completion, step) pairs.
+   if asked for (`clip.surrogate`).
 """
 
 import dataclasses
+from typing import ClassVar
+from typing import Literal
 
-import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from agrpo_jax import types
-from agrpo_jax.objectives import masked
-from agrpo_jax.parallel import mesh as mesh_lib
-from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.objectives import advantage as advantage_lib
+from agrpo_jax.objectives import base
+from agrpo_jax.objectives import clip as clip_lib
+from agrpo_jax.objectives import mc_steps
+from agrpo_jax.samplers import draw
+from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
-from agrpo_jax.samplers import unmask
 
 LIKELIHOODS = ("exact", "product")
-KL_ESTIMATORS = ("k3", "k3_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-  """Settings of the loss.
+class Agrpo(mc_steps.McSteps, clip_lib.Clip):
+  """Settings of AGRPO: those of the drawn steps, of the clipping, and its own.
 
   Attributes:
-    likelihood: of a step under the `confidence` rule: `exact` (every position
-      of the block that stayed masked has a factor) or `product` over the
-      unmasked tokens (released AGRPO; biased). The same under the other rules.
-    clip_low, clip_high: the policy ratio is clipped to
-      [1 - clip_low, 1 + clip_high].
-    kl_coef: weight of the KL penalty against the reference policy; 0: none.
-    kl_estimator: `k3`: exp(d) - d - 1 with d = reference - policy logprob, or
-      `k3_ratio`: that times the policy ratio, both differentiated (released).
+    likelihood: of a step under a rule that looks at the draws: `exact` (every
+      position of the block that stayed masked has a factor) or `product` over
+      the unmasked tokens (released AGRPO; biased). The same under other rules.
+    baseline: one of `advantage.BASELINES`.
+    updates_per_batch: optimizer updates per rollout, dividing `num_mc_steps`:
+      1 is the paper's algorithm; the released launcher takes one per draw.
   """
 
   likelihood: str = "exact"
-  clip_low: float = 0.2
-  clip_high: float = 0.2
-  kl_coef: float = 0.0
-  kl_estimator: str = "k3"
+  baseline: str = "leave_one_out"
+  updates_per_batch: int = 1
+
+  replays: ClassVar[bool] = True
+  is_sum_over_visits: ClassVar[bool] = True
+  behaviour: ClassVar[Literal["recorded"]] = "recorded"
+
+  @property
+  def has_reference(self) -> bool:
+    return self.kl_coef > 0
+
+  @property
+  def skips_zero_advantage(self) -> bool:
+    return not self.has_reference  # the penalty stays where the advantage is 0
+
+  def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
+    """Returns what is wrong with the settings, a sentence each."""
+    found = mc_steps.problems(self) + clip_lib.problems(self)
+    for name, known in (
+      ("likelihood", LIKELIHOODS),
+      ("baseline", advantage_lib.BASELINES),
+    ):
+      value = getattr(self, name)
+      if value not in known:
+        found.append(f"{name}={value!r} must be one of {', '.join(known)}")
+    if self.updates_per_batch < 1 or (
+      self.num_mc_steps % self.updates_per_batch
+    ):
+      found.append(
+        f"updates_per_batch={self.updates_per_batch!r} must be a divisor of "
+        f"num_mc_steps={self.num_mc_steps}"
+      )
+    return found
+
+  def advantage(self, reward_G: jax.Array) -> jax.Array:
+    """Returns the rewards minus their baseline, [G]."""
+    return advantage_lib.group_advantage(reward_G, self.baseline)
+
+  def visits(
+    self,
+    rollout: types.Rollout,
+    batch_key: jax.Array,
+    key_B: jax.Array,
+    sampling: sampling_lib.Sampling,
+  ) -> tuple[base.Visits, dict[str, jax.Array]]:
+    """Draws M steps per completion and deals them out over the updates.
+
+    Returns:
+      Visits [U, B, M / U, 1], and the metrics of the draw.
+    """
+    drawn = mc_steps.draw(
+      rollout,
+      mc_steps.uniforms(batch_key, key_B, self),
+      self,
+      sampling.eos_id,
+    )
+    visits = jax.vmap(visits_of, (None, 0, None, None))(
+      rollout, jax.tree.map(self._dealt, drawn), sampling, self
+    )
+    return visits, {
+      "draws/distinct_fraction": mc_steps.distinct_fraction(drawn.step),
+      "draws/max_weight": drawn.weight.max(),
+    }
+
+  def _dealt(self, x_BxM: jax.Array) -> jax.Array:
+    """[B, M] -> [U, B, M / U]; strata are dealt out in turn."""
+    return jnp.moveaxis(
+      x_BxM.reshape(x_BxM.shape[0], -1, self.updates_per_batch), 2, 0
+    )
+
+  def score(
+    self,
+    logits_WxV: jax.Array,
+    row: types.Rollout,
+    visit: base.Visits,
+    sampling: sampling_lib.Sampling,
+    top_k: types.TopK,
+  ) -> base.Factors:
+    """Returns the W + 1 factors of a denoising step, see `step_logprob`."""
+    return step_logprob(logits_WxV, row, visit, sampling, self, top_k)
+
+  def recorded(self, row: types.Rollout, visit: base.Visits) -> jax.Array:
+    """Returns float32 [W + 1]: the same factors, as the rollout recorded."""
+    return jnp.append(
+      row.logprob[visit.offset], row.order_logprob[visit.denoise_step]
+    )
+
+  def loss(
+    self,
+    policy: base.Factors,
+    behaviour: jax.Array | None,
+    reference: jax.Array | None,
+    advantage_G: jax.Array,
+    visits: base.Visits,
+    rows: types.Rollout,
+  ) -> base.Terms:
+    """Returns the sum of the surrogates of all visits."""
+    del rows
+    weight = visits.weight
+    advantage = jnp.broadcast_to(advantage_G[:, None, None], weight.shape)
+
+    def flat(x: jax.Array) -> jax.Array:
+      return x.reshape(-1, *x.shape[3:])
+
+    terms = jax.vmap(
+      clip_lib.surrogate,
+      in_axes=(0, 0, None if reference is None else 0, 0, 0, None),
+    )(
+      jax.tree.map(flat, policy),
+      jax.tree.map(flat, behaviour),
+      jax.tree.map(flat, reference),
+      flat(advantage),
+      flat(weight),
+      self,
+    )
+    return terms.total()
 
 
-class Factors(flax.struct.PyTreeNode):
-  """Log-probability of a denoising step as a sum of S + 1 factors.
+def visits_of(
+  rollout: types.Rollout,
+  drawn: mc_steps.Drawn,
+  sampling: sampling_lib.Sampling,
+  objective: Agrpo,
+) -> base.Visits:
+  """The visits of one optimizer update.
 
-  Attributes:
-    logprob: float32 [S + 1]; the tokens', then the order's.
-    is_factor: bool [S + 1], which of them this step has.
+  Draws that fell on the same step of a row are one visit, with their weights
+  added: the sum does not change, and it costs one pass. The weights make the
+  loss the mean over rows and draws.
+
+  Args:
+    rollout: B completions.
+    drawn: M steps of each.
+    sampling: how the rollout was drawn.
+    objective: the settings.
+
+  Returns:
+    Visits [B, M, 1].
   """
+  num_rows, num_draws = drawn.step.shape
+  merged_BxM = mc_steps.merge_repeats(drawn) / (num_rows * num_draws)
 
-  logprob: jax.Array
-  is_factor: jax.Array
+  def visit(
+    row: types.Rollout, denoise_step: jax.Array, weight: jax.Array
+  ) -> base.Visits:
+    is_masked_C, offset_W = state(row, denoise_step, sampling, objective)
+    return base.Visits(
+      is_masked=is_masked_C,
+      offset=offset_W,
+      block=denoise_step // sampling.steps_per_block,
+      denoise_step=denoise_step,
+      weight=weight,
+    )
 
-
-def needs_block(sampling: sampling_lib.Sampling, objective: Objective) -> bool:
-  """Whether the likelihood reads the whole block, not the targets alone."""
-  return (
-    sampling.unmask_rule == "confidence" and objective.likelihood == "exact"
+  visits = jax.vmap(jax.vmap(visit, (None, 0, 0)))(
+    rollout, drawn.step, merged_BxM
   )
+  return jax.tree.map(lambda x: x[:, :, None], visits)
+
+
+def needs_block(sampling: sampling_lib.Sampling, objective: Agrpo) -> bool:
+  """Returns whether the likelihood reads the whole block, not the targets."""
+  return sampling.rule.looks_at == "draws" and objective.likelihood == "exact"
 
 
 def state(
   row: types.Rollout,
   denoise_step: jax.Array,
   sampling: sampling_lib.Sampling,
-  objective: Objective,
+  objective: Agrpo,
 ) -> tuple[jax.Array, jax.Array]:
   """The completion before a step, and the completion positions to score.
 
@@ -85,232 +223,70 @@ def state(
     objective: the settings.
 
   Returns:
-    tokens int32 [L], the network's input; offset int32 [S], positions within
-    the completion: the block's T, or the step's U targets.
+    is_masked bool [C], what was masked; offset int32 [W], positions within the
+    completion: the block's T, or the step's U targets.
   """
-  tokens_L = rollout_lib.place(
-    row.prompt,
-    row.prompt_length,
-    row.completion,
-    row.unmask_step >= denoise_step,
-    sampling.mask_id,
-  )
   if needs_block(sampling, objective):
     block = denoise_step // sampling.steps_per_block
-    offset_S = block * sampling.block_length + jnp.arange(sampling.block_length)
+    offset_W = block * sampling.block_length + jnp.arange(sampling.block_length)
   else:
     is_target_C = row.unmask_step == denoise_step
-    offset_S = jax.lax.top_k(
+    offset_W = jax.lax.top_k(
       is_target_C.astype(jnp.int32), sampling.tokens_per_step
     )[1]
-  return tokens_L, offset_S.astype(jnp.int32)
+  return row.unmask_step >= denoise_step, offset_W.astype(jnp.int32)
 
 
 def step_logprob(
-  logits_SxV: jax.Array,
+  logits_WxV: jax.Array,
   row: types.Rollout,
-  denoise_step: jax.Array,
-  offset_S: jax.Array,
+  visit: base.Visits,
   sampling: sampling_lib.Sampling,
-  objective: Objective,
+  objective: Agrpo,
   top_k: types.TopK = jax.lax.top_k,
-) -> Factors:
+) -> base.Factors:
   """Log-likelihood of one denoising step, factor by factor.
 
+    log P(step) = sum_{targets i} log pi_i(o_i) + sum_{others j} log F_j(bar)
+
   Args:
-    logits_SxV: float32 [S, V] at `offset_S`, before the step.
+    logits_WxV: float32 [W, V] at `visit.offset`, before the step.
     row: one row of a rollout.
-    denoise_step: int32.
-    offset_S: int32 [S], from `state`.
+    visit: the step's, see `state`.
     sampling: how the rollout was drawn.
     objective: the settings.
-    top_k: how the largest logits are found, see `ops.split_top_k`.
+    top_k: see `types.Network`.
 
   Returns:
-    `Factors` of S tokens and the order.
+    Factors of the W tokens and, last, of the order (`rules.order_logprob`).
   """
-  token_S = row.completion[offset_S]
-  is_target_S = row.unmask_step[offset_S] == denoise_step
-  support = None if row.support is None else row.support[offset_S]
-  filtered = jax.vmap(
-    lambda logits_V, kept: unmask.replay(logits_V, kept, sampling)
-  )(logits_SxV, support)
-  logprob_S = jax.vmap(unmask.token_logprob)(filtered, token_S)
+  token_W = row.completion[visit.offset]
+  is_target_W = row.unmask_step[visit.offset] == visit.denoise_step
+  support = None if row.support is None else row.support[visit.offset]
+  kept = jax.vmap(
+    lambda logits_V, support: draw.over_support(logits_V, support, sampling)
+  )(logits_WxV, support)
+  logprob_W = jax.vmap(draw.token_logprob)(kept, token_W)
   # At positions that are not targets the record belongs to another step.
-  logprob_S = jnp.where(is_target_S, logprob_S, 0.0)
+  logprob_W = jnp.where(is_target_W, logprob_W, 0.0)
   order = jnp.float32(0.0)
   if needs_block(sampling, objective):
     # What the other positions could have drawn was cut by truncation at this
     # step, of which there is no record but the logits themselves.
-    filter_all = jax.vmap(unmask.filter_logits, (0, None, None))
-    others = filter_all(logits_SxV, sampling, top_k)
-    confidence_of = jax.vmap(unmask.confidence, (0, 0, None))
-    confidence_S = jax.vmap(unmask.token_logprob)(
-      filtered._replace(logprob=confidence_of(logits_SxV, filtered, sampling)),
-      token_S,
+    filter_all = jax.vmap(draw.filter_logits, (0, None, None))
+    others = filter_all(logits_WxV, sampling, top_k)
+    confidence_of = jax.vmap(draw.confidence, (0, 0, None))
+    confidence_W = jax.vmap(draw.token_logprob)(
+      kept._replace(logprob=confidence_of(logits_WxV, kept, sampling)), token_W
     )
-    order = unmask.order_logprob(
+    is_masked_W = row.unmask_step[visit.offset] >= visit.denoise_step
+    order = rules.order_logprob(
       others.logprob,
-      confidence_of(logits_SxV, others, sampling),
-      confidence_S,
-      is_target_S,
-      row.unmask_step[offset_S] >= denoise_step,
+      confidence_of(logits_WxV, others, sampling),
+      sampling.rule.bar(confidence_W, is_target_W),
+      is_masked_W & ~is_target_W,
     )
-  return Factors(
-    logprob=jnp.append(logprob_S, order),
-    is_factor=jnp.append(is_target_S, needs_block(sampling, objective)),
+  return base.Factors(
+    logprob=jnp.append(logprob_W, order),
+    is_factor=jnp.append(is_target_W, needs_block(sampling, objective)),
   )
-
-
-def behaviour_logprob(
-  row: types.Rollout, denoise_step: jax.Array, offset_S: jax.Array
-) -> jax.Array:
-  """float32 [S + 1]: `Factors.logprob` as the rollout recorded it."""
-  return jnp.append(row.logprob[offset_S], row.order_logprob[denoise_step])
-
-
-class Terms(flax.struct.PyTreeNode):
-  """Loss and metrics summed over pairs; metrics count factors.
-
-  Attributes:
-    loss: float32, sum over the pairs of weight times the step's loss.
-    num_factors: float32, log-probabilities that entered.
-    ratio: float32, sum of policy ratios.
-    ratio_deviation: float32, largest |policy ratio - 1|.
-    clip_low, clip_high: float32, factors whose clipping stopped the gradient.
-    kl: float32, sum of the KL estimates (0 without a reference).
-  """
-
-  loss: jax.Array
-  num_factors: jax.Array
-  ratio: jax.Array
-  ratio_deviation: jax.Array
-  clip_low: jax.Array
-  clip_high: jax.Array
-  kl: jax.Array
-
-  def __add__(self, other: "Terms") -> "Terms":
-    largest = jnp.maximum(self.ratio_deviation, other.ratio_deviation)
-    total = jax.tree.map(jnp.add, self, other)
-    return total.replace(ratio_deviation=largest)
-
-  @classmethod
-  def zeros(cls) -> "Terms":
-    return cls(*[jnp.zeros(())] * 7)
-
-
-def surrogate(
-  policy: Factors,
-  behaviour_F: jax.Array,
-  reference_F: jax.Array | None,
-  advantage: jax.Array,
-  weight: jax.Array,
-  objective: Objective,
-) -> Terms:
-  """The loss of one drawn step.
-
-    sum_f -min(r_f A, clip(r_f, 1 - clip_low, 1 + clip_high) A) + kl_coef KL_f
-
-  times the draw's weight, with r_f the policy ratio of factor f. At ratio 1 its
-  gradient is -A times the gradient of the step's log-likelihood.
-
-  Args:
-    policy: F = S + 1 factors under the policy.
-    behaviour_F: float32 [F], recorded.
-    reference_F: float32 [F] under the reference policy, or None without KL.
-    advantage: float32 scalar.
-    weight: float32 scalar, `mc_steps.Drawn.weight`.
-    objective: the settings.
-  """
-  is_factor_F = policy.is_factor
-  # Zero, not minus infinity, where there is no factor: 0 * inf is NaN in the
-  # gradient even behind a mask.
-  log_ratio_F = jnp.where(is_factor_F, policy.logprob - behaviour_F, 0.0)
-  ratio_F = jnp.exp(log_ratio_F)
-  clipped_F = jnp.clip(ratio_F, 1 - objective.clip_low, 1 + objective.clip_high)
-  loss_F = -jnp.minimum(ratio_F * advantage, clipped_F * advantage)
-  kl_F = jnp.zeros_like(loss_F)
-  if reference_F is not None:
-    log_ref_F = jnp.where(is_factor_F, reference_F - policy.logprob, 0.0)
-    kl_F = jnp.exp(log_ref_F) - log_ref_F - 1
-    if objective.kl_estimator == "k3_ratio":
-      kl_F *= ratio_F
-    loss_F += objective.kl_coef * kl_F
-  is_low_F = (ratio_F < 1 - objective.clip_low) & (advantage < 0)
-  is_high_F = (ratio_F > 1 + objective.clip_high) & (advantage > 0)
-  # A pair of weight 0 fills up a microbatch; it must not show in the metrics.
-  is_counted_F = is_factor_F & (weight > 0)
-
-  def count(x_F: jax.Array) -> jax.Array:
-    return masked.total(x_F.astype(jnp.float32), is_counted_F)
-
-  return Terms(
-    loss=weight * masked.total(loss_F, is_factor_F),
-    num_factors=count(jnp.ones_like(ratio_F)),
-    ratio=count(ratio_F),
-    ratio_deviation=masked.largest(jnp.abs(ratio_F - 1), is_counted_F),
-    clip_low=count(is_low_F),
-    clip_high=count(is_high_F),
-    kl=count(kl_F),
-  )
-
-
-def loss_terms(
-  logits_fn: types.LogitsFn,
-  reference_fn: types.LogitsFn | None,
-  rows: types.Rollout,
-  denoise_step_B: jax.Array,
-  weight_B: jax.Array,
-  advantage_B: jax.Array,
-  sampling: sampling_lib.Sampling,
-  objective: Objective,
-  top_k: types.TopK = jax.lax.top_k,
-) -> Terms:
-  """Terms summed over B (completion, denoising step) pairs.
-
-  Args:
-    logits_fn: the policy's network.
-    reference_fn: the reference policy's, or None when `kl_coef` is 0.
-    rows: the rollout rows of the pairs.
-    denoise_step_B: int32 [B].
-    weight_B: float32 [B], 0 for a pair that must not count.
-    advantage_B: float32 [B].
-    sampling: how the rollout was drawn.
-    objective: the settings.
-    top_k: how the largest logits are found, see `ops.split_top_k`.
-
-  Returns:
-    Sums; divide the loss by the number of draws and of rows.
-  """
-  chex.assert_rank([denoise_step_B, weight_B, advantage_B], 1)
-  tokens_BxL, offset_BxS = jax.vmap(
-    lambda row, step: state(row, step, sampling, objective)
-  )(rows, denoise_step_B)
-  length_B = rows.prompt_length + sampling.completion_length
-  position_BxS = rows.prompt_length[:, None] + offset_BxS
-
-  def factors(network: types.LogitsFn) -> Factors:
-    logits_BxSxV = network(tokens_BxL, length_B, position_BxS)
-    return jax.vmap(
-      lambda logits, row, step, offset: step_logprob(
-        logits, row, step, offset, sampling, objective, top_k
-      ),
-      spmd_axis_name=mesh_lib.ROW_AXES,
-    )(logits_BxSxV, rows, denoise_step_B, offset_BxS)
-
-  reference_BxF = None
-  if reference_fn is not None:
-    reference_BxF = jax.lax.stop_gradient(factors(reference_fn).logprob)
-  terms_B = jax.vmap(
-    surrogate,
-    in_axes=(0, 0, None if reference_BxF is None else 0, 0, 0, None),
-  )(
-    factors(logits_fn),
-    jax.vmap(behaviour_logprob)(rows, denoise_step_B, offset_BxS),
-    reference_BxF,
-    advantage_B,
-    weight_B,
-    objective,
-  )
-  total = jax.tree.map(lambda x: x.sum(axis=0), terms_B)
-  return total.replace(ratio_deviation=terms_B.ratio_deviation.max())

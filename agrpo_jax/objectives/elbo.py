@@ -25,11 +25,10 @@ from agrpo_jax import build
 from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import types
-from agrpo_jax.objectives import masked
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
-from agrpo_jax.samplers import rollout as rollout_lib
-from agrpo_jax.samplers import unmask
+from agrpo_jax.policies import row
+from agrpo_jax.samplers import rules
 
 
 @flax.struct.dataclass
@@ -50,7 +49,7 @@ class Pairs:
 
 
 def estimate(
-  logits_fn: types.LogitsFn,
+  network: types.Network,
   pairs: Pairs,
   is_masked_BxC: jax.Array,
   mask_id: int,
@@ -59,19 +58,19 @@ def estimate(
 
   is_masked_BxC: at least one position in each row, within its length.
   """
-  tokens_BxL = jax.vmap(rollout_lib.place, (0, 0, 0, 0, None))(
-    pairs.prompt, pairs.prompt_length, pairs.completion, is_masked_BxC, mask_id
-  )
-  place_C = jnp.arange(pairs.completion.shape[1])
-  logits_BxCxV = logits_fn(
-    tokens_BxL,
-    pairs.prompt_length + pairs.length,
-    pairs.prompt_length[:, None] + place_C[None, :],
+  offset_C = jnp.arange(pairs.completion.shape[1])
+  logits_BxCxV = row.logits_at(
+    network,
+    pairs.prompt,
+    pairs.prompt_length,
+    jnp.where(is_masked_BxC, mask_id, pairs.completion),
+    jnp.broadcast_to(offset_C, pairs.completion.shape),
+    pairs.length,
   )
   logprob_BxC = jnp.take_along_axis(
     jax.nn.log_softmax(logits_BxCxV), pairs.completion[..., None], axis=-1
   )[..., 0]
-  total_B = jax.vmap(masked.total)(logprob_BxC, is_masked_BxC)
+  total_B = jnp.where(is_masked_BxC, logprob_BxC, 0.0).sum(axis=1)
   return pairs.length / is_masked_BxC.sum(axis=1) * total_B
 
 
@@ -107,7 +106,7 @@ def draw_mask(
   draw_key = jax.random.fold_in(id_key, draw)
   is_token_C = jnp.arange(width) < length
   noise_C = jax.random.uniform(draw_key, (width,))
-  return is_token_C & (unmask.first(noise_C, is_token_C) < num_masked)
+  return is_token_C & (rules.ranks(noise_C, is_token_C) < num_masked)
 
 
 class Scorer:
@@ -173,9 +172,9 @@ class Scorer:
         num_draws=self._num_draws,
       )
     )(row_id_Bx2, pairs.length)
-    logits_fn = self._policy.logits_fn(params, lora)
+    network = self._policy.bind(params, lora)
     return estimate(
-      logits_fn, pairs, is_masked_BxC, self._policy.tokenizer.mask_id
+      network, pairs, is_masked_BxC, self._policy.tokenizer.mask_id
     )
 
   def estimates(self, first: int = 0) -> Iterator[np.ndarray]:
@@ -183,9 +182,9 @@ class Scorer:
     num_rows = len(self._ids) * self._num_draws
     values = np.zeros(0)
     for start in range(first * self._num_draws, num_rows, self._batch_size):
-      row = np.arange(start, start + self._batch_size)
-      row = np.minimum(row, num_rows - 1)
-      one, draw = np.divmod(row, self._num_draws)
+      index = np.arange(start, start + self._batch_size)
+      index = np.minimum(index, num_rows - 1)
+      one, draw = np.divmod(index, self._num_draws)
       row_id_Bx2 = np.stack([np.array(self._ids)[one], draw], 1)
       pairs, row_id_Bx2 = jax.device_put(
         (

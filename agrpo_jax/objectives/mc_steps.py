@@ -43,11 +43,28 @@ class McSteps:
       (released AGRPO), a length-normalised objective.
   """
 
-  num_mc_steps: int
+  num_mc_steps: int = 24
   step_rule: str = "uniform"
   stratified: str = "row"
   steps: str = "executed"
   normalize: str = "sum"
+
+
+def problems(settings: McSteps) -> list[str]:
+  """Returns what is wrong with the settings, a sentence each."""
+  found = []
+  if settings.num_mc_steps < 1:
+    found.append(f"num_mc_steps={settings.num_mc_steps!r} must be at least 1")
+  for name, known in (
+    ("step_rule", STEP_RULES),
+    ("stratified", STRATA),
+    ("steps", STEPS),
+    ("normalize", NORMALIZE),
+  ):
+    value = getattr(settings, name)
+    if value not in known:
+      found.append(f"{name}={value!r} must be one of {', '.join(known)}")
+  return found
 
 
 class Drawn(flax.struct.PyTreeNode):
@@ -198,8 +215,23 @@ def draw(
 
 
 def distinct_fraction(step_BxM: jax.Array) -> jax.Array:
-  """Share of the draws that are the first of their step in their row."""
+  """Returns the share of the draws that are the first of their step and row."""
+  return 1.0 - _is_repeat(step_BxM)[1].mean()
+
+
+def merge_repeats(drawn: Drawn) -> jax.Array:
+  """float32 [B, M]: weights, those of equal steps of a row added to the first.
+
+  The sum over draws of weight times summand does not change, and all but the
+  first of equal draws need no forward pass.
+  """
+  is_same_BxMxM, is_repeat_BxM = _is_repeat(drawn.step)
+  total_BxM = jnp.where(is_same_BxMxM, drawn.weight[:, None, :], 0.0).sum(2)
+  return jnp.where(is_repeat_BxM, 0.0, total_BxM)
+
+
+def _is_repeat(step_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Which draws of a row are equal [B, M, M], and which are not the first."""
   is_same_BxMxM = step_BxM[:, :, None] == step_BxM[:, None, :]
   is_earlier_MxM = jnp.tri(step_BxM.shape[1], k=-1, dtype=bool)
-  is_repeat_BxM = (is_same_BxMxM & is_earlier_MxM[None]).any(axis=2)
-  return 1.0 - is_repeat_BxM.mean()
+  return is_same_BxMxM, (is_same_BxMxM & is_earlier_MxM[None]).any(axis=2)

@@ -11,6 +11,7 @@ mesh axis for a parameter.
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -183,6 +184,16 @@ def places(rows: NamedSharding, axes: tuple[str, ...]) -> Places:
 def rows(mesh: Mesh) -> NamedSharding:
   """For arrays whose first dimension is the rows of a batch."""
   return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def vmap_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`jax.vmap` over the rows of a batch, for a function of one row.
+
+  The mapped axis keeps the rows' place on the mesh. A plain `vmap` says nothing
+  of it, and where the function has a `shard_map` inside, as the top-k of a
+  split vocabulary has, the rows would be gathered on every device for it.
+  """
+  return jax.vmap(function, spmd_axis_name=ROW_AXES)
 
 
 def num_row_shards(mesh: Mesh) -> int:

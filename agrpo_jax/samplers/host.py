@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from agrpo_jax import data
-from agrpo_jax import learner as learner_lib
 from agrpo_jax import types
-from agrpo_jax.models import ops
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import plain
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -21,20 +21,22 @@ class Sampler:
 
   def __init__(
     self,
-    policy: learner_lib.PolicyFn,
+    bind: types.BindFn,
     sampling: sampling_lib.Sampling,
     mesh: mesh_lib.Mesh,
     batch_size: int,
     bucket: int,
+    policy: policies.Policy = plain.PLAIN,
   ):
     """Fixes the settings; nothing is compiled yet.
 
     Args:
-      policy: binds the network to parameters and adapter.
+      bind: binds the network to parameters and adapter.
       sampling: how completions are drawn.
       mesh: rows are split over it.
       batch_size: completions drawn at once.
       bucket: prompts are padded to a multiple of this many tokens.
+      policy: how the logits of a step are computed.
     """
 
     def sample(
@@ -51,10 +53,9 @@ class Sampler:
         key=noise_lib.row_keys(key, row_id_Bx2),
       )
       return rollout_lib.sample_rollout(
-        policy(params, lora), prompts, sampling, top_k=top_k
+        bind(params, lora), prompts, sampling, policy=policy
       )
 
-    top_k = ops.split_top_k(mesh)
     self.batch_size = batch_size
     self._bucket = bucket
     self._rows = mesh_lib.rows(mesh)

@@ -2,10 +2,11 @@
 
 One denoising step of one row:
 
-1. The active block is the first one that still has masked positions.
-2. Under the `random` rule the positions are chosen now, so that logits are
-   needed at U positions only; otherwise at the T positions of the block.
-3. One forward pass of the whole row, logits at those positions.
+1. The active block is the first one that still has masked positions. Where it
+   begins, the policy is opened on the row's state.
+2. Under a rule that looks at nothing the positions are chosen now, so that
+   logits are needed at U positions only; else at the T positions of the block.
+3. The policy gives the logits at those positions.
 4. A token is drawn at each; the unmask rule says which of them stay.
 5. When the block is full and all EOS, the completion ends: what follows is EOS
    and carries no step.
@@ -21,9 +22,12 @@ import jax.numpy as jnp
 
 from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import plain
+from agrpo_jax.samplers import draw
 from agrpo_jax.samplers import noise as noise_lib
+from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
-from agrpo_jax.samplers import unmask
 
 
 class _Row(flax.struct.PyTreeNode):
@@ -41,42 +45,22 @@ class _Row(flax.struct.PyTreeNode):
   is_done: jax.Array  # bool
 
 
-def place(
-  prompt_P: jax.Array,
-  prompt_length: jax.Array,
-  completion_C: jax.Array,
-  is_masked_C: jax.Array,
-  mask_id: int,
-) -> jax.Array:
-  """One row of the network's input: [prompt | partial completion | padding].
-
-  Never padding between prompt and completion: it would stretch the rotary
-  distances between them.
-
-  Returns:
-    int32 [P + C]; the last P - prompt_length positions are padding.
-  """
-  partial_C = jnp.where(is_masked_C, mask_id, completion_C)
-  row_L = jnp.pad(prompt_P, (0, completion_C.shape[0]), constant_values=mask_id)
-  return jax.lax.dynamic_update_slice_in_dim(row_L, partial_C, prompt_length, 0)
-
-
 def sample_rollout(
-  logits_fn: types.LogitsFn,
+  network: types.Network,
   prompts: types.Prompts,
   sampling: sampling_lib.Sampling,
   *,
+  policy: policies.Policy = plain.PLAIN,
   noise: noise_lib.Noise = noise_lib.NOISE,
-  top_k: types.TopK = jax.lax.top_k,
 ) -> types.Rollout:
   """Draws one completion per row.
 
   Args:
-    logits_fn: the behaviour policy's network.
+    network: the behaviour policy's, bound to its parameters.
     prompts: B rows.
     sampling: static settings.
+    policy: how the logits of a step are computed from the network.
     noise: source of randomness, read through each row's own key.
-    top_k: how the largest logits are found, see `ops.split_top_k`.
 
   Returns:
     The rollout: all that learning needs to know of it.
@@ -88,56 +72,88 @@ def sample_rollout(
   if found:
     raise ValueError("; ".join(found))
   chex.assert_rank([prompts.tokens, prompts.length, prompts.key], [2, 1, 1])
-  length_B = prompts.length + sampling.completion_length
 
-  def logits_at(row_B: _Row, offset_BxS: jax.Array) -> jax.Array:
-    tokens_BxL = jax.vmap(place, (0, 0, 0, 0, None))(
+  def block_start(row_B: _Row) -> jax.Array:
+    return jax.vmap(_block_start, (0, None))(row_B, sampling)
+
+  def partial(row_B: _Row) -> jax.Array:
+    is_masked_BxC = row_B.unmask_step == sampling.max_steps
+    return jnp.where(is_masked_BxC, sampling.mask_id, row_B.completion)
+
+  def open_policy(row_B: _Row) -> types.Tree:
+    return policy.open(
+      network,
       prompts.tokens,
       prompts.length,
-      row_B.completion,
-      row_B.unmask_step == sampling.max_steps,
-      sampling.mask_id,
+      partial(row_B),
+      block_start(row_B),
     )
-    start_B = prompts.length + jax.vmap(_block_start, (0, None))(
-      row_B, sampling
-    )
-    position_BxS = start_B[:, None] + offset_BxS
-    logits_BxSxV = logits_fn(tokens_BxL, length_B, position_BxS)
-    if sampling.guidance == 0:
-      return logits_BxSxV
-    # Classifier-free guidance (arXiv:2502.09992, generate.py): the network
-    # without the prompt is the network whose prompt is masked.
-    is_prompt_BxL = (
-      jnp.arange(tokens_BxL.shape[1])[None, :] < prompts.length[:, None]
-    )
-    free_BxSxV = logits_fn(
-      jnp.where(is_prompt_BxL, sampling.mask_id, tokens_BxL),
-      length_B,
-      position_BxS,
-    )
-    return free_BxSxV + (sampling.guidance + 1) * (logits_BxSxV - free_BxSxV)
 
-  def denoise(row_B: _Row) -> _Row:
-    offset_BxS, is_chosen_BxS = jax.vmap(
+  def reopen(row_B: _Row, memory: types.Tree) -> types.Tree:
+    """The memory of each row's block: a new one where a block begins."""
+    if not jax.tree.leaves(memory):
+      return memory
+    is_new_B = row_B.denoise_step % sampling.steps_per_block == 0
+    is_new_B &= ~row_B.is_done
+
+    def renewed() -> types.Tree:
+      return jax.tree.map(
+        lambda new, old: jnp.where(
+          is_new_B.reshape((-1,) + (1,) * (new.ndim - 1)), new, old
+        ),
+        open_policy(row_B),
+        memory,
+      )
+
+    return jax.lax.cond(is_new_B.any(), renewed, lambda: memory)
+
+  def logits_at(
+    row_B: _Row, memory: types.Tree, offset_BxW: jax.Array
+  ) -> jax.Array:
+    position_BxW = block_start(row_B)[:, None] + offset_BxW
+    # One state of each row at a time: [B, 1, ...].
+    return policy.logits(
+      network,
+      memory,
+      prompts.tokens,
+      prompts.length,
+      partial(row_B)[:, None],
+      position_BxW[:, None],
+    )[:, 0]
+
+  def denoise(carry: tuple[_Row, types.Tree]) -> tuple[_Row, types.Tree]:
+    row_B, memory = carry
+    memory = reopen(row_B, memory)
+    offset_BxW, is_chosen_BxW = jax.vmap(
       lambda row, key: _choose_before(row, key, sampling, noise)
     )(row_B, prompts.key)
-    logits_BxSxV = logits_at(row_B, offset_BxS)
-    return jax.vmap(
+    logits_BxWxV = logits_at(row_B, memory, offset_BxW)
+    row_B = mesh_lib.vmap_rows(
       lambda *row: _unmask_row(
-        *row, sampling=sampling, noise=noise, top_k=top_k
-      ),
-      spmd_axis_name=mesh_lib.ROW_AXES,
-    )(row_B, prompts.key, offset_BxS, is_chosen_BxS, logits_BxSxV)
+        *row, sampling=sampling, noise=noise, top_k=network.top_k
+      )
+    )(row_B, prompts.key, offset_BxW, is_chosen_BxW, logits_BxWxV)
+    return row_B, memory
 
-  start_B = jax.vmap(lambda _: _start(sampling, support_CxS=None))(length_B)
+  num_rows = prompts.length.shape[0]
+
+  def start(support_CxS: jax.Array | None) -> _Row:
+    return jax.vmap(lambda _: _start(sampling, support_CxS))(prompts.length)
+
+  # What `open` returns is known by shape only; every row's first step is the
+  # start of a block, which fills it.
+  memory = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(open_policy, start(None)),
+  )
+  row_B = start(None)
   if sampling.is_truncated:
     vocab_size = jax.eval_shape(
-      logits_at, start_B, jnp.zeros((length_B.shape[0], 1), jnp.int32)
+      logits_at, row_B, memory, jnp.zeros((num_rows, 1), jnp.int32)
     ).shape[-1]
-    support_CxS = _empty_support(sampling, vocab_size)
-    start_B = jax.vmap(lambda _: _start(sampling, support_CxS))(length_B)
-  row_B = jax.lax.while_loop(
-    lambda row_B: ~row_B.is_done.all(), denoise, start_B
+    row_B = start(_empty_support(sampling, vocab_size))
+  row_B, _ = jax.lax.while_loop(
+    lambda carry: ~carry[0].is_done.all(), denoise, (row_B, memory)
   )
   return types.Rollout(
     prompt=prompts.tokens,
@@ -175,7 +191,7 @@ def _empty_support(
 ) -> jax.Array:
   num_tokens = sampling.completion_length
   if sampling.top_k > 0:
-    size = unmask.support_size(sampling, vocab_size)
+    size = draw.support_size(sampling, vocab_size)
     return jnp.full((num_tokens, size), -1, jnp.int32)
   return jnp.zeros((num_tokens, -(-vocab_size // 8)), jnp.uint8)
 
@@ -212,30 +228,15 @@ def _choose_before(
     that need to see the draws or the distributions first.
   """
   size = sampling.block_length
-  if sampling.unmask_rule != "random":
+  if sampling.rule.looks_at != "nothing":
     return jnp.arange(size, dtype=jnp.int32), jnp.zeros((size,), bool)
   is_masked_T = _masked(row, sampling)
-  place_T = unmask.first(noise.order(key, row.denoise_step, size), is_masked_T)
+  rank_T = rules.ranks(noise.order(key, row.denoise_step, size), is_masked_T)
   offset_U = jnp.nonzero(
-    place_T < sampling.tokens_per_step, size=sampling.tokens_per_step
+    rank_T < sampling.tokens_per_step, size=sampling.tokens_per_step
   )[0].astype(jnp.int32)
-  is_chosen_T = is_masked_T & (place_T < _count(row, sampling))
+  is_chosen_T = is_masked_T & (rank_T < _count(row, sampling))
   return offset_U, is_chosen_T[offset_U]
-
-
-def _choose_after(
-  row: _Row, drawn: unmask.Draw, sampling: sampling_lib.Sampling
-) -> jax.Array:
-  """bool [T]: what the `confidence` and `entropy` rules unmask."""
-  is_masked_T = _masked(row, sampling)
-  by_confidence = sampling.unmask_rule == "confidence"
-  place_T = unmask.first(
-    drawn.confidence if by_confidence else -drawn.entropy, is_masked_T
-  )
-  if sampling.threshold is None:
-    return is_masked_T & (place_T < _count(row, sampling))
-  is_sure_T = drawn.confidence >= jnp.log(sampling.threshold)
-  return is_masked_T & (is_sure_T | (place_T == 0))
 
 
 def _unmask_row(
@@ -250,25 +251,28 @@ def _unmask_row(
   top_k: types.TopK,
 ) -> _Row:
   """Draws, unmasks, and moves the row on."""
-  filter_all = jax.vmap(unmask.filter_logits, (0, None, None))
+  filter_all = jax.vmap(draw.filter_logits, (0, None, None))
   filtered = filter_all(logits_SxV, sampling, top_k)
   gumbel_SxK = noise.gumbel(key, row.denoise_step, offset_S, filtered.ids)
-  drawn = jax.vmap(unmask.draw, (0, 0, 0, None))(
+  drawn = jax.vmap(draw.draw_token, (0, 0, 0, None))(
     logits_SxV, filtered, gumbel_SxK, sampling
   )
   order_logprob_K = row.order_logprob
-  if sampling.unmask_rule != "random":
-    is_chosen_S = _choose_after(row, drawn, sampling)
-  if sampling.unmask_rule == "confidence":
-    confidence_SxK = jax.vmap(unmask.confidence, (0, 0, None))(
+  rule = sampling.rule
+  if rule.looks_at != "nothing":
+    is_masked_S = _masked(row, sampling)
+    is_chosen_S = rule.choose(
+      drawn.confidence, drawn.entropy, is_masked_S, _count(row, sampling)
+    )
+  if rule.looks_at == "draws":
+    confidence_SxK = jax.vmap(draw.confidence, (0, 0, None))(
       logits_SxV, filtered, sampling
     )
-    factor = unmask.order_logprob(
+    factor = rules.order_logprob(
       filtered.logprob,
       confidence_SxK,
-      drawn.confidence,
-      is_chosen_S,
-      _masked(row, sampling),
+      rule.bar(drawn.confidence, is_chosen_S),
+      is_masked_S & ~is_chosen_S,
     )
     order_logprob_K = order_logprob_K.at[row.denoise_step].add(factor)
 
@@ -301,7 +305,7 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   if sampling.stop_at_eos:
     is_last |= (completion_T == sampling.eos_id).all()
   next_step = row.denoise_step + 1
-  if sampling.threshold is None:
+  if sampling.rule.is_scheduled:
     # Where the schedule has more steps than tokens, those that would unmask
     # nothing are skipped but keep their index.
     next_block_step = (row.block + 1) * sampling.steps_per_block

@@ -5,10 +5,12 @@ divided equally over the blocks, and a block's positions over its steps.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
-UNMASK_RULES = ("random", "confidence", "entropy")
+from agrpo_jax.samplers import rules
+
 TOP_P_RULES = ("keep", "drop")
 CONFIDENCES = ("policy", "model")
 
@@ -23,7 +25,7 @@ class Sampling:
     completion_length: C, a multiple of block_length.
     block_length: T; a block is finished before the next begins.
     num_denoise_steps: K, divided equally over the blocks.
-    unmask_rule: one of UNMASK_RULES.
+    unmask_rule: a name in RULES.
     temperature: divides the logits; 0 takes the most probable token (the
       recorded log-probabilities are then those at temperature 1).
     top_k: keep the k most probable tokens and those tied with the k-th; 0: all.
@@ -33,10 +35,8 @@ class Sampling:
     confidence: what the `confidence` rule ranks by: the log-probability of the
       drawn token under the `policy` (temperature and support applied; released
       AGRPO) or under the `model` (neither; the original LLaDA sampler).
-    threshold: evaluation only (Fast-dLLM): unmask every position whose
-      confidence, as a probability, reaches this, at least one a step, however
-      many steps that takes; None: off.
-    guidance: scale of classifier-free guidance, evaluation only; 0: off.
+    threshold: of the rule `threshold`, which takes as many steps as it takes;
+      None under the other rules.
     stop_at_eos: a block that comes out all EOS ends the completion.
   """
 
@@ -52,8 +52,11 @@ class Sampling:
   top_p_rule: str = "keep"
   confidence: str = "policy"
   threshold: float | None = None
-  guidance: float = 0.0
   stop_at_eos: bool = True
+
+  @property
+  def rule(self) -> rules.UnmaskRule:
+    return RULES[self.unmask_rule](self)
 
   @property
   def num_blocks(self) -> int:
@@ -61,7 +64,7 @@ class Sampling:
 
   @property
   def steps_per_block(self) -> int:
-    if self.threshold is not None:
+    if not self.rule.is_scheduled:
       return self.block_length
     return self.num_denoise_steps // self.num_blocks
 
@@ -78,6 +81,17 @@ class Sampling:
   @property
   def is_truncated(self) -> bool:
     return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+RULES: dict[str, Callable[[Sampling], rules.UnmaskRule]] = {
+  "random": lambda s: rules.Random(),
+  "confidence": lambda s: rules.Confidence(),
+  "entropy": lambda s: rules.Entropy(),
+  "threshold": lambda s: rules.Threshold(
+    1.0 if s.threshold is None else s.threshold
+  ),
+}
+"""Name -> the unmask rule under settings."""
 
 
 def problems(sampling: Sampling) -> list[str]:
@@ -108,7 +122,7 @@ def problems(sampling: Sampling) -> list[str]:
     f"block_length={s.block_length})",
   )
   for name, value, known in (
-    ("unmask_rule", s.unmask_rule, UNMASK_RULES),
+    ("unmask_rule", s.unmask_rule, tuple(RULES)),
     ("top_p_rule", s.top_p_rule, TOP_P_RULES),
     ("confidence", s.confidence, CONFIDENCES),
   ):
@@ -116,12 +130,16 @@ def problems(sampling: Sampling) -> list[str]:
   check(s.temperature >= 0, f"temperature={s.temperature} is negative")
   check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
   check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")
-  check(s.guidance >= 0, f"guidance={s.guidance} is negative; 0 is off")
-  if s.threshold is not None:
-    check(0 < s.threshold <= 1, f"threshold={s.threshold} is outside (0, 1]")
+  if s.unmask_rule == "threshold":
     check(
-      s.unmask_rule == "confidence",
-      f"threshold={s.threshold} needs unmask_rule='confidence', "
+      s.threshold is not None and 0 < s.threshold <= 1,
+      f"threshold={s.threshold} must be in (0, 1] under "
+      "unmask_rule='threshold'",
+    )
+  else:
+    check(
+      s.threshold is None,
+      f"threshold={s.threshold} needs unmask_rule='threshold', "
       f"not {s.unmask_rule!r}",
     )
   return found

@@ -14,6 +14,7 @@ import agrpo_jax
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import likelihood
+from agrpo_jax import types
 from agrpo_jax.evaluation import candidate
 from agrpo_jax.evaluation import records
 from agrpo_jax.objectives import elbo
@@ -81,9 +82,9 @@ def estimates(
   table: np.ndarray, completion: list[int], masks_BxC: np.ndarray
 ) -> np.ndarray:
   pairs = pairs_of(completion, len(masks_BxC))
-  logits_fn = table_logits(table, 2)
+  network = types.Network(table_logits(table, 2))
   return np.array(
-    jax.jit(lambda masks: elbo.estimate(logits_fn, pairs, masks, MASK))(
+    jax.jit(lambda masks: elbo.estimate(network, pairs, masks, MASK))(
       masks_BxC
     ),
     np.float64,

@@ -131,11 +131,11 @@ def test_the_end_of_the_text_is_where_the_first_eos_is(model):
 
 
 def test_a_single_token_has_its_exact_probability(model):
-  config, _, logits_fn = recordings.network_at(MODEL)
+  config, _, network = recordings.network_at(MODEL)
   context = chat(model, PUZZLES[0]["puzzle"])
   ids = model.encode(context)
   row_1xL = np.array([[*ids, config.mask_id]])
-  logits_V = jax.jit(logits_fn)(
+  logits_V = jax.jit(network.logits)(
     row_1xL, np.array([len(ids) + 1]), np.array([[len(ids)]])
   )[0, 0]
   found = model.loglikelihood([request(context, digit) for digit in "1234"])

@@ -10,9 +10,11 @@ import pytest
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import types
 from agrpo_jax.models import transformer
-from agrpo_jax.objectives import agrpo as objective_lib
+from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import mc_steps
+from agrpo_jax.policies import row as row_lib
 from fixtures import recordings
+from fixtures import states
 
 CASES = sorted(
   p.stem
@@ -53,16 +55,15 @@ def recorded_rollout():
   return rollout, arrays, config, params, sampling
 
 
-def make_learner(config, sampling, objective, steps, microbatch):
+def make_learner(config, sampling, objective, microbatch):
   return learner_lib.Learner(
-    policy=lambda params, lora: transformer.logits_fn(config, params, lora),
+    bind=lambda params, lora: types.Network(
+      transformer.logits_fn(config, params, lora)
+    ),
     optimizer=optax.sgd(1.0),
     sampling=sampling,
     objective=objective,
-    steps=steps,
-    baseline="group_mean",
     group_size=GROUP_SIZE,
-    updates_per_batch=1,
     microbatch=microbatch,
   )
 
@@ -81,21 +82,20 @@ def test_equals_the_released_loss(name, microbatch):
   if meta["policy"].endswith(".safetensors"):
     params = recordings.tree_of(config, f"agrpo_loss/{meta['policy']}")
   reference = recordings.tree_of(config, "agrpo_loss/reference.safetensors")
-  steps = mc_steps.McSteps(
+  objective = agrpo.Agrpo(
     num_mc_steps=meta["mc_samples"],
     step_rule=meta["importance_sampling"],
     stratified="batch" if meta["low_discrepancy"] else "none",
     steps="content",
     normalize="mean",
-  )
-  objective = objective_lib.Objective(
+    baseline="group_mean",
     clip_low=meta["epsilon_low"],
     clip_high=meta["epsilon_high"],
     kl_coef=meta["beta"],
     kl_estimator="k3_ratio",
   )
   drawn = mc_steps.draw(
-    rollout, jnp.asarray(golden["u"]), steps, sampling.eos_id
+    rollout, jnp.asarray(golden["u"]), objective, sampling.eos_id
   )
   np.testing.assert_array_equal(drawn.step, golden["mc_steps"])
   if "importance_weights" in golden:
@@ -103,13 +103,13 @@ def test_equals_the_released_loss(name, microbatch):
       drawn.weight, golden["importance_weights"], rtol=1e-4
     )
 
-  learner = make_learner(config, sampling, objective, steps, microbatch)
-  gradient, terms, num_pairs = jax.jit(learner.gradient)(
-    learner.init(jax.tree.map(jnp.asarray, params), None),
+  learner = make_learner(config, sampling, objective, microbatch)
+  gradient, terms, num_units = jax.jit(learner.gradient)(
+    states.initial(learner, jax.tree.map(jnp.asarray, params)),
     rollout,
     jnp.asarray(recorded["advantages"]),
-    drawn,
-    reference,
+    agrpo.visits_of(rollout, drawn, sampling, objective),
+    reference=reference,
   )
   # Ours is the mean over rows; the released code divides by the group size.
   scale = rollout.completion.shape[0] / GROUP_SIZE
@@ -124,7 +124,7 @@ def test_equals_the_released_loss(name, microbatch):
     ours,
     expected,
   )
-  assert 0 < int(num_pairs) <= drawn.step.size
+  assert 0 < int(num_units) <= drawn.step.size
   if name.startswith("on_"):
     assert float(terms.ratio_deviation) < 1e-4
 
@@ -135,30 +135,30 @@ def test_equals_the_released_log_probabilities(name):
   golden, meta = recordings.load(f"agrpo_loss/{name}")
   if meta["policy"].endswith(".safetensors"):
     params = recordings.tree_of(config, f"agrpo_loss/{meta['policy']}")
-  objective = objective_lib.Objective()
-  logits_fn = transformer.logits_fn(config, params)
-  state = jax.vmap(
-    lambda row, step: objective_lib.state(row, step, sampling, objective)
-  )
+  objective = agrpo.Agrpo()
+  network = types.Network(transformer.logits_fn(config, params))
   for draw in range(meta["mc_samples"]):
     step_B = jnp.asarray(golden["mc_steps"][:, draw], jnp.int32)
-    tokens_BxL, offset_BxS = state(rollout, step_B)
-    logits = logits_fn(
-      tokens_BxL,
-      rollout.prompt_length + sampling.completion_length,
-      rollout.prompt_length[:, None] + offset_BxS,
+    drawn = mc_steps.Drawn(step=step_B[:, None], weight=jnp.ones((8, 1)))
+    visits = jax.tree.map(
+      lambda x: x[:, 0, 0],
+      agrpo.visits_of(rollout, drawn, sampling, objective),
     )
-    factors = jax.vmap(
-      lambda *x: objective_lib.step_logprob(*x, sampling, objective)
-    )(logits, rollout, step_B, offset_BxS)
-    # Padding is at the other end: compare the completion part.
-    completion_BxC = np.take_along_axis(
-      np.asarray(tokens_BxL),
-      np.asarray(rollout.prompt_length)[:, None] + np.arange(16),
-      axis=1,
+    partial_BxC = jnp.where(
+      visits.is_masked, sampling.mask_id, rollout.completion
     )
     np.testing.assert_array_equal(
-      completion_BxC, golden["input_ids"][draw][:, -16:]
+      partial_BxC, golden["input_ids"][draw][:, -16:]
+    )
+    logits = row_lib.logits_at(
+      network,
+      rollout.prompt,
+      rollout.prompt_length,
+      partial_BxC,
+      visits.offset,
+    )
+    factors = jax.vmap(lambda *x: agrpo.step_logprob(*x, sampling, objective))(
+      logits, rollout, visits
     )
     assert np.asarray(factors.is_factor).sum(axis=1).tolist() == [2] * 8
     np.testing.assert_allclose(
@@ -169,8 +169,11 @@ def test_equals_the_released_log_probabilities(name):
 @pytest.mark.parametrize("normalize", ["sum", "mean"])
 def test_every_step_once_is_the_exact_gradient(normalize):
   rollout, recorded, config, params, sampling = recorded_rollout()
-  settings = mc_steps.McSteps(
-    num_mc_steps=8, steps="content", normalize=normalize
+  settings = agrpo.Agrpo(
+    num_mc_steps=8,
+    steps="content",
+    normalize=normalize,
+    baseline="group_mean",
   )
   visitable_B = mc_steps.num_visitable(rollout, settings, sampling.eos_id)
   np.testing.assert_array_equal(visitable_B, recorded["last_step"] + 1)
@@ -178,15 +181,13 @@ def test_every_step_once_is_the_exact_gradient(normalize):
   weight_BxM = jnp.where(step_BxM < visitable_B[:, None], 8.0, 0.0)
   if normalize == "mean":
     weight_BxM /= visitable_B[:, None]
-  learner = make_learner(
-    config, sampling, objective_lib.Objective(), settings, 16
-  )
+  learner = make_learner(config, sampling, settings, 16)
+  drawn = mc_steps.Drawn(step=step_BxM, weight=weight_BxM)
   gradient, _, _ = jax.jit(learner.gradient)(
-    learner.init(params, None),
+    states.initial(learner, params),
     rollout,
     jnp.asarray(recorded["advantages"]),
-    mc_steps.Drawn(step=step_BxM, weight=weight_BxM),
-    None,
+    agrpo.visits_of(rollout, drawn, sampling, settings),
   )
   expected = recordings.tree_of(
     config, f"agrpo_loss/exact_{normalize}_over_timesteps.grads.safetensors"

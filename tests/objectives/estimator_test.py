@@ -21,10 +21,12 @@ import pytest
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import types
 from agrpo_jax.objectives import advantage as advantage_lib
-from agrpo_jax.objectives import agrpo as objective_lib
+from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import mc_steps
+from agrpo_jax.policies import row as row_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
+from fixtures import states
 
 V = 3  # tokens 0 (EOS), 1, 2; 3 is [MASK]
 MASK = V
@@ -40,7 +42,7 @@ def make_table(num_tokens: int, seed: int = 0) -> np.ndarray:
   return rng.normal(size=((V + 1) ** num_tokens, num_tokens, V)) * 1.2
 
 
-def table_logits(table: jax.Array) -> types.LogitsFn:
+def table_network(table: jax.Array) -> types.Network:
   """The network that looks its logits up."""
   num_tokens = table.shape[1]
 
@@ -52,7 +54,7 @@ def table_logits(table: jax.Array) -> types.LogitsFn:
     state_B = (completion_BxC * place_C[None]).sum(axis=1)
     return table[state_B[:, None], position_BxS - start_B[:, None]]
 
-  return logits
+  return types.Network(logits)
 
 
 def reward_of(completion: tuple[int, ...]) -> float:
@@ -224,25 +226,23 @@ def enumerated(s: sampling_lib.Sampling):
 
 
 def expected_estimate(
-  s: sampling_lib.Sampling,
-  objective: objective_lib.Objective,
-  steps: mc_steps.McSteps,
+  s: sampling_lib.Sampling, objective: agrpo.Agrpo
 ) -> np.ndarray:
   """Minus the gradient of the loss, over all rollouts and drawn steps."""
   _, _, records, prob = enumerated(s)
   reward = np.array(
     [reward_of(tuple(c)) for c in np.asarray(records.completion)]
   )
-  visitable_B = mc_steps.num_visitable(records, steps, s.eos_id)
+  visitable_B = mc_steps.num_visitable(records, objective, s.eos_id)
 
   def visits(entropy_C, unmask_step_C, visitable):
     prob_K = mc_steps.step_prob(
-      entropy_C, unmask_step_C, visitable, steps, s.num_denoise_steps
+      entropy_C, unmask_step_C, visitable, objective, s.num_denoise_steps
     )
     # One uniform in the middle of each stretch of the inverse distribution
     # function, counted by the stretch's length: the integral over [0, 1).
     middle_K = jnp.cumsum(prob_K) - prob_K / 2
-    return prob_K, mc_steps.steps_at(middle_K, prob_K, visitable, steps)
+    return prob_K, mc_steps.steps_at(middle_K, prob_K, visitable, objective)
 
   prob_BxK, drawn = jax.jit(jax.vmap(visits))(
     records.entropy, records.unmask_step, visitable_B
@@ -263,39 +263,51 @@ def expected_estimate(
 
 
 @functools.cache
-def estimator(s: sampling_lib.Sampling, objective: objective_lib.Objective):
-  """Compiled: gradient of the loss of many pairs, and how far ratios stray."""
+def estimator(s: sampling_lib.Sampling, objective: agrpo.Agrpo):
+  """Compiled: gradient of the loss of many visits, how far ratios stray.
 
-  def loss(table, pairs, step_B, weight_B, reward_B):
-    terms = objective_lib.loss_terms(
-      table_logits(table), None, pairs, step_B, weight_B, reward_B, s, objective
+  The loss is their sum; the learner's is the mean over rows.
+  """
+  learner = learner_lib.Learner(
+    bind=lambda table, lora: table_network(table),
+    optimizer=optax.sgd(1.0),
+    sampling=s,
+    objective=objective,
+    group_size=1,
+    microbatch=64,
+  )
+
+  def gradient(table, rows, step_B, weight_B, reward_B):
+    drawn = mc_steps.Drawn(
+      step=step_B[:, None], weight=weight_B[:, None] * weight_B.size
     )
-    return terms.loss, terms.ratio_deviation
-
-  def gradient(table, pairs, step_B, *rest):
-    pairs = with_order_logprob(pairs, table, step_B, s, objective)
-    return jax.grad(loss, has_aux=True)(table, pairs, step_B, *rest)
+    visits = agrpo.visits_of(rows, drawn, s, objective)
+    rows = with_order_logprob(rows, table, visits, s, objective)
+    found, terms, _ = learner.gradient(
+      states.initial(learner, table), rows, reward_B, visits
+    )
+    return found, terms.ratio_deviation
 
   return jax.jit(gradient)
 
 
-def with_order_logprob(pairs, table, step_B, s, objective):
+def with_order_logprob(rows, table, visits, s, objective):
   """Fills in what the rollout would have recorded for the drawn steps."""
-  tokens, offset = jax.vmap(
-    lambda row, step: objective_lib.state(row, step, s, objective)
-  )(pairs, step_B)
-  logits = table_logits(table)(
-    tokens,
-    pairs.prompt_length + s.completion_length,
-    pairs.prompt_length[:, None] + offset,
+  visit_B = jax.tree.map(lambda x: x[:, 0, 0], visits)
+  logits = row_lib.logits_at(
+    table_network(table),
+    rows.prompt,
+    rows.prompt_length,
+    jnp.where(visit_B.is_masked, MASK, rows.completion),
+    visit_B.offset,
   )
-  factors = jax.vmap(lambda *x: objective_lib.step_logprob(*x, s, objective))(
-    logits, pairs, step_B, offset
+  factors = jax.vmap(lambda *x: agrpo.step_logprob(*x, s, objective))(
+    logits, rows, visit_B
   )
   order_BxK = jax.vmap(lambda row, step, x: row.at[step].set(x))(
-    pairs.order_logprob, step_B, factors.logprob[:, -1]
+    rows.order_logprob, visit_B.denoise_step, factors.logprob[:, -1]
   )
-  return pairs.replace(order_logprob=order_BxK)
+  return rows.replace(order_logprob=order_BxK)
 
 
 def error(estimate: np.ndarray, truth: np.ndarray) -> float:
@@ -338,9 +350,7 @@ def test_the_estimator_is_unbiased(toy, rule, step_rule):
   s = make_sampling(unmask_rule=rule, **TOYS[toy])
   _, gradient, _, _ = enumerated(s)
   estimate = expected_estimate(
-    s,
-    objective_lib.Objective(),
-    mc_steps.McSteps(num_mc_steps=1, step_rule=step_rule),
+    s, agrpo.Agrpo(num_mc_steps=1, step_rule=step_rule)
   )
   assert error(estimate, gradient) < 2e-5
 
@@ -366,9 +376,7 @@ def test_the_released_product_is_biased_under_confidence(toy):
   s = make_sampling(unmask_rule="confidence", **TOYS[toy])
   _, gradient, _, _ = enumerated(s)
   estimate = expected_estimate(
-    s,
-    objective_lib.Objective(likelihood="product"),
-    mc_steps.McSteps(num_mc_steps=1),
+    s, agrpo.Agrpo(num_mc_steps=1, likelihood="product")
   )
   assert error(estimate, gradient) > 0.05
 
@@ -378,9 +386,7 @@ def test_the_product_is_exact_where_the_order_ignores_the_draws(rule):
   s = make_sampling(unmask_rule=rule, **TOYS["blocks"])
   _, gradient, _, _ = enumerated(s)
   estimate = expected_estimate(
-    s,
-    objective_lib.Objective(likelihood="product"),
-    mc_steps.McSteps(num_mc_steps=1),
+    s, agrpo.Agrpo(num_mc_steps=1, likelihood="product")
   )
   assert error(estimate, gradient) < 2e-5
 
@@ -392,9 +398,7 @@ def test_confidence_of_the_untempered_model_is_unbiased_too():
     unmask_rule="confidence", confidence="model", **TOYS["one_block"]
   )
   _, gradient, _, _ = enumerated(s)
-  estimate = expected_estimate(
-    s, objective_lib.Objective(), mc_steps.McSteps(num_mc_steps=1)
-  )
+  estimate = expected_estimate(s, agrpo.Agrpo(num_mc_steps=1))
   assert error(estimate, gradient) < 2e-5
 
 
@@ -403,11 +407,7 @@ def test_released_switches_estimate_another_objective():
   s = make_sampling(unmask_rule="random", **TOYS["blocks"])
   _, gradient, _, _ = enumerated(s)
   for change in (dict(steps="content"), dict(normalize="mean")):
-    estimate = expected_estimate(
-      s,
-      objective_lib.Objective(),
-      mc_steps.McSteps(num_mc_steps=1, **change),
-    )
+    estimate = expected_estimate(s, agrpo.Agrpo(num_mc_steps=1, **change))
     assert error(estimate, gradient) > 0.05
 
 
@@ -423,15 +423,13 @@ def test_the_whole_train_step_is_unbiased(baseline):
     [reward_of(tuple(c)) for c in np.asarray(records.completion)]
   )
   table = jnp.asarray(make_table(2), jnp.float32)
+  objective = agrpo.Agrpo(num_mc_steps=2, baseline=baseline)
   learner = learner_lib.Learner(
-    policy=lambda params, lora: table_logits(params),
+    bind=lambda table, lora: table_network(table),
     optimizer=optax.sgd(1.0),
     sampling=s,
-    objective=objective_lib.Objective(),
-    steps=mc_steps.McSteps(num_mc_steps=2),
-    baseline=baseline,
+    objective=objective,
     group_size=2,
-    updates_per_batch=1,
     microbatch=64,
   )
   rollout = jax.tree.map(lambda x: x[pair], records)
@@ -446,7 +444,10 @@ def test_the_whole_train_step_is_unbiased(baseline):
     * jnp.ones((1, 2)),
   )
   estimate, _, _ = learner.gradient(
-    learner.init(table, None), rollout, advantage, drawn, None
+    states.initial(learner, table),
+    rollout,
+    advantage,
+    agrpo.visits_of(rollout, drawn, s, objective),
   )
   scale = {"leave_one_out": 1.0, "group_mean": 0.5}[baseline]
   assert error(-np.asarray(estimate) / scale, gradient) < 2e-5
@@ -465,7 +466,7 @@ def test_rollouts_follow_the_enumerated_law(rule):
   )
   table = jnp.asarray(make_table(s.completion_length), jnp.float32)
   rollout = jax.jit(
-    lambda prompts: rollout_lib.sample_rollout(table_logits(table), prompts, s)
+    lambda prompts: rollout_lib.sample_rollout(table_network(table), prompts, s)
   )(prompts)
 
   def names(r):

@@ -182,10 +182,10 @@ def test_top_k_of_a_split_vocabulary(run_in_subprocess):
     import jax.numpy as jnp
     import numpy as np
     from agrpo_jax.parallel import mesh as mesh_lib
-    from agrpo_jax.models import ops
+    from agrpo_jax.parallel import split
 
     mesh = mesh_lib.make(2, 1, 4)
-    top_k = ops.split_top_k(mesh)
+    top_k = split.top_k_of(mesh)
     for size, k in ((64, 5), (64, 16), (64, 40), (61, 17), (61, 61), (3, 2)):
       # Few different values, so that most are tied; -inf, as masked ids are.
       x = jax.random.randint(jax.random.key(size + k), (8, 3, size), -2, 3)
@@ -216,7 +216,7 @@ def test_lookup_in_a_split_table(run_in_subprocess):
     import numpy as np
     from agrpo_jax.plan import hlo
     from agrpo_jax.parallel import mesh as mesh_lib
-    from agrpo_jax.models import ops
+    from agrpo_jax.parallel import split
 
     table = jax.random.normal(jax.random.key(0), (48, 24))
     target = jax.random.normal(jax.random.key(1), (8, 5, 24))
@@ -233,15 +233,15 @@ def test_lookup_in_a_split_table(run_in_subprocess):
       mesh = mesh_lib.make(*sizes)
       rows = mesh_lib.rows(mesh)
       place = mesh_lib.shardings(mesh, ("vocab", "embed"), table)
-      split = jax.jit(both(lambda *x: ops.split_lookup(rows, *x)))
-      split = split.lower(jax.device_put(table, place)).compile()
-      many = split(jax.device_put(table, place))
+      program = jax.jit(both(lambda *x: split.lookup(rows, *x)))
+      program = program.lower(jax.device_put(table, place)).compile()
+      many = program(jax.device_put(table, place))
       for a, b in zip(whole, many, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
       if sizes[0] == 1:
         shapes = [
           shape.dims
-          for one in hlo.Program(split.as_text()).instructions.values()
+          for one in hlo.Program(program.as_text()).instructions.values()
           for shape in one.shapes
         ]
         assert (48, 24) not in shapes, sizes
@@ -258,8 +258,10 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
     from agrpo_jax.models import transformer
     from agrpo_jax.parallel import mesh as mesh_lib
     from agrpo_jax.samplers import noise
+    from agrpo_jax import learner as learner_lib
     from agrpo_jax.objectives import agrpo
-    from agrpo_jax.models import ops
+    from agrpo_jax.objectives import mc_steps
+    from agrpo_jax.parallel import split
     from agrpo_jax.samplers import rollout
     from agrpo_jax.samplers import sampling as sampling_lib
     from agrpo_jax import types
@@ -273,7 +275,7 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
       pad_id=38,
     )
     mesh = mesh_lib.make(1, 2, 4)
-    rows, top_k = mesh_lib.rows(mesh), ops.split_top_k(mesh)
+    rows = mesh_lib.rows(mesh)
     params = transformer.abstract_params(config)
     params = jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -284,18 +286,27 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
     def array(*shape, dtype=jnp.int32):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
+    def bind(params, lora):
+      logits_fn = transformer.logits_fn(config, params, lora, rows=rows)
+      return types.Network(logits_fn, split.top_k_of(mesh))
+
     def sample(params, tokens, length, row_id, sampling):
       keys = noise.row_keys(jax.random.key(0), row_id)
       return rollout.sample_rollout(
-        transformer.logits_fn(config, params, rows=rows),
-        types.Prompts(tokens, length, keys), sampling, top_k=top_k,
+        bind(params, None), types.Prompts(tokens, length, keys), sampling
       )
 
-    def loss(params, drawn, step, weight, sampling):
-      return agrpo.loss_terms(
-        transformer.logits_fn(config, params, rows=rows), None, drawn,
-        step, weight, weight, sampling, agrpo.Objective(), top_k,
-      ).loss
+    def gradient(params, drawn, step, weight, sampling):
+      objective = agrpo.Agrpo(num_mc_steps=1)
+      learner = learner_lib.Learner(
+        bind=bind, optimizer=None, sampling=sampling, objective=objective,
+        group_size=2, microbatch=8,
+        shard_rows=lambda x: jax.lax.with_sharding_constraint(x, rows),
+      )
+      steps = mc_steps.Drawn(step=step[:, None], weight=weight[:, None])
+      visits = agrpo.visits_of(drawn, steps, sampling, objective)
+      state = types.TrainState(jnp.int32(0), params, None, ())
+      return learner.gradient(state, drawn, weight, visits)[0]
 
     # What may travel: weights, which have the width or its half, which fsdp
     # leaves; candidates; and of top-p alone a bit per token.
@@ -326,7 +337,7 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
       check(name, draw.lower(*arguments, sampling))
       drawn = jax.eval_shape(draw, *arguments, sampling)
       drawn = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), drawn)
-      learn = jax.jit(jax.grad(loss), static_argnums=4)
+      learn = jax.jit(gradient, static_argnums=4)
       weight = array(8, dtype=jnp.float32)
       check(name, learn.lower(params, drawn, array(8), weight, sampling))
   """)

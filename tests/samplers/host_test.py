@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.samplers import host as sampler_lib
 from agrpo_jax.samplers import noise as noise_lib
@@ -22,7 +23,7 @@ def make(batch_size: int):
   """A sampler over a network that looks at the first token; its traces."""
   traces = []
 
-  def policy(params, lora):
+  def bind(params, lora):
     del lora
 
     def logits(tokens_BxL, length_B, position_BxS):
@@ -31,10 +32,10 @@ def make(batch_size: int):
       first_B = tokens_BxL[:, 0]
       return params[first_B[:, None], position_BxS % 8]
 
-    return logits
+    return types.Network(logits)
 
   sampler = sampler_lib.Sampler(
-    policy, SAMPLING, mesh_lib.make(devices=jax.devices()[:1]), batch_size, 8
+    bind, SAMPLING, mesh_lib.make(devices=jax.devices()[:1]), batch_size, 8
   )
   return sampler, traces
 

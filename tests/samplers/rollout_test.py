@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agrpo_jax.policies import guided
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -37,7 +38,7 @@ def recorded_noise(meta: dict, num_rows: int) -> noise_lib.Noise:
 @pytest.mark.parametrize("name", AGRPO)
 def test_equals_the_released_rollout(name):
   golden, meta = recordings.load(f"rollout/{name}")
-  config, _, logits_fn = recordings.network(meta["checkpoint"])
+  config, _, network = recordings.network(meta["checkpoint"])
   prompts = recordings.prompts(golden["prompt_ids"], golden.get("prompt_mask"))
   if meta["noise_seed"] is None:
     prompts = prompts.replace(
@@ -45,7 +46,7 @@ def test_equals_the_released_rollout(name):
     )
   sampling = recordings.sampling(config, meta)
   rollout = rollout_lib.sample_rollout(
-    logits_fn,
+    network,
     prompts,
     sampling,
     noise=recorded_noise(meta, prompts.length.shape[0]),
@@ -90,13 +91,13 @@ def test_equals_the_released_rollout(name):
 @pytest.mark.parametrize("name", LLADA + FAST)
 def test_equals_the_original_llada_sampler(name):
   golden, meta = recordings.load(f"llada_generate/{name}")
-  config, _, logits_fn = recordings.network(meta["checkpoint"])
+  config, _, network = recordings.network(meta["checkpoint"])
   prompts = recordings.prompts(golden["prompt_ids"], golden.get("prompt_mask"))
   prompts = prompts.replace(
     key=jax.random.split(jax.random.key(0), prompts.length.shape[0])
   )
   rollout = rollout_lib.sample_rollout(
-    logits_fn,
+    network,
     prompts,
     sampling_lib.Sampling(
       mask_id=config.mask_id,
@@ -104,13 +105,15 @@ def test_equals_the_original_llada_sampler(name):
       completion_length=meta["gen_length"],
       block_length=meta["block_length"],
       num_denoise_steps=meta["steps"],
-      unmask_rule="confidence",
+      unmask_rule="confidence"
+      if meta.get("threshold") is None
+      else "threshold",
       temperature=0.0,
       confidence="model",
       threshold=meta.get("threshold"),
-      guidance=meta.get("cfg_scale", 0.0),
       stop_at_eos=False,
     ),
+    policy=guided.Guided(meta.get("cfg_scale", 0.0), config.mask_id),
   )
   np.testing.assert_array_equal(
     rollout.completion, golden["final_ids"][:, -meta["gen_length"] :]

@@ -1,14 +1,12 @@
-"""The draw against recordings, the order, the likelihood of a step."""
-
-import itertools
+"""The draw against recordings."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agrpo_jax.samplers import draw
 from agrpo_jax.samplers import sampling as sampling_lib
-from agrpo_jax.samplers import unmask
 from fixtures import recordings
 
 
@@ -40,9 +38,9 @@ def test_equals_the_released_draw(index, combo, kind):
       rows[:, META["edge_rows"].index(name)] = False
 
   def one(logits_V, gumbel_V):
-    filtered = unmask.filter_logits(logits_V, sampling)
+    filtered = draw.filter_logits(logits_V, sampling)
     noise_S = jnp.asarray(gumbel_V, jnp.float32)[filtered.ids]
-    return unmask.draw(logits_V, filtered, noise_S, sampling)
+    return draw.draw_token(logits_V, filtered, noise_S, sampling)
 
   drawn = jax.jit(jax.vmap(jax.vmap(one)))(logits, jnp.asarray(gumbel))
   name = f"{kind}_{index}"
@@ -73,13 +71,13 @@ def test_top_p_keeps_or_drops_the_token_that_crosses():
   logits = jnp.log(jnp.array([0.1, 0.5, 0.15, 0.25]))
   for rule, expected in (("keep", [1, 3]), ("drop", [1])):
     sampling = make(top_p=0.6, top_p_rule=rule)
-    filtered = unmask.filter_logits(logits, sampling)
+    filtered = draw.filter_logits(logits, sampling)
     kept = np.flatnonzero(np.isfinite(filtered.logprob)).tolist()
     assert kept == expected
   # Exactly reached: nothing crosses, both keep it.
   logits = jnp.log(jnp.array([0.5, 0.25, 0.25]))
   for rule in ("keep", "drop"):
-    filtered = unmask.filter_logits(logits, make(top_p=0.5, top_p_rule=rule))
+    filtered = draw.filter_logits(logits, make(top_p=0.5, top_p_rule=rule))
     assert np.isfinite(filtered.logprob).tolist() == [True, False, False]
 
 
@@ -93,7 +91,7 @@ def test_top_p_equals_a_sort(top_k, rule):
     # Sixteenths of probability: sums are exact, and ties many.
     with np.errstate(divide="ignore"):
       logits = np.log(generator.integers(0, 4, 50) / 16, dtype=np.float32)
-    filtered = unmask.filter_logits(jnp.asarray(logits), sampling)
+    filtered = draw.filter_logits(jnp.asarray(logits), sampling)
     kept = np.asarray(filtered.ids)[np.isfinite(filtered.logprob)]
     order = np.argsort(-logits, kind="stable")
     if top_k:
@@ -117,7 +115,7 @@ def test_top_p_at_its_edges(rule):
 
   def kept(logits, top_p):
     sampling = make(top_p=top_p, top_p_rule=rule)
-    filtered = jax.jit(lambda x: unmask.filter_logits(x, sampling))(logits)
+    filtered = jax.jit(lambda x: draw.filter_logits(x, sampling))(logits)
     return np.flatnonzero(np.isfinite(filtered.logprob)).tolist()
 
   zeros = jnp.array([-0.0, 0.0, -0.0, 0.0])
@@ -129,7 +127,7 @@ def test_top_p_at_its_edges(rule):
 
 def test_ties_at_the_kth_logit_all_stay():
   logits = jnp.array([0.0, 1.0, 1.0, 1.0, -1.0, 2.0])
-  filtered = unmask.filter_logits(logits, make(top_k=2))
+  filtered = draw.filter_logits(logits, make(top_k=2))
   kept = set(np.asarray(filtered.ids)[np.isfinite(filtered.logprob)].tolist())
   assert kept == {1, 2, 3, 5}
   np.testing.assert_allclose(jnp.exp(filtered.logprob).sum(), 1.0, rtol=1e-6)
@@ -147,20 +145,20 @@ def test_ties_at_the_kth_logit_all_stay():
 def test_replaying_a_recorded_support_gives_the_same_distribution(settings):
   sampling = make(**settings)
   logits = jax.random.normal(jax.random.key(0), (37,)) * 2
-  filtered = unmask.filter_logits(logits, sampling)
-  support = unmask.pack_support(filtered, sampling)
-  again = unmask.replay(logits, support, sampling)
+  filtered = draw.filter_logits(logits, sampling)
+  support = draw.pack_support(filtered, sampling)
+  again = draw.over_support(logits, support, sampling)
   for token in range(37):
     np.testing.assert_allclose(
-      unmask.token_logprob(again, jnp.int32(token)),
-      unmask.token_logprob(filtered, jnp.int32(token)),
+      draw.token_logprob(again, jnp.int32(token)),
+      draw.token_logprob(filtered, jnp.int32(token)),
       rtol=1e-6,
     )
   # Other logits cannot bring a cut token back, nor lose a kept one.
-  moved = unmask.replay(logits[::-1], support, sampling)
+  moved = draw.over_support(logits[::-1], support, sampling)
   for token in range(37):
-    was_kept = np.isfinite(unmask.token_logprob(filtered, jnp.int32(token)))
-    is_kept = np.isfinite(unmask.token_logprob(moved, jnp.int32(token)))
+    was_kept = np.isfinite(draw.token_logprob(filtered, jnp.int32(token)))
+    is_kept = np.isfinite(draw.token_logprob(moved, jnp.int32(token)))
     assert was_kept == is_kept
 
 
@@ -169,75 +167,9 @@ def test_gradients_through_a_cut_distribution_are_finite():
   logits = jax.random.normal(jax.random.key(0), (80,))
 
   def score(logits):
-    filtered = unmask.filter_logits(logits, sampling)
+    filtered = draw.filter_logits(logits, sampling)
     return filtered.logprob[0] + filtered.entropy
 
   gradient = jax.grad(score)(logits)
   assert np.isfinite(gradient).all()
   assert (np.asarray(gradient) != 0).sum() == 3
-
-
-def test_first_orders_masked_positions_by_score_then_place():
-  score = jnp.array([0.3, 0.9, 0.9, -jnp.inf, 0.5])
-  is_masked = jnp.array([True, False, True, True, True])
-  place = unmask.first(score, is_masked)
-  assert np.asarray(place).tolist() == [2, 4, 0, 3, 1]
-  tied = unmask.first(jnp.zeros(4), jnp.ones(4, bool))
-  assert np.asarray(tied).tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-  "length,steps,expected",
-  [
-    (8, 4, [2, 2, 2, 2]),
-    (8, 5, [2, 2, 2, 1, 1]),
-    (4, 8, [1, 1, 1, 1, 0, 0, 0, 0]),
-  ],
-)
-def test_step_counts(length, steps, expected):
-  sampling = make(
-    completion_length=length, block_length=length, num_denoise_steps=steps
-  )
-  assert sampling_lib.step_counts(sampling).tolist() == expected
-
-
-@pytest.mark.parametrize("num_targets", [1, 2])
-def test_order_logprob_by_enumerating_every_draw(num_targets):
-  """Including draws of equal confidence, which count by position."""
-  prob = np.array([[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]])
-  is_masked = np.ones(3, bool)
-  total: dict = {}
-  for draws in itertools.product(range(3), repeat=3):
-    confidence = prob[np.arange(3), draws]
-    order = sorted(range(3), key=lambda i: (-confidence[i], i))
-    chosen = tuple(sorted(order[:num_targets]))
-    kept = (chosen, tuple(draws[i] for i in chosen))
-    total[kept] = total.get(kept, 0.0) + confidence.prod()
-  for (chosen, tokens), expected in total.items():
-    drawn = np.zeros(3)
-    drawn[list(chosen)] = prob[list(chosen), list(tokens)]
-    is_target = np.isin(np.arange(3), chosen)
-    order = unmask.order_logprob(
-      jnp.log(jnp.asarray(prob)),
-      jnp.asarray(prob),
-      jnp.asarray(drawn),
-      jnp.asarray(is_target),
-      jnp.asarray(is_masked),
-    )
-    likelihood = np.exp(float(order)) * drawn[list(chosen)].prod()
-    np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
-  np.testing.assert_allclose(sum(total.values()), 1.0)
-
-
-def test_problems_are_reported_together():
-  found = sampling_lib.problems(
-    make(block_length=3, unmask_rule="low_confidence", top_p=0.0, top_k=-1)
-  )
-  text = "\n".join(found)
-  for part in ("block_length=3", "low_confidence", "top_p=0.0", "top_k=-1"):
-    assert part in text
-  assert sampling_lib.problems(make()) == []
-  assert "threshold" in sampling_lib.problems(make(threshold=0.9))[0]
-  assert (
-    "num_denoise_steps=0" in sampling_lib.problems(make(num_denoise_steps=0))[0]
-  )

@@ -1,19 +1,6 @@
-"""One denoising step: the draw, the choice of positions, its log-likelihood.
+"""The draw at one position: temperature, top-k, top-p, Gumbel-max; its record.
 
-Everything here is written for one position (the draw) or one block of one
-completion (the choice, the likelihood); callers `vmap`.
-
-A denoising step draws a token at each masked position of the active block and
-unmasks some of them. Which ones is the unmask rule:
-
-  * `random`: any, each as likely;
-  * `confidence`: those whose drawn token has the largest log-probability;
-  * `entropy`: those whose distribution has the least entropy.
-
-`random` and `entropy` do not look at the drawn tokens, so the likelihood of the
-step is the product over the tokens it unmasked. `confidence` does, and its
-likelihood has a further factor for every position that stayed masked: the
-probability that its draw was not confident enough (`order_logprob`).
+Everything here is written for one position; callers `vmap`.
 """
 
 from collections.abc import Callable
@@ -29,9 +16,6 @@ from agrpo_jax.samplers import sampling as sampling_lib
 # Slots of a support beyond top_k: low-precision logits tie often.
 _MIN_TIE_SLOTS = 48
 _SUPPORT_MULTIPLE = 32
-# Floor of a probability whose logarithm is taken: under a policy that has moved
-# since the rollout, what happened may have become impossible.
-_TINY = 1e-30
 
 
 class Filtered(NamedTuple):
@@ -123,7 +107,7 @@ def filter_logits(
   Args:
     logits_V: float32 [V].
     sampling: the settings.
-    top_k: how the largest are found, see `ops.split_top_k`.
+    top_k: how the largest are found, see `types.Network`.
 
   Returns:
     The normalised distribution over what is kept.
@@ -165,12 +149,12 @@ def pack_support(
   return jnp.packbits(kept)
 
 
-def replay(
+def over_support(
   logits_V: jax.Array,
   support: jax.Array | None,
   sampling: sampling_lib.Sampling,
 ) -> Filtered:
-  """The distribution over a recorded support, from logits computed anew.
+  """Returns the distribution over a recorded support, from logits of now.
 
   Renormalising over the recorded support, not over what truncation would keep
   now, makes numerator and denominator of the policy ratio one distribution
@@ -210,7 +194,7 @@ class Draw(NamedTuple):
   support: jax.Array | None
 
 
-def draw(
+def draw_token(
   logits_V: jax.Array,
   filtered: Filtered,
   gumbel_S: jax.Array,
@@ -246,66 +230,3 @@ def confidence(
     return filtered.logprob
   kept_S = jnp.isfinite(filtered.logprob)
   return jnp.where(kept_S, jax.nn.log_softmax(logits_V)[filtered.ids], -jnp.inf)
-
-
-def first(score_T: jax.Array, is_masked_T: jax.Array) -> jax.Array:
-  """int32 [T]: each position's place in the order of unmasking.
-
-  The masked positions come first, by descending score, ties by position.
-  """
-  order_T = jnp.argsort(
-    jnp.where(is_masked_T, score_T, -jnp.inf), descending=True, stable=True
-  )
-  # A score of minus infinity must not put a masked position behind another
-  # that is not masked, so the two sort keys are kept apart.
-  order_T = order_T[jnp.argsort(~is_masked_T[order_T], stable=True)]
-  places_T = jnp.arange(score_T.shape[0], dtype=jnp.int32)
-  return jnp.zeros_like(places_T).at[order_T].set(places_T)
-
-
-def order_logprob(
-  logprob_TxS: jax.Array,
-  confidence_TxS: jax.Array,
-  drawn_confidence_T: jax.Array,
-  is_target_T: jax.Array,
-  is_masked_T: jax.Array,
-) -> jax.Array:
-  """Log-probability that the targets were the most confident of the block.
-
-  With tau the least confidence among the targets, every other masked position
-  j must have drawn a token less confident than that, which has probability
-
-    F_j(tau) = sum_v pi_j(v) 1[conf_j(v) < tau]
-
-  and the draws are independent, so the result is sum_j log F_j(tau). The
-  product of the targets' probabilities and of these is the exact likelihood of
-  the step. The indicators are piecewise constant in the parameters and carry no
-  gradient. Equal confidences count by position, the rule of `first`.
-
-  Args:
-    logprob_TxS: float32 [T, S], log pi of the candidates at each position.
-    confidence_TxS: float32 [T, S], what they rank by.
-    drawn_confidence_T: float32 [T], confidence of the token that was drawn;
-      read at the targets only.
-    is_target_T: bool [T], unmasked by this step.
-    is_masked_T: bool [T], masked before this step (the targets included).
-
-  Returns:
-    A float32 scalar <= 0.
-  """
-  chex.assert_equal_shape([logprob_TxS, confidence_TxS])
-  chex.assert_equal_shape([drawn_confidence_T, is_target_T, is_masked_T])
-  position_T = jnp.arange(is_target_T.shape[0])
-  tau = jnp.where(is_target_T, drawn_confidence_T, jnp.inf).min()
-  is_last_T = is_target_T & (drawn_confidence_T == tau)
-  last_position = jnp.where(is_last_T, position_T, -1).max()
-  loses_TxS = (confidence_TxS < tau) | (
-    (confidence_TxS == tau) & (position_T > last_position)[:, None]
-  )
-  prob_TxS = jnp.where(
-    jax.lax.stop_gradient(loses_TxS), jnp.exp(logprob_TxS), 0.0
-  )
-  # Rounding may lift the sum of a whole distribution above 1.
-  prob_T = jnp.clip(prob_TxS.sum(axis=1), _TINY, 1.0)
-  is_other_T = is_masked_T & ~is_target_T
-  return jnp.where(is_other_T, jnp.log(prob_T), 0.0).sum()

@@ -1,0 +1,114 @@
+"""The clipped policy ratio, and the KL penalty."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax.objectives import base
+
+KL_ESTIMATORS = ("k3", "k3_ratio")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """Settings of the surrogate.
+
+  Attributes:
+    clip_low, clip_high: the policy ratio is clipped to
+      [1 - clip_low, 1 + clip_high].
+    kl_coef: weight of the KL penalty against the reference policy; 0: none.
+    kl_estimator: `k3`: exp(d) - d - 1 with d = reference - policy logprob, or
+      `k3_ratio`: that times the policy ratio, both differentiated (released).
+  """
+
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  kl_coef: float = 0.0
+  kl_estimator: str = "k3"
+
+
+def problems(clip: Clip) -> list[str]:
+  """Returns what is wrong with the settings, a sentence each."""
+  found = []
+  for name in ("clip_low", "clip_high"):
+    value = getattr(clip, name)
+    if not 0 < value < math.inf:
+      found.append(f"{name}={value!r} must be positive")
+  if not 0 <= clip.kl_coef < math.inf:
+    found.append(f"kl_coef={clip.kl_coef!r} must be 0 or more")
+  if clip.kl_estimator not in KL_ESTIMATORS:
+    found.append(
+      f"kl_estimator={clip.kl_estimator!r} must be one of "
+      f"{', '.join(KL_ESTIMATORS)}"
+    )
+  return found
+
+
+def surrogate(
+  policy: base.Factors,
+  behaviour_F: jax.Array,
+  reference_F: jax.Array | None,
+  advantage: jax.Array,
+  weight: jax.Array,
+  clip: Clip,
+) -> base.Terms:
+  """The loss of one visit (PPO, arXiv:1707.06347, equation 7, per factor).
+
+    sum_f -min(r_f A, clip(r_f, 1 - clip_low, 1 + clip_high) A) + kl_coef KL_f
+
+  times the visit's weight, with r_f the policy ratio of factor f. At ratio 1
+  its gradient is -A times the gradient of the sum of the factors.
+
+  Args:
+    policy: F factors under the policy.
+    behaviour_F: float32 [F], under the behaviour policy.
+    reference_F: float32 [F] under the reference policy, or None without KL.
+    advantage: float32 scalar.
+    weight: float32 scalar.
+    clip: the settings.
+
+  Returns:
+    The terms; metrics count factors, and those of weight 0 do not count.
+  """
+  is_factor_F = policy.is_factor
+  # Zero, not minus infinity, where there is no factor: 0 * inf is NaN in the
+  # gradient even behind a mask.
+  log_ratio_F = jnp.where(is_factor_F, policy.logprob - behaviour_F, 0.0)
+  ratio_F = jnp.exp(log_ratio_F)
+  clipped_F = jnp.clip(ratio_F, 1 - clip.clip_low, 1 + clip.clip_high)
+  loss_F = -jnp.minimum(ratio_F * advantage, clipped_F * advantage)
+  kl_F = jnp.zeros_like(loss_F)
+  if reference_F is not None:
+    log_ref_F = jnp.where(is_factor_F, reference_F - policy.logprob, 0.0)
+    kl_F = jnp.exp(log_ref_F) - log_ref_F - 1
+    if clip.kl_estimator == "k3_ratio":
+      kl_F *= ratio_F
+    loss_F += clip.kl_coef * kl_F
+  is_low_F = (ratio_F < 1 - clip.clip_low) & (advantage < 0)
+  is_high_F = (ratio_F > 1 + clip.clip_high) & (advantage > 0)
+  # A visit of weight 0 fills up a microbatch; it must not show in the metrics.
+  is_counted_F = is_factor_F & (weight > 0)
+
+  def count(x_F: jax.Array) -> jax.Array:
+    return masked_total(x_F.astype(jnp.float32), is_counted_F)
+
+  deviation_F = jnp.abs(ratio_F - 1)
+  return base.Terms(
+    loss=weight * masked_total(loss_F, is_factor_F),
+    num_factors=count(jnp.ones_like(ratio_F)),
+    ratio=count(ratio_F),
+    ratio_deviation=jnp.where(is_counted_F, deviation_F, 0).max(),
+    clip_low=count(is_low_F),
+    clip_high=count(is_high_F),
+    kl=count(kl_F),
+  )
+
+
+def masked_total(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the sum of x where mask is true.
+
+  Other entries are without effect, even NaN; their gradient is exactly zero.
+  """
+  return jnp.where(mask, x, 0).sum()

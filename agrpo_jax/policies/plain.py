@@ -1,0 +1,50 @@
+"""Every denoising step is a full pass of the network over the whole row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import types
+from agrpo_jax.policies import row
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """The exact bidirectional pass; a `base.Policy` without memory."""
+
+  def open(
+    self,
+    network: types.Network,
+    prompt_BxP: jax.Array,
+    prompt_length_B: jax.Array,
+    start_BxC: jax.Array,
+    block_start_B: jax.Array,
+  ) -> types.Tree:
+    """Returns the empty memory."""
+    del network, prompt_BxP, prompt_length_B, start_BxC, block_start_B
+    return ()
+
+  def logits(
+    self,
+    network: types.Network,
+    memory: types.Tree,
+    prompt_BxP: jax.Array,
+    prompt_length_B: jax.Array,
+    partial_BxSxC: jax.Array,
+    offset_BxSxW: jax.Array,
+  ) -> jax.Array:
+    """Runs B * S whole rows; see `base.Policy.logits`."""
+    del memory
+    num_rows, num_states = partial_BxSxC.shape[:2]
+    logits = row.logits_at(
+      network,
+      jnp.repeat(prompt_BxP, num_states, axis=0),
+      jnp.repeat(prompt_length_B, num_states),
+      partial_BxSxC.reshape(num_rows * num_states, -1),
+      offset_BxSxW.reshape(num_rows * num_states, -1),
+    )
+    return logits.reshape(num_rows, num_states, *logits.shape[1:])
+
+
+PLAIN = Plain()

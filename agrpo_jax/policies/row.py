@@ -1,0 +1,57 @@
+"""A row of the network's input: [prompt | completion | padding].
+
+There is never padding between prompt and completion: it would stretch the
+rotary distances between them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import types
+
+
+def place(
+  prompt_P: jax.Array, prompt_length: jax.Array, partial_C: jax.Array
+) -> jax.Array:
+  """Puts a partial completion behind the real tokens of its prompt.
+
+  Args:
+    prompt_P: int32, padded on the right.
+    prompt_length: int32.
+    partial_C: int32, [MASK] where nothing is unmasked.
+
+  Returns:
+    int32 [P + C]; the last P - prompt_length positions are padding.
+  """
+  row_L = jnp.pad(prompt_P, (0, partial_C.shape[0]))
+  return jax.lax.dynamic_update_slice_in_dim(row_L, partial_C, prompt_length, 0)
+
+
+def logits_at(
+  network: types.Network,
+  prompt_BxP: jax.Array,
+  prompt_length_B: jax.Array,
+  partial_BxC: jax.Array,
+  offset_BxW: jax.Array,
+  length_B: jax.Array | None = None,
+) -> jax.Array:
+  """Runs the network over whole rows.
+
+  Args:
+    network: bound to its parameters.
+    prompt_BxP: int32, padded on the right.
+    prompt_length_B: int32.
+    partial_BxC: int32, partial completions.
+    offset_BxW: int32, completion positions at which logits are wanted.
+    length_B: int32, tokens of each completion; None for all C.
+
+  Returns:
+    float32 [B, W, V].
+  """
+  if length_B is None:
+    length_B = jnp.full_like(prompt_length_B, partial_BxC.shape[1])
+  return network.logits(
+    jax.vmap(place)(prompt_BxP, prompt_length_B, partial_BxC),
+    prompt_length_B + length_B,
+    prompt_length_B[:, None] + offset_BxW,
+  )

@@ -1,0 +1,138 @@
+"""A second objective from outside: REINFORCE over random masks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import types
+from agrpo_jax.objectives import base
+from agrpo_jax.samplers import noise
+from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.samplers import sampling as sampling_lib
+from fixtures import states
+
+V, C = 3, 4  # tokens 0 (EOS), 1, 2; 3 is [MASK]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforce:
+  """-A log p of the tokens that a random mask hides, mean over masks."""
+
+  num_masks: int = 2
+  updates_per_batch: int = 1
+  replays = False
+  is_sum_over_visits = True
+  behaviour = "none"
+  has_reference = False
+  skips_zero_advantage = True
+
+  def problems(self, sampling):
+    return [] if self.num_masks >= 1 else [f"num_masks={self.num_masks}"]
+
+  def advantage(self, reward_G):
+    return reward_G - reward_G.mean()
+
+  def visits(self, rollout, batch_key, key_B, sampling):
+    shape = (1, self.num_masks, 1, rollout.completion.shape[1])
+    is_masked = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, shape))(
+      key_B
+    ).swapaxes(0, 1)
+    size = is_masked.shape[:-1]
+    return base.Visits(
+      is_masked=is_masked,
+      offset=jnp.broadcast_to(jnp.arange(shape[-1]), is_masked.shape),
+      block=jnp.zeros(size, jnp.int32),
+      denoise_step=jnp.zeros(size, jnp.int32),
+      weight=jnp.full(size, 1 / (size[1] * size[2])),
+    ), {}
+
+  def score(self, logits_WxV, row, visit, sampling, top_k):
+    logprob_WxV = jax.nn.log_softmax(logits_WxV)
+    logprob_W = logprob_WxV[jnp.arange(C), row.completion]
+    return base.Factors(logprob=logprob_W, is_factor=visit.is_masked)
+
+  def loss(self, policy, behaviour, reference, advantage_G, visits, rows):
+    logprob = jnp.where(policy.is_factor, policy.logprob, 0.0).sum(axis=-1)
+    loss = -visits.weight * advantage_G[:, None, None] * logprob
+    return base.Terms.zeros().replace(
+      loss=loss.sum(), num_factors=policy.is_factor.sum() * 1.0
+    )
+
+
+def table_network(table: jax.Array) -> types.Network:
+  """Logits of the number of masks and the position."""
+
+  def logits(tokens_BxL, length_B, position_BxW):
+    del length_B
+    num_masked_B = (tokens_BxL[:, -C:] == V).sum(axis=1)
+    return table[num_masked_B[:, None], position_BxW - 1]
+
+  return types.Network(logits)
+
+
+SAMPLING = sampling_lib.Sampling(
+  mask_id=V,
+  eos_id=0,
+  completion_length=C,
+  block_length=2,
+  num_denoise_steps=4,
+  stop_at_eos=False,
+)
+
+
+def test_its_gradient_is_that_of_its_formula():
+  num_rows = 6
+  row_id = np.stack([np.arange(num_rows), np.zeros(num_rows)], 1)
+  row_id = jnp.asarray(row_id, jnp.uint32)
+  table = jax.random.normal(jax.random.key(0), (C + 1, C, V))
+  rollout = rollout_lib.sample_rollout(
+    table_network(table),
+    types.Prompts(
+      tokens=jnp.ones((num_rows, 1), jnp.int32),
+      length=jnp.ones((num_rows,), jnp.int32),
+      key=noise.row_keys(jax.random.key(1), row_id),
+    ),
+    SAMPLING,
+  )
+  reward = jnp.array([1.0, 0.0, 0.5, 2.0, 0.25, 0.0])
+  objective = Reinforce()
+  learner = learner_lib.Learner(
+    bind=lambda table, lora: table_network(table),
+    optimizer=optax.sgd(1.0),
+    sampling=SAMPLING,
+    objective=objective,
+    group_size=3,
+    microbatch=4,
+  )
+  after, metrics = jax.jit(learner.train_step)(
+    states.initial(learner, table),
+    rollout,
+    reward,
+    jax.random.key(2),
+    row_id,
+    None,
+  )
+
+  # The same by hand: the masks again, a loop over rows, masks and positions.
+  _, row_key = jax.random.split(jax.random.key(2))
+  visits, _ = objective.visits(
+    rollout, None, noise.row_keys(row_key, row_id), SAMPLING
+  )
+  is_masked = np.asarray(visits.is_masked)[0, :, :, 0]
+  logprob = np.asarray(jax.nn.log_softmax(table), np.float64)
+  expected, loss = np.zeros(table.shape), 0.0
+  advantage = np.asarray(reward) - np.repeat([0.5, 0.75], 3)
+  for row, mask in np.ndindex(num_rows, 2):
+    for position in np.flatnonzero(is_masked[row, mask]):
+      token = int(rollout.completion[row, position])
+      at = is_masked[row, mask].sum(), position
+      weight = advantage[row] / (num_rows * 2)
+      loss -= weight * logprob[at][token]
+      expected[at] += weight * ((np.arange(V) == token) - np.exp(logprob[at]))
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(after.params - table, expected, atol=1e-6)
+  assert int(metrics["draws/pairs"]) == num_rows * 2
