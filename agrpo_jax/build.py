@@ -45,7 +45,8 @@ class Policy:
     lora: adapters, or None when all parameters are trained.
     lora_settings: of the adapters, or None.
     tokenizer: text <-> ids.
-    base_model: JSON that names the checkpoint the parameters came from.
+    base_model: the checkpoint that the parameters came from; None if they are
+      only described.
   """
 
   mesh: mesh_lib.Mesh
@@ -54,7 +55,7 @@ class Policy:
   lora: types.Tree | None
   lora_settings: lora_lib.Lora | None
   tokenizer: tokens.Tokenizer
-  base_model: dict[str, Any]
+  base_model: checkpoint_meta.BaseModel | None
 
   def bind(self, params: types.Tree, lora: types.Tree | None) -> types.Network:
     """Returns the network bound to parameters and adapter."""
@@ -118,11 +119,9 @@ def from_params(
     tokenizer=model_folder.load_tokenizer(
       c.model.tokenizer or c.model.path, network
     ),
-    base_model={
-      "path": c.model.path,
-      "revision": c.model.revision,
-      "checksums": checkpoint_meta.checksums(params),
-    },
+    base_model=checkpoint_meta.describe_base(
+      c.model.path, c.model.revision, params
+    ),
   )
 
 

@@ -156,7 +156,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     settings = lora_lib.Lora(preset.lora_rank, 64.0, lora_lib.TARGETS)
     lora = lora_lib.init(settings, params, jax.random.key(1))
   tokenizer = tokens.load(None, models.vocabulary(config))
-  policy = build.Policy(mesh, config, params, lora, settings, tokenizer, {})
+  policy = build.Policy(mesh, config, params, lora, settings, tokenizer, None)
   sampling = sampling_lib.Sampling(
     mask_id=config.mask_id,
     eos_id=config.eos_id,

@@ -147,7 +147,7 @@ def policy_of(
     lora_settings=settings,
     # Only the ids of special tokens matter, and those are the network's.
     tokenizer=tokens.load(None, models.vocabulary(network)),
-    base_model={},
+    base_model=None,
   )
 
 

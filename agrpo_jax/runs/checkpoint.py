@@ -104,8 +104,8 @@ class Checkpoints:
 
     Args:
       train_state: what to save.
-      meta: JSON values. `meta["base_model"]`, when there, is compared by
-        `restore`.
+      meta: JSON values. `meta["base_model"]`, when there, is that of a
+        `BaseModel`; `restore` compares it.
       accuracy: of this very state, if it was evaluated, the same on all
         processes. One of the `keep_best` highest is saved in any case.
       force: save although `every` does not divide the train step.
@@ -140,7 +140,7 @@ class Checkpoints:
     self,
     train_state: types.TrainState,
     *,
-    base_model: Mapping[str, Any] | None = None,
+    base_model: checkpoint_meta.BaseModel | None = None,
   ) -> tuple[types.TrainState, dict[str, Any]] | None:
     """The newest readable checkpoint, or None when there is no checkpoint.
 
@@ -150,7 +150,7 @@ class Checkpoints:
     Args:
       train_state: the state to fill; see `checkpoint_read.Reader.read`.
         `params` are returned as they are when there are adapters.
-      base_model: what `meta["base_model"]` must be.
+      base_model: that `meta["base_model"]` must be the same as.
 
     Returns:
       The restored state and the checkpoint's meta.

@@ -4,6 +4,9 @@ With it a run can refuse a checkpoint of another model by name, before arrays
 are read, and tell one that was damaged from one that was not.
 """
 
+import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -18,6 +21,72 @@ from agrpo_jax import types
 
 _PACKAGES = ("agrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _MAX_LISTED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+  """The model that a run started from, known by its contents.
+
+  Attributes:
+    path: the folder or hub id it was loaded from; it may move.
+    revision: on the hub.
+    dtype: that its parameters were loaded in; "" in records of old runs.
+    checksums: a number per array, of the values as loaded.
+    rounded: the same of the values rounded to bfloat16; empty in records of
+      old runs.
+  """
+
+  path: str
+  revision: str
+  dtype: str
+  checksums: tuple[int, ...]
+  rounded: tuple[int, ...]
+
+  @classmethod
+  def from_json(cls, raw: Mapping[str, Any]) -> "BaseModel":
+    return cls(
+      path=raw["path"],
+      revision=raw["revision"],
+      dtype=raw.get("dtype", ""),
+      checksums=tuple(raw["checksums"]),
+      rounded=tuple(raw.get("rounded", ())),
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self) | {
+      "checksums": list(self.checksums),
+      "rounded": list(self.rounded),
+    }
+
+  def is_same(self, other: "BaseModel") -> bool:
+    """True if both hold the same values, wherever they lie.
+
+    Values loaded in two dtypes are compared after rounding to bfloat16. This
+    misses a change that rounding hides: less than one part in 256 of a value.
+    Both comparisons add up words, so they miss values that trade places.
+    """
+    if self.dtype == other.dtype or not (self.rounded and other.rounded):
+      return self.checksums == other.checksums
+    return self.rounded == other.rounded
+
+  def __str__(self) -> str:
+    revision = f" at revision {self.revision!r}" if self.revision else ""
+    contents = hashlib.sha256(repr(self.checksums).encode()).hexdigest()[:8]
+    dtype = f"{self.dtype}, " if self.dtype else ""
+    return f"{self.path!r}{revision} ({dtype}contents {contents})"
+
+
+def describe_base(path: str, revision: str, params: types.Tree) -> BaseModel:
+  """The record of a base model, made from its loaded parameters."""
+  # The dtype of most arrays: folders may keep their norms in another one.
+  dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(params)]
+  return BaseModel(
+    path=path,
+    revision=revision,
+    dtype=max(sorted(set(dtypes)), key=dtypes.count),
+    checksums=tuple(checksums(params)),
+    rounded=tuple(checksums(params, jnp.bfloat16)),
+  )
 
 
 def describe(items: Mapping[str, types.Tree]) -> dict[str, Any]:
@@ -38,7 +107,7 @@ def check_fit(
   checkpoint: str,
   meta: Mapping[str, Any],
   items: Mapping[str, types.Tree],
-  base_model: Mapping[str, Any] | None,
+  base_model: BaseModel | None,
 ) -> None:
   """Raises UserError when a checkpoint is of another model than this run.
 
@@ -48,13 +117,14 @@ def check_fit(
     items: the trees that this run would fill.
     base_model: this run's base model, or None for no comparison.
   """
-  theirs = meta.get("base_model")
-  if base_model and theirs and not _same_model(theirs, base_model):
-    raise errors.UserError(
-      f"The checkpoint {checkpoint!r} was trained from the base model "
-      f"{_say_model(theirs)}, but this run has {_say_model(base_model)}. Give "
-      "that model or another work directory."
-    )
+  if base_model and meta.get("base_model"):
+    theirs = BaseModel.from_json(meta["base_model"])
+    if not theirs.is_same(base_model):
+      raise errors.UserError(
+        f"The checkpoint {checkpoint!r} was trained from the base model "
+        f"{theirs}, but this run has {base_model}. Give that model, wherever "
+        "it lies now, or another work directory."
+      )
   problems = []
   for name, tree in items.items():
     saved, wanted = meta["arrays"][name], _arrays(tree)
@@ -90,17 +160,24 @@ def _checksum(array: jax.Array) -> jax.Array:
   return jnp.sum(words, dtype=jnp.uint32)
 
 
-def checksums(tree: types.Tree) -> list[int]:
-  """A number per array, in the order of the leaves."""
+def checksums(tree: types.Tree, dtype: Any = None) -> list[int]:
+  """A number per array, in the order of the leaves.
+
+  Args:
+    tree: of arrays.
+    dtype: that the values are rounded to first; None for no rounding.
+  """
   # One program, and waited for: collectives of several in flight can block each
   # other on CPUs. An accelerator reads its memory once for it, which takes far
   # less than the copy to the host that a save makes.
-  sums = _checksums(jax.tree.leaves(tree))
+  sums = _checksums(jax.tree.leaves(tree), dtype)
   return [int(value) for value in jax.device_get(sums)]
 
 
-@jax.jit
-def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _checksums(arrays: list[jax.Array], dtype: Any) -> list[jax.Array]:
+  if dtype is not None:
+    arrays = [array.astype(dtype) for array in arrays]
   return [_checksum(array) for array in arrays]
 
 
@@ -122,17 +199,6 @@ def _versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = "not installed as a package"
   return found
-
-
-def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-  """By checksum where both have one, because a model's folder may move."""
-  if "checksum" in one and "checksum" in other:
-    return one["checksum"] == other["checksum"]
-  return dict(one) == dict(other)
-
-
-def _say_model(base_model: Mapping[str, Any]) -> str:
-  return ", ".join(f"{key} {value!r}" for key, value in base_model.items())
 
 
 def _say_array(entry: list[Any] | None) -> str:

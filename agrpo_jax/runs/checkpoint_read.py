@@ -97,7 +97,7 @@ class Reader:
   def read(
     self,
     items: Mapping[str, types.Tree],
-    base_model: Mapping[str, Any] | None = None,
+    base_model: checkpoint_meta.BaseModel | None = None,
     train_step: int | None = None,
   ) -> tuple[dict[str, types.Tree], dict[str, Any]] | None:
     """The newest readable checkpoint, or None when there is no checkpoint.
@@ -105,7 +105,7 @@ class Reader:
     Args:
       items: name of a tree -> the tree to fill. Its leaves say shape, dtype
         and sharding (arrays, or `jax.ShapeDtypeStruct` with a sharding).
-      base_model: what `meta["base_model"]` must be.
+      base_model: that `meta["base_model"]` must be the same as.
       train_step: of the one checkpoint to read instead of the newest.
 
     Returns:
@@ -146,7 +146,7 @@ class Reader:
     self,
     train_step: int,
     items: Mapping[str, types.Tree],
-    base_model: Mapping[str, Any] | None,
+    base_model: checkpoint_meta.BaseModel | None,
   ) -> tuple[dict[str, types.Tree], dict[str, Any]]:
     try:
       return self._read(train_step, items, base_model)
@@ -175,7 +175,7 @@ class Reader:
     self,
     train_step: int,
     items: Mapping[str, types.Tree],
-    base_model: Mapping[str, Any] | None,
+    base_model: checkpoint_meta.BaseModel | None,
   ) -> tuple[dict[str, types.Tree], dict[str, Any]]:
     """One checkpoint; UserError when it does not fit, others for damage."""
     path = self._path(train_step)

@@ -27,6 +27,7 @@ from agrpo_jax import types
 from agrpo_jax.evaluation import records
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint
+from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import files
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import workdir
@@ -54,11 +55,11 @@ class Run:
       before_commit=lambda: self.writer.flush(),
     )
     self._writer: metrics.Writer | None = None
-    self._base_model: Mapping[str, Any] = {}
+    self._base_model: checkpoint_meta.BaseModel | None = None
     self.first_step = 0
 
   def restore(
-    self, state: types.TrainState, base_model: Mapping[str, Any]
+    self, state: types.TrainState, base_model: checkpoint_meta.BaseModel | None
   ) -> types.TrainState:
     """The state to go on from: the newest checkpoint's, or `state` itself."""
     self._base_model = base_model
@@ -119,7 +120,10 @@ class Run:
     asked = max(number for number, _ in heard)
     self._checkpoints.save(
       state,
-      {"config": self._config.to_dict(), "base_model": dict(self._base_model)},
+      {
+        "config": self._config.to_dict(),
+        "base_model": self._base_model and self._base_model.to_json(),
+      },
       accuracy=scalars.get("eval/accuracy"),
       force=is_last or asked > 0,
       is_busy=any(is_busy for _, is_busy in heard),
