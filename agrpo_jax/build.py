@@ -32,6 +32,7 @@ from agrpo_jax.port import model_folder
 from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
+from agrpo_jax.tasks import contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +142,8 @@ def examples(c: config_lib.ConfigDict, split: str) -> list[tasks.Example]:
         "and test.* as config.data.path.",
         path,
       )
-  return task(c).examples(
-    split, path=path or None, options=config_lib.task_options(c)
+  return contract.examples(
+    task(c), split, path=path or None, options=config_lib.task_options(c)
   )
 
 
@@ -190,7 +191,7 @@ def pairs(
     options = config_lib.task_options(c)
 
     def completion_fn(example: tasks.Example, rng: random.Random) -> str:
-      return task(c).demonstration(example, rng, options)
+      return contract.demonstration(task(c), example, rng, options)
 
   else:
     rows = data.Dataset(

@@ -38,6 +38,7 @@ from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import progress
+from agrpo_jax.tasks import contract
 
 
 def run(
@@ -153,8 +154,8 @@ def _examples(c: config_lib.ConfigDict, pairs: str) -> list[tasks.Example]:
       id=example.id,
       messages=example.messages,
       fields={
-        "completion": task.demonstration(
-          example, random.Random(f"{c.seed}/{example.id}"), options
+        "completion": contract.demonstration(
+          task, example, random.Random(f"{c.seed}/{example.id}"), options
         )
       },
       prefill=example.prefill,

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import queue
 import threading
-import types
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from absl import logging
 from agrpo_jax import errors
 from agrpo_jax import tasks
 from agrpo_jax.grading import process
+from agrpo_jax.tasks import contract
 
 MAX_CHARS = 100_000  # of a completion; the rest is not looked at
 # What a worker is sent at once. Fits the socket's buffer, so that sending
@@ -119,11 +119,20 @@ class Grader:
         "above 0."
       )
     options = dict(options or {})
-    self.weights = _weights(tasks.get(task, task_path), options, weights)
+    try:
+      json.dumps(options)  # how the workers get them
+    except (TypeError, ValueError) as error:
+      raise errors.UserError(
+        f"config.task.options={options} must be JSON values: {error}."
+      ) from error
+    self.weights = contract.reward_weights(
+      tasks.get(task, task_path), options, weights
+    )
     start = {
       "task": task,
       "path": task_path,
       "options": options,
+      "parts": list(self.weights),
       "timeout_seconds": timeout_seconds,
     }
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -218,22 +227,6 @@ class Grader:
         items.popleft().finish({"error": "crashed its worker"})
 
 
-def _weights(
-  task: types.ModuleType,
-  options: Mapping[str, Any],
-  weights: Mapping[str, float] | None,
-) -> dict[str, float]:
-  defaults = task.reward_weights(options)
-  weights = dict(weights or {})
-  unknown = sorted(set(weights) - set(defaults))
-  if unknown:
-    raise errors.UserError(
-      f"reward weights of unknown parts: {', '.join(unknown)}. The parts are "
-      f"{', '.join(defaults)}."
-    )
-  return {**defaults, **weights}
-
-
 class _Job:
   """Collects the replies to one `submit`."""
 
@@ -294,6 +287,9 @@ class _Item:
   line: bytes
 
   def finish(self, reply: dict[str, Any]) -> None:
+    if "mistake" in reply:
+      self.job.fail(errors.UserError(reply["mistake"]))
+      return
     if "error" in reply or "timed_out" in reply:
       logging.log_every_n_seconds(
         logging.WARNING,

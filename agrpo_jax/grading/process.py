@@ -58,10 +58,13 @@ class WorkerProcess:
   def ensure_ready(self) -> None:
     """Waits until the worker has loaded its task, replacing it if need be.
 
-    Raises ConnectionError if that fails again and again.
+    Raises:
+      ConnectionError: that fails again and again, or `hang_up` was called.
     """
     for _ in range(MAX_STARTS):
-      if self._is_hung_up or (self._is_ready and not self._has_ended()):
+      if self._is_hung_up:
+        break
+      if self._is_ready and not self._has_ended():
         return
       if self._has_ended():
         self.kill()
@@ -70,7 +73,7 @@ class WorkerProcess:
         self._is_ready = "ready" in self.receive(START_SECONDS)
       except OSError:  # closed, or TimeoutError
         self.kill()
-    if self._is_ready:
+    if self._is_ready and not self._is_hung_up:
       return
     raise ConnectionError(
       f"the grading worker failed to start {MAX_STARTS} times; see the log "

@@ -4,11 +4,13 @@ Started by `pool` as `python -m agrpo_jax.grading.worker FD`, in a
 process of its own that never imports jax: what a completion makes a grader do
 can then be bounded, and ended, from outside. Lines of JSON both ways:
 
-  {"task", "path", "options", "timeout_seconds"}  ->  {"ready": true}
+  {"task", "path", "options", "parts", "timeout_seconds"}  ->  {"ready": true}
   {"completion", "fields"}  ->  {"parts": {...}, "grades": {...}, "answer"}
-                            or  {"error": text}
+                            or  {"error": text} or {"mistake": text}
 
-A reply has "timed_out" in addition, or instead, where time was up.
+"parts" of the first are the names that the reward must have. An "error" costs
+its completion; a "mistake" is one of the task's that other completions will not
+escape. A reply has "timed_out" in addition, or instead, where time was up.
 
 It ends when the other side closes the socket.
 """
@@ -23,8 +25,10 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from agrpo_jax import errors
 from agrpo_jax import tasks
 from agrpo_jax.tasks import base
+from agrpo_jax.tasks import contract
 
 MAX_BYTES = 4 << 30  # of memory, for the tasks of this package
 MAX_ANSWER_CHARS = 1000
@@ -55,45 +59,35 @@ class _Timer:
     raise base.OutOfTime
 
 
-def _floats(values: Mapping[str, Any]) -> dict[str, float]:
-  floats = {name: float(value) for name, value in values.items()}
-  for name, value in floats.items():
+def _finite(values: Mapping[str, float]) -> Mapping[str, float]:
+  for name, value in values.items():
     if not math.isfinite(value):
       raise ValueError(f"{name} is {value}")
-  return floats
+  return values
 
 
 def _fill(
   reply: dict[str, Any],
   task: types.ModuleType,
-  options: dict[str, Any],
-  item: dict[str, Any],
+  start: Mapping[str, Any],
+  item: Mapping[str, Any],
 ) -> None:
   """Puts into `reply` one thing after the other, so that none is lost."""
-  completion, fields = item["completion"], item["fields"]
-  reply["parts"] = _floats(task.reward(completion, fields, options))
-  reply["grades"] = _floats(task.grade(completion, fields, options))
-  reply["answer"] = _extracted(task, options, item)
-
-
-def _extracted(
-  task: types.ModuleType, options: dict[str, Any], item: dict[str, Any]
-) -> str:
-  if not hasattr(task, "answer"):
-    return ""
-  found = task.answer(item["completion"], item["fields"], options)
-  return str(found)[:MAX_ANSWER_CHARS]
+  given = (item["completion"], item["fields"], start["options"])
+  parts = contract.parts(task, task.reward(*given), start["parts"])
+  reply["parts"] = _finite(parts)
+  reply["grades"] = _finite(contract.grades(task, task.grade(*given)))
+  if hasattr(task, "answer"):
+    reply["answer"] = str(task.answer(*given))[:MAX_ANSWER_CHARS]
 
 
 def _bounded_answer(
   task: types.ModuleType,
-  options: dict[str, Any],
-  item: dict[str, Any],
-  *,
+  start: Mapping[str, Any],
+  item: Mapping[str, Any],
   timer: _Timer,
-  seconds: float,
 ) -> dict[str, Any]:
-  """What the task says within `seconds`, whatever it raises.
+  """Returns what the task says within its time, whatever it raises.
 
   What it had said by then is kept, also where it catches OutOfTime itself; the
   reply says all the same that time was up.
@@ -101,12 +95,14 @@ def _bounded_answer(
   reply: dict[str, Any] = {}
   try:
     try:
-      timer.start(seconds)
-      _fill(reply, task, options, item)
+      timer.start(start["timeout_seconds"])
+      _fill(reply, task, start, item)
     finally:
       timer.stop()
   except base.OutOfTime:
     timer.stop()
+  except errors.UserError as error:
+    reply["mistake"] = str(error)
   except (Exception, SystemExit) as error:
     reply["error"] = f"raised {type(error).__name__}: {error}"[:500]
   return {**reply, "timed_out": True} if timer.has_fired else reply
@@ -130,15 +126,7 @@ def serve(connection: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, hard))
   send({"ready": True})
   for line in lines:
-    send(
-      _bounded_answer(
-        task,
-        start["options"],
-        json.loads(line),
-        timer=timer,
-        seconds=start["timeout_seconds"],
-      )
-    )
+    send(_bounded_answer(task, start, json.loads(line), timer))
 
 
 def main(argv: list[str]) -> None:

@@ -17,13 +17,14 @@ and, for records and majority votes,
 
 `reward` gives named parts, unweighted; the scalar reward is their sum under
 the weights. `reward_weights` names every part; a part of weight 0 is only
-logged. `grade` starts with "accuracy", the strict verdict in [0, 1], and may
-add others beside it. `answer` is what a completion answers with, written so
-that equal answers are equal texts, "" for none. All read the completion alone:
-text that was prefilled belongs to the prompt. `options` is a plain dict
+logged. `grade` gives "accuracy", the strict verdict in [0, 1], and may add
+others beside it. `answer` is what a completion answers with, written so that
+equal answers are equal texts, "" for none. All read the completion alone: text
+that was prefilled belongs to the prompt. `options` is a plain dict
 (`config.task.options`).
 
 A task of your own is one Python file with these functions, given by its path.
+What they return is checked (see `contract`).
 """
 
 import importlib
@@ -42,13 +43,14 @@ REQUIRED = ("examples", "reward_weights", "reward", "grade")
 
 
 def get(name: str, path: str | None = None) -> types.ModuleType:
-  """The task called `name`, or the one in the Python file at `path`.
+  """Returns the task called `name`, or the one in the Python file at `path`.
 
   Only the file at this explicit path is ever imported: it is the user's own
   code, as trusted as the command that names it.
 
-  Raises UserError for an unknown name, a missing or broken file, and a file
-  that lacks a required function.
+  Raises:
+    UserError: an unknown name, a missing or broken file, or one that lacks a
+      required function.
   """
   if path:
     return _from_file(pathlib.Path(path))

@@ -11,6 +11,7 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax import tasks
+from agrpo_jax.tasks import contract
 
 _SHOW = flags.DEFINE_string("show", "", f"Task: {', '.join(tasks.NAMES)}.")
 _TASK_PATH = flags.DEFINE_string("task_path", "", "A task of your own: a file.")
@@ -47,11 +48,11 @@ def _options() -> dict[str, bool | int | float | str]:
 
 
 def render(task_name: str, task_path: str | None = None) -> str:
-  """One problem as the model meets it, and the weights of its reward."""
+  """Returns a problem as the model meets it, and the weights of its reward."""
   task = tasks.get(task_name, task_path)
   options = _options()
-  examples = task.examples(
-    _SPLIT.value, path=_PATH.value or None, options=options
+  examples = contract.examples(
+    task, _SPLIT.value, path=_PATH.value or None, options=options
   )
   if not 0 <= _INDEX.value < len(examples):
     raise errors.UserError(
@@ -66,7 +67,7 @@ def render(task_name: str, task_path: str | None = None) -> str:
   sections.append(_section("known to the grader", fields))
   weights = "\n".join(
     f"{weight:8.3f}  {name}"
-    for name, weight in task.reward_weights(options).items()
+    for name, weight in contract.reward_weights(task, options).items()
   )
   sections.append(_section("reward weights", weights))
   return "\n".join(sections)

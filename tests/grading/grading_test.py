@@ -13,6 +13,10 @@ import pytest
 from agrpo_jax import errors
 from agrpo_jax.grading import pool
 
+pytestmark = pytest.mark.filterwarnings(
+  "error::pytest.PytestUnhandledThreadExceptionWarning"
+)
+
 _TASK = """
 import os, signal, sys, time
 
@@ -338,3 +342,71 @@ def test_string_tasks_take_milliseconds():
       grader.submit([gold] * 128, fields).result(60)
       seconds.append(time.monotonic() - begin)
   assert min(seconds) < 0.1
+
+
+_BROKEN = """
+def examples(split, *, path=None, options=None):
+  return []
+
+def reward_weights(options):
+  return {{"exact": 1.0, "length": 0.0}}
+
+def reward(completion, fields, options):
+  return {reward}
+
+def grade(completion, fields, options):
+  return {grade}
+"""
+_FINE = '{"exact": 1.0, "length": True}'
+
+
+@pytest.mark.parametrize(
+  "reward, grade, message",
+  [
+    ('{"exakt": 1.0, "length": 0.0}', '{"accuracy": 1.0}', "'exakt', 'length'"),
+    ('{"exact": 1.0}', '{"accuracy": 1.0}', "gave the parts 'exact', and"),
+    ("{}", '{"accuracy": 1.0}', "gave the parts none"),
+    ("1.0", '{"accuracy": 1.0}', "reward gave 1.0"),
+    ("None", '{"accuracy": 1.0}', "reward gave None"),
+    ('{"exact": "1", "length": 0}', "{}", "reward gave 'exact': '1'"),
+    ('{"exact": None, "length": 0}', "{}", "reward gave 'exact': None"),
+    (_FINE, "0.5", "grade gave 0.5"),
+    (_FINE, '{"acuracy": 1.0}', "grade gave 'acuracy'"),
+    (_FINE, '{"accuracy": 1.5}', "accuracy=1.5"),
+    (_FINE, '{"accuracy": -1}', "accuracy=-1.0"),
+    (_FINE, '{"accuracy": 1.0, "other": "x"}', "grade gave 'other': 'x'"),
+  ],
+)
+def test_a_task_that_breaks_the_contract_is_refused(
+  tmp_path, reward, grade, message
+):
+  """Not graded with 0: the run would train on nothing, silently."""
+  path = tmp_path / "broken.py"
+  path.write_text(_BROKEN.format(reward=reward, grade=grade))
+  with pytest.raises(errors.UserError, match=message) as error:
+    _grade(str(path), ["a", "b", "c"])
+  assert str(path) in str(error.value)
+
+
+def test_a_users_mistake_in_a_reward_is_one_of_the_run(tmp_path):
+  path = tmp_path / "broken.py"
+  reward = "__import__('agrpo_jax.errors').errors.UserError('no such option')"
+  text = _BROKEN.format(reward=reward, grade="{}").replace(
+    "return __import__", "raise __import__"
+  )
+  path.write_text(text)
+  with pytest.raises(errors.UserError, match="no such option"):
+    _grade(str(path), ["a"])
+
+
+def test_grades_beside_accuracy_may_be_counts(tmp_path):
+  path = tmp_path / "task.py"
+  grade = '{"accuracy": 1 + 1e-12, "num_right": 7}'
+  path.write_text(_BROKEN.format(reward=_FINE, grade=grade))
+  graded = _grade(str(path), ["a"])
+  assert graded.grades["num_right"].tolist() == [7.0]
+
+
+def test_options_that_are_not_json(task_path):
+  with pytest.raises(errors.UserError, match=r"task\.options=\{'a': \{1\}\}"):
+    pool.Grader("", {"a": {1}}, task_path=task_path)

@@ -34,6 +34,7 @@ def test_unknown_name_lists_the_known_ones(name):
 
 
 _DOCUMENT = (_ROOT / "docs/custom_task.md").read_text()
+_COMMANDS = re.findall(r"^    (python -m (?:.*\\\n)*.*)$", _DOCUMENT, re.M)
 
 
 @pytest.fixture
@@ -63,18 +64,32 @@ def test_documented_commands_work(tmp_path, reverse):
   """Those of docs/custom_task.md as they stand, beside its file."""
   for name in ("agrpo_jax", "configs"):
     (tmp_path / name).symlink_to(_ROOT / name)
-  commands = re.findall(r"^    (python -m (?:.*\\\n)*.*)$", _DOCUMENT, re.M)
-  assert len(commands) == 2
-  said = [_shell(command, tmp_path) for command in commands]
+  assert len(_COMMANDS) == 2
+  said = [_shell(command, tmp_path) for command in _COMMANDS]
   assert "Write orange backwards." in said[0]
   config = json.loads((tmp_path / "runs/reverse/config.json").read_text())
   assert config["task"]["options"] == {"exact_weight": 5.0}
   lines = (tmp_path / "runs/reverse/metrics.jsonl").read_text().splitlines()
   assert "rewards/exact/mean" in json.loads(lines[0])
-  misspelt = commands[1].replace("exact_weight", "exact_wieght")
+  misspelt = _COMMANDS[1].replace("exact_weight", "exact_wieght")
   misspelt = misspelt.replace("runs/reverse", "runs/misspelt")
   said = _shell(misspelt, tmp_path, code=2)
   assert "'exact_wieght' is unknown" in said
+
+
+def test_a_run_ends_with_the_first_completion_of_a_broken_task(
+  tmp_path, reverse
+):
+  text = pathlib.Path(reverse).read_text()
+  broken = text.replace('{"letters": right', '{"leters": right')
+  assert broken != text
+  pathlib.Path(reverse).write_text(broken)
+  for name in ("agrpo_jax", "configs"):
+    (tmp_path / name).symlink_to(_ROOT / name)
+  said = _shell(_COMMANDS[1], tmp_path, code=2)
+  assert "reward gave the parts 'leters', 'exact'" in said
+  assert "reward_weights names 'letters', 'exact'" in said
+  assert "Traceback" not in said
 
 
 def _shell(command, folder, code=0):
