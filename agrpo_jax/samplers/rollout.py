@@ -41,6 +41,7 @@ class _Row(flax.struct.PyTreeNode):
   order_logprob: jax.Array
   num_steps: jax.Array
   block: jax.Array  # int32, the active block
+  block_step: jax.Array  # int32, denoising steps since it began
   denoise_step: jax.Array  # int32, the next step's index
   is_done: jax.Array  # bool
 
@@ -93,8 +94,7 @@ def sample_rollout(
     """The memory of each row's block: a new one where a block begins."""
     if not jax.tree.leaves(memory):
       return memory
-    is_new_B = row_B.denoise_step % sampling.steps_per_block == 0
-    is_new_B &= ~row_B.is_done
+    is_new_B = (row_B.block_step == 0) & ~row_B.is_done
 
     def renewed() -> types.Tree:
       return jax.tree.map(
@@ -110,7 +110,8 @@ def sample_rollout(
   def logits_at(
     row_B: _Row, memory: types.Tree, offset_BxW: jax.Array
   ) -> jax.Array:
-    position_BxW = block_start(row_B)[:, None] + offset_BxW
+    start_B = jax.vmap(_window_start, (0, None))(row_B, sampling)
+    position_BxW = start_B[:, None] + offset_BxW
     # One state of each row at a time: [B, 1, ...].
     return policy.logits(
       network,
@@ -158,7 +159,7 @@ def sample_rollout(
   return types.Rollout(
     prompt=prompts.tokens,
     prompt_length=prompts.length,
-    completion=row_B.completion,
+    completion=partial(row_B) if sampling.redraw_mask else row_B.completion,
     unmask_step=row_B.unmask_step,
     logprob=row_B.logprob,
     entropy=row_B.entropy,
@@ -181,6 +182,7 @@ def _start(
     order_logprob=jnp.zeros((num_steps,)),
     num_steps=jnp.int32(0),
     block=jnp.int32(0),
+    block_step=jnp.int32(0),
     denoise_step=jnp.int32(0),
     is_done=jnp.bool_(False),
   )
@@ -201,18 +203,31 @@ def _block_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   return jnp.minimum(row.block, last) * sampling.block_length
 
 
+def _window_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
+  """Where the positions that a step looks at begin."""
+  return jnp.int32(0) if sampling.redraw_mask else _block_start(row, sampling)
+
+
 def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
-  """bool [T]: which positions of the active block are still masked."""
+  """bool [T] (or [C], see `Sampling.window_length`): what can be unmasked.
+
+  Those are the masked positions of the active block and of earlier ones.
+  """
+  start = _window_start(row, sampling)
   step_T = jax.lax.dynamic_slice_in_dim(
-    row.unmask_step, _block_start(row, sampling), sampling.block_length
+    row.unmask_step, start, sampling.window_length
   )
-  return (step_T == sampling.max_steps) & ~row.is_done
+  is_masked_T = (step_T == sampling.max_steps) & ~row.is_done
+  if sampling.redraw_mask:
+    block_end = _block_start(row, sampling) + sampling.block_length
+    is_masked_T &= jnp.arange(sampling.window_length) < block_end
+  return is_masked_T
 
 
 def _count(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   """How many positions this step unmasks."""
   counts = jnp.asarray(sampling_lib.step_counts(sampling))
-  return counts[row.denoise_step % sampling.steps_per_block]
+  return counts[row.block_step]
 
 
 def _choose_before(
@@ -227,7 +242,7 @@ def _choose_before(
     offset int32 [S], ascending; is_chosen bool [S], all false under the rules
     that need to see the draws or the distributions first.
   """
-  size = sampling.block_length
+  size = sampling.window_length
   if sampling.rule.looks_at != "nothing":
     return jnp.arange(size, dtype=jnp.int32), jnp.zeros((size,), bool)
   is_masked_T = _masked(row, sampling)
@@ -264,6 +279,8 @@ def _unmask_row(
     is_chosen_S = rule.choose(
       drawn.confidence, drawn.entropy, is_masked_S, _count(row, sampling)
     )
+  if sampling.redraw_mask:
+    is_chosen_S &= drawn.token != sampling.mask_id
   if rule.looks_at == "draws":
     confidence_SxK = jax.vmap(draw.confidence, (0, 0, None))(
       logits_SxV, filtered, sampling
@@ -276,7 +293,7 @@ def _unmask_row(
     )
     order_logprob_K = order_logprob_K.at[row.denoise_step].add(factor)
 
-  position_S = _block_start(row, sampling) + offset_S
+  position_S = _window_start(row, sampling) + offset_S
 
   def write(array: jax.Array, value_S: jax.Array) -> jax.Array:
     old_S = array[position_S]
@@ -297,9 +314,17 @@ def _unmask_row(
 
 def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   """To the next step or block; ends the row after its last block."""
-  is_full = ~_masked(row, sampling).any()
+  start = _block_start(row, sampling)
+  step_T = jax.lax.dynamic_slice_in_dim(
+    row.unmask_step, start, sampling.block_length
+  )
+  is_over = (step_T < sampling.max_steps).all() | row.is_done
+  if sampling.redraw_mask:
+    # A block whose steps are used up is left as it is: the released loop of
+    # the threshold would go on for ever where nothing changes any more.
+    is_over |= row.block_step + 1 == sampling.steps_per_block
   completion_T = jax.lax.dynamic_slice_in_dim(
-    row.completion, _block_start(row, sampling), sampling.block_length
+    row.completion, start, sampling.block_length
   )
   is_last = row.block == sampling.num_blocks - 1
   if sampling.stop_at_eos:
@@ -309,10 +334,11 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
     # Where the schedule has more steps than tokens, those that would unmask
     # nothing are skipped but keep their index.
     next_block_step = (row.block + 1) * sampling.steps_per_block
-    next_step = jnp.where(is_full, next_block_step, next_step)
-  is_done = row.is_done | (is_full & is_last)
+    next_step = jnp.where(is_over, next_block_step, next_step)
+  is_done = row.is_done | (is_over & is_last)
   return row.replace(
-    block=jnp.where(is_full & ~is_done, row.block + 1, row.block),
+    block=jnp.where(is_over & ~is_done, row.block + 1, row.block),
+    block_step=jnp.where(is_over, 0, row.block_step + 1),
     denoise_step=jnp.where(is_done, row.denoise_step, next_step),
     is_done=is_done,
   )

@@ -38,6 +38,12 @@ class Sampling:
     threshold: of the rule `threshold`, which takes as many steps as it takes;
       None under the other rules.
     stop_at_eos: a block that comes out all EOS ends the completion.
+    redraw_mask: evaluation only, as LLaDA's and Fast-dLLM's samplers were
+      released: a position whose drawn token is [MASK] itself stays masked. It
+      is drawn again in later steps, those of later blocks included, which then
+      need logits at the whole completion; what is never unmasked is [MASK] in
+      the completion. Else [MASK] is a token like any other: its position is
+      unmasked, for good.
   """
 
   mask_id: int
@@ -53,6 +59,7 @@ class Sampling:
   confidence: str = "policy"
   threshold: float | None = None
   stop_at_eos: bool = True
+  redraw_mask: bool = False
 
   @property
   def rule(self) -> rules.UnmaskRule:
@@ -67,6 +74,11 @@ class Sampling:
     if not self.rule.is_scheduled:
       return self.block_length
     return self.num_denoise_steps // self.num_blocks
+
+  @property
+  def window_length(self) -> int:
+    """How many positions are looked at in a step: the block's T, or all C."""
+    return self.completion_length if self.redraw_mask else self.block_length
 
   @property
   def max_steps(self) -> int:
@@ -136,7 +148,13 @@ def problems(sampling: Sampling) -> list[str]:
       f"threshold={s.threshold} must be in (0, 1] under "
       "unmask_rule='threshold'",
     )
-  else:
+  if s.redraw_mask and s.unmask_rule in RULES:
+    check(
+      s.rule.looks_at == "draws",
+      f"redraw_mask={s.redraw_mask} needs a rule that looks at the drawn "
+      f"tokens, not unmask_rule={s.unmask_rule!r}",
+    )
+  if s.unmask_rule != "threshold":
     check(
       s.threshold is None,
       f"threshold={s.threshold} needs unmask_rule='threshold', "
