@@ -177,6 +177,7 @@ def rl() -> ConfigDict:
   e.threshold = ml_collections.config_dict.placeholder(float)
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion
+  e.redraw_mask = False  # a position whose token is [MASK] stays masked
   return _lock(c)
 
 

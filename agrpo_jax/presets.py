@@ -7,7 +7,8 @@ keys given on the command line stay. `config` (the default) changes nothing.
 
 config: what the config says.
 llada: LLaDA's own `generate.py` as its example calls it: one token a step, all
-  of the completion is always drawn.
+  of the completion is always drawn. Where the best token is [MASK] itself it
+  leaves the position masked and draws it again, and so does this sampler.
 d1: d1's evaluation (and wd1's and SPG's): two tokens a step. Its other lengths,
   128 and 512, take half as many steps as tokens too.
 agrpo: AGRPO's evaluation: as d1, but a block of nothing but EOS ends it.
@@ -37,13 +38,19 @@ _GREEDY: dict[str, Any] = {
   "threshold": None,
   "guidance": 0.0,
   "stop_at_eos": False,
+  "redraw_mask": False,
 }
 PRESETS: dict[str, dict[str, Any]] = {
   "config": {},
-  "llada": {**_GREEDY, "completion_length": 128},
+  "llada": {**_GREEDY, "completion_length": 128, "redraw_mask": True},
   "d1": _GREEDY,
   "agrpo": {**_GREEDY, "stop_at_eos": True},
-  "fast_dllm": {**_GREEDY, "unmask_rule": "threshold", "threshold": 0.9},
+  "fast_dllm": {
+    **_GREEDY,
+    "unmask_rule": "threshold",
+    "threshold": 0.9,
+    "redraw_mask": True,
+  },
 }
 
 
