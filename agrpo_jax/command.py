@@ -127,7 +127,19 @@ def main(
     lambda record: "orbax" not in record.pathname
   )
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  sys.unraisablehook = _show_unraisable
   app.run(guarded, flags_parser=parse)
+
+
+def _show_unraisable(unraisable: Any) -> None:
+  """Shows an exception that nobody can catch, unless a failed save left it.
+
+  Of the arrays that are being written, the first that fails ends the save with
+  its event loop. Threads of the storage library that finish the others find it
+  closed: a traceback for each, beside the one message that says why.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:

@@ -24,6 +24,8 @@ import math
 import os
 import pathlib
 import secrets
+import socket
+import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -31,11 +33,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from absl import logging
+from tensorboardX import record_writer
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
 
 from agrpo_jax import errors
 from agrpo_jax.runs import files
+
+_FLUSH_SECONDS = 60
 
 
 class Writer:
@@ -224,19 +230,43 @@ def _encodable(text: str) -> str:
 
 
 class _TensorBoard:
+  """Writes events in the caller's thread.
+
+  tensorboardX's own writer has a thread for it, which a full disk kills; the
+  caller would then wait for it for ever.
+  """
+
   def __init__(self, directory: pathlib.Path, resume_step: int):
-    self._writer = tensorboardX.SummaryWriter(
-      str(directory / "tensorboard"),
-      # TensorBoard then hides what an earlier process wrote from there on.
-      purge_step=resume_step + 1,
-      # File names have seconds in them; a quick restart must not overwrite.
-      filename_suffix=f".{resume_step}.{secrets.token_hex(4)}",
+    folder = directory / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    # Names have seconds in them; a quick restart must not overwrite.
+    name = ".".join(
+      [
+        "events.out.tfevents",
+        str(int(time.time())),
+        socket.gethostname(),
+        str(resume_step),
+        secrets.token_hex(4),
+      ]
     )
+    self._file = record_writer.RecordWriter(str(folder / name))
+    self._flushed = time.monotonic()
+    self._write(file_version="brain.Event:2")
+    # TensorBoard hides what an earlier process wrote from this step on.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(step=resume_step + 1, session_log=start)
+
+  def _write(self, **fields: Any) -> None:
+    event = event_pb2.Event(wall_time=time.time(), **fields)
+    self._file.write(event.SerializeToString())
 
   def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
     for name, number in numbers.items():
       if math.isfinite(number):  # it would warn on the terminal every time
-        self._writer.add_scalar(name, number, train_step + 1)
+        self._write(step=train_step + 1, summary=summary.scalar(name, number))
+    # For those who watch a run whose checkpoints are far apart.
+    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+      self.flush()
 
   def texts(
     self, train_step: int, samples: Sequence[Mapping[str, Any]]
@@ -248,13 +278,15 @@ class _TensorBoard:
         for key, value in sample.items()
         for line in _encodable(f"{key}: {value}").splitlines()
       ]
-      self._writer.add_text(f"sample/{index}", "\n".join(lines), train_step + 1)
+      text = summary.text(f"sample/{index}", "\n".join(lines))
+      self._write(step=train_step + 1, summary=text)
 
   def flush(self) -> None:
-    self._writer.flush()
+    self._flushed = time.monotonic()
+    self._file.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
 
 
 class _Wandb:

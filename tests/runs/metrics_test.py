@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import subprocess
 import sys
 import types as python_types
 
@@ -176,6 +177,33 @@ def test_a_killed_process_loses_no_line(tmp_path, run_in_subprocess):
   rewards = [record["reward"] for record in _lines(tmp_path / "metrics.jsonl")]
   assert rewards == list(range(100))
   assert len(_lines(tmp_path / "samples.jsonl")) == 100
+
+
+def test_a_file_that_may_not_grow_is_an_error_of_the_caller(tmp_path):
+  """Events need more room than JSON: a short name, a short number."""
+  script = """
+import resource, sys
+from agrpo_jax.runs import metrics
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+  with metrics.Writer(sys.argv[1]) as writer:
+    for train_step in range(2000):
+      writer.scalars(train_step, {name: 0.0 for name in "abcdefghijklmnop"})
+except OSError as error:
+  print(error.strerror)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", script, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert done.stdout == "File too large\n"
+  assert done.stderr == ""
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert events.stat().st_size == 30_000
+  assert (tmp_path / "metrics.jsonl").stat().st_size < 30_000
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

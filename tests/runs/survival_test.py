@@ -3,7 +3,10 @@
 import errno
 import os
 import pathlib
+import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from agrpo_jax import errors
 from agrpo_jax import train
 from agrpo_jax.runs import metrics
+from fixtures import commands
 from fixtures import runs
 
 any_reward = runs.any_reward
@@ -79,6 +83,34 @@ def test_a_save_without_room_stops_the_run_which_can_go_on(
   train.train(c)
   assert [step for step, *_ in runs.losses(c)] == list(range(5))
   assert checkpoints(c) == ["2", "4", "5"]
+
+
+def test_a_file_that_may_not_grow_costs_one_message(tmp_path):
+  """Many arrays are being written when the first fails; no other says so."""
+
+  def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+  done = subprocess.run(
+    [
+      *(sys.executable, *commands.TINY),
+      f"--config.workdir={tmp_path / 'run'}",
+      "--config.train.num_steps=5",
+      "--config.train.checkpoint_every=1",
+    ],
+    cwd=commands.ROOT,
+    env=commands.environment(tmp_path / "programs", 1),
+    preexec_fn=limit_files,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 2, done.stderr
+  assert "There is no room to write" in done.stderr
+  assert "File too large" in done.stderr
+  assert "Traceback" not in done.stderr
+  assert "closed" not in done.stderr
 
 
 def test_a_log_without_room_stops_the_run(tmp_path, monkeypatch):
