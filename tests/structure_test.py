@@ -13,7 +13,7 @@ PACKAGE = ROOT / "agrpo_jax"
 
 # The folders from the ground up: a folder imports only folders before it.
 LAYERS = """
-  parallel models policies samplers objectives port tasks grading runs
+  parallel models policies samplers objectives tasks grading runs port
   evaluation lm_eval show plan
 """.split()
 

@@ -114,11 +114,22 @@ def logical_axes(settings: Lora, params_axes: types.Tree) -> types.Tree:
   return axes
 
 
-def merge(params: types.Tree, adapter: types.Tree, scale: float) -> types.Tree:
+def merge(
+  params: types.Tree, adapter: types.Tree, scale: float, dtype: Any = None
+) -> types.Tree:
   """Parameters that compute the same without the adapter: W + scale a b.
 
-  The sum is formed in float32 and rounded to the dtype of W.
+  The sum is formed in float32 and rounded once.
+
+  Args:
+    params: the network's parameters.
+    adapter: its adapter.
+    scale: of the adapter, `Lora.scale`.
+    dtype: of all parameters returned; if None each keeps its own.
   """
+
+  def rounded(x: jax.Array, like: jax.Array) -> jax.Array:
+    return x.astype(dtype or like.dtype)
 
   def walk(node: types.Tree, delta: types.Tree) -> types.Tree:
     if "a" in delta:
@@ -129,9 +140,12 @@ def merge(params: types.Tree, adapter: types.Tree, scale: float) -> types.Tree:
       )
       kernel = node["kernel"]
       merged = kernel.astype(jnp.float32) + scale * product
-      return {**node, "kernel": merged.astype(kernel.dtype)}
+      others = {name: rounded(x, x) for name, x in node.items()}
+      return {**others, "kernel": rounded(merged, kernel)}
     return {
-      name: walk(child, delta[name]) if name in delta else child
+      name: walk(child, delta[name])
+      if name in delta
+      else jax.tree.map(lambda x: rounded(x, x), child)
       for name, child in node.items()
     }
 

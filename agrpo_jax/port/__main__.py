@@ -6,10 +6,18 @@ r"""Checkpoints in Hugging Face's layout <-> our parameters.
 copies a checkpoint through our parameters: tensors, shards, `config.json`,
 tokenizer and code files come out as the original code reads them. Code is
 copied, never run.
+
+    python -m agrpo_jax.port --checkpoint=WORKDIR[:best|:TRAIN_STEP] \
+      --to=<folder> [--dtype=float32 | --adapter]
+
+writes what a run trained: weights with the adapter merged into them, in the
+dtype of the base model's files, or with `--adapter` a folder for PEFT.
 """
 
 import pathlib
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -17,23 +25,29 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.port import export
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.port import write
+from agrpo_jax.runs import checkpoint_named
 
 
 def _define_flags() -> None:
   # Not when this module is imported: other commands have flags of their own.
-  flags.DEFINE_string("from", None, "Checkpoint: a folder or a hub id.")
+  flags.DEFINE_string("from", None, "Model: a folder or a hub id.")
+  flags.DEFINE_string("checkpoint", None, checkpoint_named.HELP)
   flags.DEFINE_string("to", None, "Folder to write; must hold no weights yet.")
   flags.DEFINE_string(
     "merge_adapter", None, "PEFT adapter folder to add to the weights."
+  )
+  flags.DEFINE_bool(
+    "adapter", False, "Write the run's adapter, not weights it is merged into."
   )
   flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "Of the tensors written; as they are if not given.",
+    "Of the tensors written; as they, or the base model's, are if not given.",
   )
   flags.DEFINE_integer(
     "max_shard_bytes",
@@ -46,24 +60,58 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   asked = flags.FLAGS.flag_values_dict()
-  if not asked["from"] or not asked["to"]:
-    raise errors.UserError(
-      "Give --from=<folder or hub id> and --to=<folder to write>."
-    )
-  write.refuse_weights(pathlib.Path(asked["to"]))
+  _check(asked)
+  to = pathlib.Path(asked["to"])
+  write.refuse_weights(to)
   jax.config.update("jax_platforms", "cpu")  # host memory is where this fits
-  config, params = model_folder.load(asked["from"], dtype=asked["dtype"])
+  if not asked["checkpoint"]:
+    count = _convert(asked, to)
+  elif asked["adapter"]:
+    count = export.adapter(asked["checkpoint"], to)
+  else:
+    count = export.merged(
+      asked["checkpoint"], to, asked["dtype"], asked["max_shard_bytes"]
+    )
+  print(f"Wrote {to}: {count:,} parameters.")
+
+
+def _check(asked: Mapping[str, Any]) -> None:
+  """Raises UserError naming all flags that do not go together."""
+  problems = []
+  if bool(asked["from"]) == bool(asked["checkpoint"]):
+    problems.append(
+      "give either --from=<folder or hub id>, to convert a model, or "
+      "--checkpoint=WORKDIR, to write what a run trained"
+    )
+  if not asked["to"]:
+    problems.append("give --to=<folder to write>")
+  if asked["checkpoint"] and asked["merge_adapter"]:
+    problems.append(
+      "--merge_adapter goes with --from: a run's own adapter is merged anyhow"
+    )
+  if asked["adapter"] and not asked["checkpoint"]:
+    problems.append("--adapter goes with --checkpoint")
+  if asked["adapter"] and asked["dtype"]:
+    problems.append("--adapter is written in float32; leave out --dtype")
+  if problems:
+    text = "; ".join(problems)
+    raise errors.UserError(f"{text[0].upper()}{text[1:]}.")
+
+
+def _convert(asked: Mapping[str, Any], to: pathlib.Path) -> int:
+  """Copies a model through our parameters; returns how many those are."""
+  shape, params = model_folder.load(asked["from"], dtype=asked["dtype"])
   if asked["merge_adapter"]:
-    adapter, settings = peft.load(pathlib.Path(asked["merge_adapter"]), config)
+    adapter, settings = peft.load(pathlib.Path(asked["merge_adapter"]), shape)
     params = lora_lib.merge(params, adapter, settings.scale)
   model_folder.save(
-    asked["to"],
-    config,
+    to,
+    shape,
     params,
     source=asked["from"],
     max_shard_bytes=asked["max_shard_bytes"],
   )
-  print(f"Wrote {asked['to']}: {lora_lib.count(params):,} parameters.")
+  return lora_lib.count(params)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from agrpo_jax import errors
 from agrpo_jax import models
@@ -81,6 +82,22 @@ def load(
   )
   _raise(folder, problems)
   return shape, params
+
+
+def stored_dtype(folder: pathlib.Path) -> str:
+  """The dtype of most tensors of a checkpoint, e.g. "bfloat16".
+
+  Raises:
+    UserError: if the files cannot be read, or hold no numbers that are known.
+  """
+  tensors = files.Tensors(folder)
+  kinds = [tensors.dtype(name) for name in sorted(tensors.names())]
+  known = [kind for kind in kinds if kind in arrays.DTYPES]
+  if not known:
+    raise errors.UserError(
+      f"{folder} holds no tensors of {', '.join(arrays.DTYPES)}; give --dtype."
+    )
+  return jnp.dtype(arrays.DTYPES[max(known, key=known.count)]).name
 
 
 def load_tokenizer(

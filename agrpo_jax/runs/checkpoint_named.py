@@ -1,6 +1,8 @@
 """A checkpoint by name: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP."""
 
+import json
 import pathlib
+from typing import Any
 
 from agrpo_jax import errors
 from agrpo_jax.runs import checkpoint_read
@@ -73,3 +75,30 @@ def find_train_step(checkpoint: str) -> int | None:
     return None
   reader, train_step = find(checkpoint)
   return reader.latest_step if train_step is None else train_step
+
+
+def read_config(checkpoint: str) -> dict[str, Any]:
+  """The config that a run recorded in its work directory, as plain JSON.
+
+  Raises:
+    UserError: there is no such file, or it is damaged.
+  """
+  folder, _ = split(checkpoint)
+  file = pathlib.Path(folder).expanduser() / "config.json"
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r}: there is no {str(file)!r}. Give a run's "
+      "config.workdir as a whole, with the config.json that the run wrote."
+    ) from None
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r}: {str(file)!r} cannot be read ({error}). "
+      "The run writes it anew when it goes on; or put a copy back."
+    ) from error
+  if not isinstance(found, dict):
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r}: {str(file)!r} does not hold a JSON object."
+    )
+  return found
