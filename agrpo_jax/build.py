@@ -218,6 +218,7 @@ def grader(c: config_lib.ConfigDict) -> pool.Grader:
     c.task.reward_weights.to_dict(),
     c.grading.num_workers,
     c.grading.timeout_seconds,
+    memory_gib=c.grading.memory_gib,
     task_path=c.task.path or None,
   )
 

@@ -162,6 +162,8 @@ def rl() -> ConfigDict:
   c.grading = grading = ConfigDict()
   grading.num_workers = 2  # processes
   grading.timeout_seconds = 10.0  # per completion
+  # What a process may take besides what its task takes to load, 2^30 bytes.
+  grading.memory_gib = 8.0
 
   # Checkpoints kept besides the newest: those of the highest eval/accuracy (of
   # equal ones the earlier), if evaluate.every lets a run know it. A new best is

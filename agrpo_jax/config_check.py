@@ -151,12 +151,9 @@ def _rl_problems(c: config.ConfigDict) -> list[str]:
   found.want(every >= 0, "evaluate.every", every, ">= 0")
   found.want(keep_best >= 0, "train.keep_best", keep_best, "0 (off) or more")
   found.positive("grading", c.grading, "num_workers")
-  found.want(
-    c.grading.timeout_seconds > 0,
-    "grading.timeout_seconds",
-    c.grading.timeout_seconds,
-    "positive",
-  )
+  for name in ("timeout_seconds", "memory_gib"):
+    value = c.grading[name]
+    found.want(value > 0, f"grading.{name}", value, "positive")
   return list(found)
 
 

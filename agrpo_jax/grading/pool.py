@@ -102,21 +102,30 @@ class Grader:
     num_workers: int = 2,
     timeout_seconds: float = 5.0,
     *,
+    memory_gib: float = 8.0,
     task_path: str | None = None,
   ):
     """Starts the workers without waiting for them.
 
-    task, task_path, options: as for `tasks.get` and the functions of a task.
-    weights: part name -> weight, over the task's defaults.
-    timeout_seconds: processor time for one completion; after twice that by the
-      clock, plus one second, its worker is killed and replaced.
+    Args:
+      task: a name for `tasks.get`.
+      options: of the task.
+      weights: part name -> weight, over the task's own.
+      num_workers: processes.
+      timeout_seconds: processor time for one completion; after twice that by
+        the clock, plus one second, its worker is killed and replaced.
+      memory_gib: 2^30 bytes that a worker may map beyond what its task takes to
+        load. A completion that wants more has failed.
+      task_path: file of a task of one's own, in place of `task`.
 
-    Raises UserError for bad options and weights of unknown parts.
+    Raises:
+      UserError: bad options, weights of unknown parts.
     """
-    if num_workers < 1 or timeout_seconds <= 0:
+    # Not written as <= 0, which nan is not.
+    if num_workers < 1 or not timeout_seconds > 0 or not memory_gib > 0:
       raise errors.UserError(
-        f"grading: {num_workers=} must be at least 1 and {timeout_seconds=} "
-        "above 0."
+        f"grading: {num_workers=} must be at least 1, {timeout_seconds=} and "
+        f"{memory_gib=} above 0."
       )
     options = dict(options or {})
     try:
@@ -134,6 +143,7 @@ class Grader:
       "options": options,
       "parts": list(self.weights),
       "timeout_seconds": timeout_seconds,
+      "memory_bytes": int(memory_gib * 2**30),
     }
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._closed = threading.Event()

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 START_SECONDS = 120.0
+KILL_SECONDS = 10.0
 MAX_STARTS = 3  # failed starts in a row before it gives up
 
 
@@ -107,8 +109,12 @@ class WorkerProcess:
       pass  # closed already
 
   def kill(self) -> None:
-    """Ends the process at once and leaves no zombie."""
+    """Ends the process at once, all that it started, and leaves no zombie."""
     self._is_ready = False
     self._socket.close()
-    self._process.kill()
-    self._process.wait()
+    self._process.terminate()  # its guard, who kills the rest and ends
+    try:
+      self._process.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+      os.killpg(self._process.pid, signal.SIGKILL)
+      self._process.wait()

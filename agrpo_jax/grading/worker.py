@@ -4,7 +4,8 @@ Started by `pool` as `python -m agrpo_jax.grading.worker FD`, in a
 process of its own that never imports jax: what a completion makes a grader do
 can then be bounded, and ended, from outside. Lines of JSON both ways:
 
-  {"task", "path", "options", "parts", "timeout_seconds"}  ->  {"ready": true}
+  {"task", "path", "options", "parts",
+   "timeout_seconds", "memory_bytes"}  ->  {"ready": true}
   {"completion", "fields"}  ->  {"parts": {...}, "grades": {...}, "answer"}
                             or  {"error": text} or {"mistake": text}
 
@@ -12,12 +13,17 @@ can then be bounded, and ended, from outside. Lines of JSON both ways:
 its completion; a "mistake" is one of the task's that other completions will not
 escape. A reply has "timed_out" in addition, or instead, where time was up.
 
-It ends when the other side closes the socket.
+It ends when the other side closes the socket, whatever it is doing, and with it
+all processes that a task has started: see `_guard`.
 """
 
+import ctypes
 import json
 import math
+import os
+import pathlib
 import resource
+import select
 import signal
 import socket
 import sys
@@ -30,8 +36,9 @@ from agrpo_jax import tasks
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks import contract
 
-MAX_BYTES = 4 << 30  # of memory, for the tasks of this package
 MAX_ANSWER_CHARS = 1000
+_SUBREAPER = 36  # options of Linux's prctl
+_PARENT_DEATH = 1
 
 
 class _Timer:
@@ -108,6 +115,89 @@ def _bounded_answer(
   return {**reply, "timed_out": True} if timer.has_fired else reply
 
 
+def _limit_memory(num_bytes: int) -> None:
+  """Lets this process map so much more than it has mapped by now.
+
+  Not so much in all: a task may import a library that maps a lot and uses none
+  of it.
+  """
+  _, hard = resource.getrlimit(resource.RLIMIT_AS)
+  statm = pathlib.Path("/proc/self/statm")
+  if statm.exists():
+    num_pages = int(statm.read_text().split()[0])
+    num_bytes += num_pages * resource.getpagesize()
+  if hard != resource.RLIM_INFINITY:
+    num_bytes = min(num_bytes, hard)
+  resource.setrlimit(resource.RLIMIT_AS, (num_bytes, hard))
+
+
+def _guard(connection: socket.socket) -> None:
+  """Forks. The child returns, to grade; the parent stays to end it.
+
+  A worker that hangs in a grader cannot look at its socket, and the processes
+  that a task has started have their own ways. So this process does nothing but
+  wait: until the other side closes the socket (its death does so too), it is
+  told to end, or the worker has ended. Then it kills whatever is left below it.
+  """
+  woken, wake = os.pipe()
+  os.set_blocking(wake, False)
+  signal.set_wakeup_fd(wake)
+  # Only to be woken. Before the fork: a signal must not find neither of us.
+  for number in (signal.SIGCHLD, signal.SIGTERM):
+    signal.signal(number, lambda *unused: None)
+  # Whose parent ends becomes our child, and not that of the machine's init.
+  _prctl(_SUBREAPER, 1)
+  worker = os.fork()
+  if worker == 0:
+    signal.set_wakeup_fd(-1)
+    os.close(woken)
+    os.close(wake)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+      signal.signal(number, signal.SIG_DFL)
+    _prctl(_PARENT_DEATH, signal.SIGKILL)
+    return
+  poll = select.poll()
+  poll.register(connection, 0)  # that the other side closed is always told
+  poll.register(woken, select.POLLIN)
+  is_over = False
+  while not is_over:
+    is_over = connection.fileno() in dict(poll.poll())
+    if not is_over:
+      is_over = signal.SIGTERM in os.read(woken, 512) or worker in _ended()
+  _kill_children()
+  os._exit(0)
+
+
+def _prctl(option: int, value: int) -> None:
+  """Sets an attribute of this process, where the system is Linux."""
+  if hasattr(library := ctypes.CDLL(None), "prctl"):
+    library.prctl(option, value, 0, 0, 0)
+
+
+def _ended() -> list[int]:
+  """Returns the children that have ended since the last call."""
+  ended = []
+  try:
+    while pid := os.waitpid(-1, os.WNOHANG)[0]:
+      ended.append(pid)
+  except ChildProcessError:
+    pass
+  return ended
+
+
+def _kill_children() -> None:
+  children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
+  if not children.exists():
+    os.killpg(0, signal.SIGKILL)  # this process included
+  try:
+    while True:  # the children of what is killed become ours
+      for pid in children.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+      os.waitpid(-1, 0)
+  except ChildProcessError:
+    pass  # none left
+
+
 def serve(connection: socket.socket) -> None:
   """Answers every line until the other side closes."""
   lines = connection.makefile("r", encoding="utf-8", newline="\n")
@@ -121,9 +211,7 @@ def serve(connection: socket.socket) -> None:
     return
   start = json.loads(first)
   task = tasks.get(start["task"], start["path"])
-  if not start["path"]:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, hard))
+  _limit_memory(start["memory_bytes"])
   send({"ready": True})
   for line in lines:
     send(_bounded_answer(task, start, json.loads(line), timer))
@@ -133,6 +221,7 @@ def main(argv: list[str]) -> None:
   # Ctrl-C in the terminal is for the parent; it ends us by closing the socket.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with socket.socket(fileno=int(argv[1])) as connection:
+    _guard(connection)
     try:
       serve(connection)
     except ConnectionError:

@@ -18,7 +18,30 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 _TASK = """
-import os, signal, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
+
+_SLEEP = [sys.executable, "-c", "import time; time.sleep(1000)"]
+kept = []
+
+def fork(how):
+  if how == "fork":
+    if (pid := os.fork()) == 0:
+      time.sleep(1000)
+    return pid
+  if how == "pool":
+    kept.append(multiprocessing.Pool(1))
+    return kept[-1].apply(os.getpid)
+  if how == "session":
+    return subprocess.Popen(_SLEEP, start_new_session=True).pid
+  # Its parent has ended: a daemon.
+  read, write = os.pipe()
+  if os.fork() == 0:
+    os.setsid()
+    daemon = subprocess.Popen(_SLEEP)
+    os.write(write, str(daemon.pid).encode())
+    os._exit(0)
+  os.wait()
+  return int(os.read(read, 20))
 
 def examples(split, *, path=None, options=None):
   return []
@@ -57,6 +80,8 @@ def reward(completion, fields, options):
     bytearray(64 << 30)
   if command == "pid":
     return {"one": float(os.getpid()), "length": 0.0}
+  if command == "fork":
+    return {"one": float(fork(value)), "length": 0.0}
   return {"one": 1.0, "length": float(len(completion))}
 
 def grade(completion, fields, options):
@@ -230,6 +255,28 @@ def test_close_leaves_no_process(task_path):
     grader.submit([], [])
 
 
+_FORKS = ["fork", "pool", "session", "daemon"]
+
+
+@pytest.mark.parametrize("how", _FORKS)
+def test_close_ends_what_a_reward_has_started(task_path, how):
+  with pool.Grader("", task_path=task_path, num_workers=1) as grader:
+    graded = grader.submit([f"fork {how}"], [{"gold": ""}]).result(60)
+    child = int(graded.reward_B[0])
+    assert _is_running(child)
+  assert _wait_for_end(child)
+
+
+def test_a_worker_that_is_killed_takes_its_children_along(task_path):
+  with pool.Grader(
+    "", task_path=task_path, num_workers=1, timeout_seconds=0.2
+  ) as grader:
+    graded = grader.submit(["fork session"], [{"gold": ""}]).result(60)
+    child = int(graded.reward_B[0])
+    assert grader.submit(["stuck"], [{"gold": ""}]).result(60).num_timed_out
+    assert _wait_for_end(child)
+
+
 def test_close_while_workers_start(task_path):
   begin = time.monotonic()
   with pool.Grader("", task_path=task_path, num_workers=2) as grader:
@@ -250,17 +297,16 @@ def test_killed_worker_is_replaced(task_path):
     assert graded.num_failed == 0
 
 
-def _run_script(task_path, ending):
+def _run_script(task_path, ending, completion="pid"):
   script = f"""
     import os, sys, time
     from agrpo_jax.grading import pool
     grader = pool.Grader("", task_path={task_path!r}, num_workers=2)
-    graded = grader.submit(["pid"], [{{"gold": ""}}]).result(60)
+    graded = grader.submit([{completion!r}], [{{"gold": ""}}]).result(60)
     print(int(graded.reward_B[0]), flush=True)
-    {ending}
   """
   return subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(script)],
+    [sys.executable, "-c", textwrap.dedent(script) + ending],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -279,7 +325,7 @@ def _wait_for_end(pid):
 def test_ctrl_c_shows_no_traceback_of_a_worker(task_path):
   process = _run_script(task_path, "time.sleep(60)")
   worker = int(process.stdout.readline())
-  assert os.getsid(worker) == worker  # out of reach of the terminal
+  assert os.getsid(worker) != process.pid  # out of reach of the terminal
   os.killpg(process.pid, signal.SIGINT)
   _, stderr = process.communicate(timeout=30)
   assert stderr.count("Traceback") == 1  # the script's own
@@ -292,6 +338,35 @@ def test_workers_end_with_a_parent_that_was_killed(task_path):
   worker = int(process.stdout.readline())
   process.communicate(timeout=30)
   assert _wait_for_end(worker)
+
+
+@pytest.mark.parametrize("how", _FORKS)
+def test_children_of_a_reward_end_with_a_parent_that_was_killed(task_path, how):
+  ending = """
+    grader.submit(["stuck"] * 2, [{"gold": ""}] * 2)
+    time.sleep(0.2)
+    os.kill(os.getpid(), 9)
+  """
+  process = _run_script(task_path, textwrap.dedent(ending), f"fork {how}")
+  child = int(process.stdout.readline())
+  process.wait(30)
+  assert _wait_for_end(child)
+
+
+@pytest.mark.parametrize("gib, num_failed", [(0.25, 1), (2.0, 0)])
+def test_memory_is_bounded_for_any_task(tmp_path, gib, num_failed):
+  path = tmp_path / "task.py"
+  grade = '{"accuracy": float(len(bytearray(512 << 20)) > 0)}'
+  path.write_text(_BROKEN.format(reward=_FINE, grade=grade))
+  graded = _grade(str(path), ["a"], memory_gib=gib, timeout_seconds=30.0)
+  assert graded.num_failed == num_failed
+
+
+def test_what_a_task_maps_while_it_loads_does_not_count(tmp_path):
+  path = tmp_path / "task.py"
+  text = _BROKEN.format(reward=_FINE, grade='{"accuracy": 1.0}')
+  path.write_text("import mmap\nkept = mmap.mmap(-1, 2 << 30)\n" + text)
+  assert _grade(str(path), ["a"], memory_gib=0.5).num_failed == 0
 
 
 def test_worker_that_cannot_start_is_an_error_not_a_zero(tmp_path):
@@ -312,6 +387,7 @@ def test_worker_that_cannot_start_is_an_error_not_a_zero(tmp_path):
   [
     ({"num_workers": 0}, "num_workers=0"),
     ({"timeout_seconds": 0.0}, "timeout_seconds=0.0"),
+    ({"memory_gib": float("nan")}, "memory_gib=nan"),
     (
       {"weights": {"two": 1.0}},
       "parts: two. The parts are one, length",
