@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import os
+from importlib import metadata
 
 import jax
 from jax.experimental import topologies
 from jax.extend import backend
+from packaging import requirements
 
 from agrpo_jax import errors
 
@@ -81,7 +83,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-  """Reads "v5e:4x8", "h100:8" or "cpu:8".
+  """Returns what "v5e:4x8", "h100:8" or "cpu:8" names.
 
   Raises:
     UserError: listing what is known.
@@ -115,23 +117,20 @@ def _is_tpu(kind: str) -> bool:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-  """Devices to compile for.
+  """Returns devices to compile for.
 
   Those of a TPU slice are only described. GPUs and CPUs are stood in for by
   virtual CPU devices: the same partitioning, another compiler behind it.
 
   Raises:
-    UserError: libtpu is missing, or does not know the slice.
+    UserError: libtpu is missing, belongs to another JAX, or does not know the
+      slice.
   """
   if not topology.is_tpu:
     backend.clear_backends()  # their number is read when they start
     jax.config.update("jax_num_cpu_devices", int(topology.shape))
     return jax.devices()
-  if importlib.util.find_spec("libtpu") is None:
-    raise errors.UserError(
-      f"--topology={topology.name} is compiled by libtpu, which is not "
-      "installed (it works without a TPU): pip install 'agrpo_jax[tpu]'"
-    )
+  version = _libtpu_version(topology)
   # Else libtpu looks for the TPU that this machine would be part of, and lets
   # only one process have it.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -143,8 +142,37 @@ def devices(topology: Topology) -> list[jax.Device]:
     found = topologies.get_topology_desc(
       platform="tpu", topology_name=topology.name, **options
     )
-  except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+  except (RuntimeError, NotImplementedError) as error:
     raise errors.UserError(
-      f"libtpu does not know --topology={topology.name}: {error}"
+      f"libtpu {version} does not know --topology={topology.name}: {error}"
     ) from error
   return list(found.devices)
+
+
+def _libtpu_version(topology: Topology) -> str:
+  """Returns the installed libtpu's version, "" if it does not say.
+
+  Raises:
+    UserError: it is missing, or belongs to another JAX than the installed one.
+      That would fail later, in words that tell nobody why.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise errors.UserError(
+      f"--topology={topology.name} is compiled by libtpu, which is not "
+      "installed (it works without a TPU): pip install 'agrpo_jax[tpu]'"
+    )
+  try:
+    version = metadata.version("libtpu")
+  except metadata.PackageNotFoundError:
+    return ""
+  for line in metadata.requires("jax") or []:
+    wanted = requirements.Requirement(line)
+    if wanted.name == "libtpu" and not wanted.specifier.contains(
+      version, prereleases=True
+    ):
+      raise errors.UserError(
+        f"libtpu {version} is installed, but jax {jax.__version__} goes with "
+        f"libtpu {str(wanted.specifier).removeprefix('==')}: pip install "
+        f"'jax[tpu]=={jax.__version__}'"
+      )
+  return version

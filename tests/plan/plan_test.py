@@ -4,7 +4,9 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
+import jax
 import pytest
 
 from agrpo_jax import errors
@@ -262,6 +264,29 @@ def test_a_slice_without_libtpu_names_the_extra(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(errors.UserError, match=r"agrpo_jax\[tpu\]"):
     chips.devices(chips.parse("v5e:4x8"))
+
+
+@pytest.mark.parametrize("version", ["0.0.1", "99.0"])
+def test_a_libtpu_of_another_jax_is_told_which_one_belongs(
+  tmp_path, monkeypatch, version
+):
+  """jax's own metadata says so: libtpu==0.0.42.* for jax 0.10.2, say."""
+  (tmp_path / "libtpu").mkdir()
+  (tmp_path / "libtpu" / "__init__.py").touch()
+  package = tmp_path / f"libtpu-{version}.dist-info"
+  package.mkdir()
+  (package / "METADATA").write_text(
+    f"Metadata-Version: 2.1\nName: libtpu\nVersion: {version}\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  (line,) = (r for r in metadata.requires("jax") if r.startswith("libtpu"))
+  wanted = line.split("==")[1].split(";")[0].strip()
+  with pytest.raises(errors.UserError) as caught:
+    chips.devices(chips.parse("v5e:4x8"))
+  message = str(caught.value)
+  assert f"libtpu {version} is installed" in message
+  assert f"jax {jax.__version__} goes with libtpu {wanted}:" in message
+  assert f"pip install 'jax[tpu]=={jax.__version__}'" in message
 
 
 def test_llada_has_its_eight_billion_parameters():
