@@ -5,13 +5,15 @@
       python -m agrpo_jax.main --config=configs/sudoku_tiny.py
 
 Every process gets AGRPO_COORDINATOR, AGRPO_NUM_PROCESSES and AGRPO_PROCESS_ID,
-which the program reads, and its lines come out with its number in front. When
-one fails, the others are asked to end, and the exit code is that of the first.
+which the program reads, and its lines come out with its number in front, but
+for those in which Gloo tells of its connections. When one fails, the others are
+asked to end, and the exit code is that of the first.
 Ctrl-C and SIGTERM go to all of them; the second one kills them.
 """
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import socket
@@ -24,6 +26,12 @@ from types import FrameType
 from typing import IO
 
 _POLL_SECONDS = 0.05
+# What Gloo, which connects CPU devices, writes for every group of devices, also
+# into the middle of another line; there are dozens, and they drown the rest.
+_CONNECTED = re.compile(
+  r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. "
+  r"Expected number of connected peer ranks is : \d+\n?"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -157,7 +165,11 @@ def _run(
 
 def _print_lines(process_id: int, stream: IO[str]) -> None:
   for line in stream:
-    print(f"[{process_id}] {line}", end="", flush=True)
+    said = _CONNECTED.sub("", line)
+    if said:
+      # In one piece: other threads print too.
+      line = said.rstrip("\n") + "\n"
+      print(f"[{process_id}] {line}", end="", flush=True)
 
 
 def _wait(processes: Sequence[subprocess.Popen[str]], grace: float) -> int:

@@ -811,6 +811,24 @@ def test_local_processes_get_their_variables():
   ]
 
 
+def test_connections_of_gloo_do_not_drown_what_is_said():
+  gloo = (
+    "[Gloo] Rank 0 is connected to 1 peer ranks. "
+    "Expected number of connected peer ranks is : 1"
+  )
+  said = f"{gloo}\nfirst\n\nsecond{gloo}\n[Gloo] Error: lost\n"
+  done = local(
+    "--num-processes=1",
+    *("--", sys.executable, "-c", f"print({said!r}, end='')"),
+  )
+  assert done.stdout.splitlines() == [
+    "[0] first",
+    "[0] ",
+    "[0] second",
+    "[0] [Gloo] Error: lost",
+  ]
+
+
 def test_a_local_dry_run_prints_what_a_run_runs():
   names = ["AGRPO_COORDINATOR", "AGRPO_NUM_PROCESSES", "AGRPO_PROCESS_ID"]
   options = ["--num-processes=2", "--port=1234"]
