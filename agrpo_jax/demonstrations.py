@@ -1,10 +1,7 @@
 """Batches of (prompt, completion) pairs for SFT, resumable by step number."""
 
-import json
-import pathlib
 import random
 from collections.abc import Callable
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,50 +9,40 @@ from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import tasks
 from agrpo_jax.models import tokens
+from agrpo_jax.tasks import base
+from agrpo_jax.tasks import contract
+from agrpo_jax.tasks import files
 
 CompletionFn = Callable[[tasks.Example, random.Random], str]
 
 
 def from_jsonl(path: str) -> list[tasks.Example]:
-  """Examples of a JSONL file; `fields["completion"]` is what to learn.
+  """Returns the examples of a JSONL file, whose completions are to be learned.
 
-  A line is {"prompt": text or chat messages, "completion": text}.
+  A line is {"prompt": text or chat messages, "completion": text}; the text
+  stands in `fields["completion"]`.
 
   Raises:
     UserError: naming file and line of what cannot be used.
   """
+  rows = files.read(path, "train", ("prompt", "completion"))
   return [
-    tasks.Example(id=index, messages=messages, fields={"completion": text})
-    for index, (messages, text) in enumerate(_pairs(pathlib.Path(path)))
+    tasks.Example(index, *_pair(where, row))
+    for index, (where, row) in enumerate(rows)
   ]
 
 
-def _pairs(file: pathlib.Path) -> Iterator[tuple[tuple, str]]:
-  for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise errors.UserError(f"{file}, line {number}: {error}.") from error
-    if not isinstance(record, dict):
-      record = {}
-    prompt, completion = record.get("prompt"), record.get("completion")
-    if isinstance(prompt, str):
-      prompt = [{"role": "user", "content": prompt}]
-    is_chat = isinstance(prompt, list) and all(
-      isinstance(turn, dict)
-      and isinstance(turn.get("role"), str)
-      and isinstance(turn.get("content"), str)
-      for turn in prompt
+def _pair(where: str, row: files.Row) -> tuple[tuple, dict[str, str]]:
+  messages, completion = row["prompt"], row["completion"]
+  if isinstance(messages, str):
+    messages = base.user_turn(messages)
+  if not (contract.is_chat(messages) and isinstance(completion, str)):
+    raise errors.UserError(
+      f"{where}: a demonstration is "
+      '{"prompt": text or messages, "completion": text}, not '
+      f"{row!r:.80}."
     )
-    if not (prompt and is_chat and isinstance(completion, str)):
-      raise errors.UserError(
-        f"{file}, line {number}: a demonstration is "
-        '{"prompt": text or messages, "completion": text}, not '
-        f"{line[:80]!r}."
-      )
-    yield tuple(prompt), completion
+  return tuple(messages), {"completion": completion}
 
 
 def recorded(example: tasks.Example, rng: random.Random) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ SPLITS = ("train", "test")
 class Example:
   """One problem.
 
-  id: unique within its split; random keys are folded from it.
-  messages: chat turns, each {"role": ..., "content": ...}.
-  fields: JSON values that `reward` and `grade` read (the gold answer, ...).
-  prefill: text that the completion is made to start with; it is part of the
-    prompt and not of the completion.
+  Attributes:
+    id: unique within its split; random keys are folded from it.
+    messages: chat turns, each {"role": ..., "content": ...}.
+    fields: JSON values that `reward` and `grade` read (the gold answer, ...).
+    prefill: text that the completion is made to start with; it is part of the
+      prompt and not of the completion.
   """
 
   id: int
@@ -40,10 +42,11 @@ class OutOfTime(BaseException):
 def settings(
   options: Mapping[str, Any] | None, defaults: Mapping[str, Any], task: str
 ) -> dict[str, Any]:
-  """`defaults` overridden by `options`.
+  """Returns `defaults` overridden by `options`.
 
-  Raises UserError that names every unknown key and every value of another
-  type than its default.
+  Raises:
+    UserError: naming every unknown key and every value of another type than
+      its default.
   """
   options = dict(options or {})
   problems = [
@@ -65,8 +68,31 @@ def settings(
   return {**defaults, **options}
 
 
+def check_range(
+  task: str,
+  options: Mapping[str, Any],
+  name: str,
+  low: float,
+  high: float = math.inf,
+) -> None:
+  """Checks that an option lies between two bounds, both included.
+
+  Raises:
+    UserError: naming the option, its value and the bounds.
+  """
+  if not low <= options[name] <= high:
+    legal = f"at least {low}" if high == math.inf else f"{low} to {high}"
+    raise errors.UserError(
+      f"task {task!r}: option {name}={options[name]} must be {legal}."
+    )
+
+
 def check_choice(task: str, what: str, value: str, known: Iterable[str]) -> str:
-  """Returns `value`; raises UserError with the known ones if it is none."""
+  """Returns `value` if it is a known one.
+
+  Raises:
+    UserError: naming the known ones.
+  """
   known = tuple(known)
   if value not in known:
     raise errors.UserError(
@@ -77,17 +103,29 @@ def check_choice(task: str, what: str, value: str, known: Iterable[str]) -> str:
 
 
 def check_split(task: str, split: str) -> str:
+  """Returns `split` if there is one of that name; else raises UserError."""
   return check_choice(task, "split", split, SPLITS)
 
 
+def is_text(value: object) -> bool:
+  """Whether `value` is a string that can be encoded: no half of a surrogate."""
+  if not isinstance(value, str):
+    return False
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def user_turn(text: str, system: str = "") -> tuple[dict[str, str], ...]:
-  """Chat messages: an optional system turn, then one user turn."""
+  """Returns chat messages: an optional system turn, then one user turn."""
   user = {"role": "user", "content": text}
   return ({"role": "system", "content": system}, user) if system else (user,)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-  """Names the problems of a split, whatever file format they came in.
+  """Returns a name for the problems of a split, whatever file they came in.
 
   A SHA-256 over the fields of every example in order, cut to 16 hexadecimal
   digits. Prompts are left out, so it does not depend on the protocol.

@@ -46,6 +46,18 @@ def messages(question: str, protocol: str) -> tuple[dict[str, str], ...]:
   return base.user_turn(f"{instructions}\n{question}")
 
 
+def example(
+  index: int, question: str, gold: str, protocol: str
+) -> base.Example:
+  """Returns the problem that asks `question`."""
+  return base.Example(
+    id=index,
+    messages=messages(question, protocol),
+    fields={"question": question, "gold": gold},
+    prefill=PREFILL[protocol],
+  )
+
+
 def reward_weights(protocol: str) -> dict[str, float]:
   """Returns the released weights: tags 0.5 each and 3 for a right answer.
 

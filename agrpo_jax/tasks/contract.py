@@ -76,21 +76,21 @@ def _example_problems(found: Sequence[Any]) -> Iterator[str]:
       yield f"{where} has the id={example.id} of example {first}"
     if not is_chat(example.messages):
       yield f"{where} has messages={example.messages!r:.80}"
-    if not isinstance(example.prefill, str):
+    if not base.is_text(example.prefill):
       yield f"{where} has prefill={example.prefill!r:.80}"
     if not _is_json_object(example.fields):
       yield f"{where} has fields={example.fields!r:.80}"
 
 
 def is_chat(messages: object) -> bool:
-  """Whether `messages` are chat turns, at least one."""
+  """Whether `messages` are chat turns of text, at least one."""
   return (
     isinstance(messages, (list, tuple))
     and bool(messages)
     and all(
       isinstance(turn, Mapping)
-      and isinstance(turn.get("role"), str)
-      and isinstance(turn.get("content"), str)
+      and base.is_text(turn.get("role"))
+      and base.is_text(turn.get("content"))
       for turn in messages
     )
   )
@@ -199,7 +199,7 @@ def demonstration(
     UserError: what the task itself refuses, or something else than text.
   """
   text = task.demonstration(example, rng, options)
-  if not isinstance(text, str):
+  if not base.is_text(text):
     raise _mistake(
       task,
       f"demonstration gave {text!r:.80} for the example with id={example.id}",

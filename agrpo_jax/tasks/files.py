@@ -4,13 +4,17 @@ import csv
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
 from agrpo_jax import errors
+from agrpo_jax.tasks import base
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+_ENCODING = "utf-8-sig"  # some editors put a byte-order mark before the text
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Row = dict[str, Any]
 
@@ -18,14 +22,17 @@ Row = dict[str, Any]
 def read(
   path: str, split: str, columns: Sequence[str]
 ) -> list[tuple[str, Row]]:
-  """The rows of a data file, each with where it stands, for messages.
+  """Returns the rows of a data file, each with where it stands, for messages.
 
-  path: a file, used for whichever split is asked for, or a folder that holds
-    {split}.jsonl, {split}.csv or {split}.parquet.
-  columns: what every row must have. Values of a CSV file are strings.
+  Args:
+    path: a file, used for whichever split is asked for, or a folder that holds
+      {split}.jsonl, {split}.csv or {split}.parquet.
+    split: train or test.
+    columns: what every row must have. Values of a CSV file are strings.
 
-  Raises UserError for a missing or empty file, an unknown suffix, a malformed
-  line (file and line named) and missing columns (found and expected named).
+  Raises:
+    UserError: a missing or empty file, an unknown suffix, a malformed line
+      (file and line named), missing columns (found and expected named).
   """
   file = _find(pathlib.Path(path).expanduser(), split)
   readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -44,7 +51,11 @@ def read(
 def check_columns(
   rows: Sequence[tuple[str, Row]], columns: Sequence[str]
 ) -> None:
-  """Raises UserError at the first row that lacks one of `columns`."""
+  """Checks that no row lacks one of `columns`.
+
+  Raises:
+    UserError: naming the first that does.
+  """
   for where, row in rows:
     missing = [name for name in columns if row.get(name) is None]
     if missing:
@@ -52,6 +63,20 @@ def check_columns(
         f"{where}: column {', '.join(missing)} is missing or empty; found "
         f"{', '.join(map(str, row))}, expected {', '.join(columns)}."
       )
+
+
+def text(where: str, row: Row, column: str) -> str:
+  """Returns a row's value as text; a number is one without its quotes.
+
+  Raises:
+    UserError: a value of another kind.
+  """
+  value = row[column]
+  if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    raise errors.UserError(
+      f"{where}: column {column} must hold text, not {value!r:.60}."
+    )
+  return str(value)
 
 
 def _find(path: pathlib.Path, split: str) -> pathlib.Path:
@@ -73,7 +98,7 @@ def _find(path: pathlib.Path, split: str) -> pathlib.Path:
 
 
 def _jsonl(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  with file.open(encoding="utf-8") as lines:
+  with file.open(encoding=_ENCODING) as lines:
     for number, line in enumerate(lines, start=1):
       if not line.strip():
         continue
@@ -84,11 +109,18 @@ def _jsonl(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
         raise errors.UserError(f"{where} is not JSON: {error}.") from error
       if not isinstance(row, dict):
         raise errors.UserError(f"{where} is no JSON object: {line[:60]!r}.")
+      if _SURROGATE.search(line) and not base.is_text(
+        json.dumps(row, ensure_ascii=False)
+      ):
+        raise errors.UserError(
+          f"{where} escapes half of a character, as in \\ud83d without a "
+          "\\ude00 behind it; write the whole character, or leave it out."
+        )
       yield where, row
 
 
 def _csv(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  with file.open(encoding="utf-8", newline="") as lines:
+  with file.open(encoding=_ENCODING, newline="") as lines:
     reader = csv.DictReader(lines)
     try:
       for row in reader:
@@ -127,10 +159,11 @@ class Hub:
 def from_hub(
   hub: Hub, split: str, columns: Sequence[str]
 ) -> list[tuple[str, Row]]:
-  """The rows of one split of a hub data set.
+  """Returns the rows of one split of a hub data set.
 
-  Raises UserError where the `datasets` package is missing, or the data set
-  can neither be downloaded nor found in the local cache.
+  Raises:
+    UserError: the `datasets` package is missing, or the data set can neither be
+      downloaded nor found in the local cache.
   """
   try:
     import datasets  # an optional extra

@@ -47,6 +47,7 @@ PUBLISHED = {  # `base.fingerprint` of all examples
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_range(NAME, chosen, "num_examples", 0)
   base.check_choice(NAME, "protocol", chosen["protocol"], boxed.PROTOCOLS)
   base.check_choice(NAME, "source", chosen["source"], HUB)
   return chosen
@@ -71,13 +72,12 @@ def examples(
   else:
     source = chosen["source"] if split == "test" else "main"
     rows = files.from_hub(HUB[source], split, columns)
-  protocol = chosen["protocol"]
   return [
-    base.Example(
-      id=index,
-      messages=boxed.messages(row["question"], protocol),
-      fields={"question": row["question"], "gold": _gold(where, row["answer"])},
-      prefill=boxed.PREFILL[protocol],
+    boxed.example(
+      index,
+      files.text(where, row, "question"),
+      _gold(where, files.text(where, row, "answer")),
+      chosen["protocol"],
     )
     for index, (where, row) in enumerate(rows[: chosen["num_examples"] or None])
   ]

@@ -50,11 +50,9 @@ PUBLISHED = {  # `base.fingerprint` of all examples
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_range(NAME, chosen, "num_examples", 0)
   base.check_choice(NAME, "protocol", chosen["protocol"], boxed.PROTOCOLS)
-  if not 1 <= chosen["max_level"] <= 5:
-    raise errors.UserError(
-      f"task 'math': option max_level={chosen['max_level']} must be 1-5."
-    )
+  base.check_range(NAME, chosen, "max_level", 1, 5)
   return chosen
 
 
@@ -72,14 +70,8 @@ def examples(
   base.check_split(NAME, split)
   chosen = _settings(options)
   load = _train if split == "train" else _test
-  protocol = chosen["protocol"]
   return [
-    base.Example(
-      id=index,
-      messages=boxed.messages(problem, protocol),
-      fields={"question": problem, "gold": gold},
-      prefill=boxed.PREFILL[protocol],
-    )
+    boxed.example(index, problem, gold, chosen["protocol"])
     for index, (problem, gold) in enumerate(
       load(path, chosen)[: chosen["num_examples"] or None]
     )
@@ -94,7 +86,10 @@ def _test(path: str | None, chosen: Mapping[str, Any]) -> list[tuple[str, str]]:
     if path is not None
     else files.from_hub(HUB["test"], "test", columns)
   )
-  return [(row["problem"], row["answer"]) for _, row in rows]
+  return [
+    (files.text(where, row, "problem"), files.text(where, row, "answer"))
+    for where, row in rows
+  ]
 
 
 def _train(
@@ -117,16 +112,17 @@ def _train(
       )
   test_problems = {problem for problem, _ in held_out}
   pairs = []
-  for _, row in rows:
+  for where, row in rows:
     level = re.fullmatch(r"(?:Level )?(\d)", str(row["level"]))
-    gold = answers.first_boxed(row["solution"])
+    gold = answers.first_boxed(files.text(where, row, "solution"))
+    problem = files.text(where, row, "problem")
     if (
       level
       and int(level[1]) <= chosen["max_level"]
       and gold
-      and row["problem"] not in test_problems
+      and problem not in test_problems
     ):
-      pairs.append((row["problem"], gold))
+      pairs.append((problem, gold))
   if not pairs:
     raise errors.UserError(
       f"task 'math': none of the {len(rows)} rows of {path or 'the hub'} is "

@@ -52,6 +52,8 @@ def test_good_examples_come_back_as_they_are():
     ([_example(messages=[{"role": "user"}])], "messages="),
     ([_example(messages=[{"role": "user", "content": 3}])], "'content': 3"),
     ([_example(messages=["hello"])], "messages="),
+    ([_example(messages=base.user_turn("a\ud800"))], "messages=.*ud800"),
+    ([_example(prefill="\udc80")], "prefill="),
     ([_example(fields={"gold": {1, 2}})], r"fields=\{'gold': \{1, 2\}\}"),
     ([_example(fields={1: 2})], r"fields=\{1: 2\}"),
     ([_example(fields=["gold"])], "fields="),
@@ -92,7 +94,7 @@ def test_weights_are_the_tasks_own_but_those_changed():
   assert weights == {"exact": 3.0, "length": 0.5}
 
 
-@pytest.mark.parametrize("text", [None, 5, b"bytes", ["a"]])
+@pytest.mark.parametrize("text", [None, 5, b"bytes", ["a"], "\ud83d"])
 def test_demonstrations_are_text(text):
   task = _task(demonstration=text)
   with pytest.raises(errors.UserError, match=r"demonstration gave .* id=4"):

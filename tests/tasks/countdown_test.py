@@ -80,7 +80,7 @@ def _write(path, rows):
 def test_reads_both_published_formats(tmp_path):
   rows = [
     {"input": "30,100,93", "output": "23"},
-    {"nums": [44, 19, 35], "target": 98},
+    {"nums": [44, "19", 35.0], "target": "98"},
     {"nums": [63, 95, 96, 1], "target": 88},
   ]
   path = _write(tmp_path / "train.jsonl", rows)
@@ -113,6 +113,12 @@ def test_excludes_the_numbers_of_a_test_file(tmp_path):
     {"input": "1,2,x", "output": "3"},
     {"input": "1,2,3"},
     {"nums": 3, "target": 3},
+    {"nums": "123", "target": 6},
+    {"nums": [1.5, 2, 3], "target": 6},
+    {"nums": [1, 2, 3], "target": 6.5},
+    {"nums": [True, 2, 3], "target": 6},
+    {"nums": [1, 2, 3], "target": float("nan")},
+    {"nums": [1, 2, 3], "target": float("inf")},
   ],
 )
 def test_row_that_holds_no_problem(tmp_path, row):

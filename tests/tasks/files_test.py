@@ -19,6 +19,25 @@ def test_jsonl_rows_carry_their_line(tmp_path):
   assert rows == [(f"{path}, line 1", {"a": 1}), (f"{path}, line 3", {"a": 2})]
 
 
+@pytest.mark.parametrize(
+  "name, content",
+  [("a.jsonl", b'\xef\xbb\xbf{"a": "1"}\n'), ("a.csv", b"\xef\xbb\xbfa\n1\n")],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+  path = tmp_path / name
+  path.write_bytes(content)
+  assert [row for _, row in files.read(str(path), "test", ["a"])] == [
+    {"a": "1"}
+  ]
+
+
+def test_lines_end_at_line_feeds_only_and_characters_may_be_escaped(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"a": "x\u2028y\x85z"}\n{"a": "\\ud83d\\ude00"}\n', "utf-8")
+  rows = [row for _, row in files.read(str(path), "test", ["a"])]
+  assert rows == [{"a": "x\u2028y\x85z"}, {"a": "\U0001f600"}]
+
+
 def test_folder_holds_a_file_per_split(tmp_path):
   (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
   (tmp_path / "test.csv").write_text("a\n2\n")
@@ -42,6 +61,8 @@ def test_folder_holds_a_file_per_split(tmp_path):
     ("a.jsonl", b'{"a": 1}\n{"a": null}\n', r"line 2: column a is missing"),
     ("a.csv", b"b,c\n1,2\n", r"column a is missing or empty; found b, c"),
     ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "x\\ud800"}\n', "line 2 escapes half of"),
+    ("a.jsonl", b'{"a": [{"b\\uDFFF": 1}]}\n', "line 1 escapes half of"),
     ("a.json", b"{}", r"must end in \.jsonl, \.csv, \.parquet"),
   ],
 )

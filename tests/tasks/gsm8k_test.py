@@ -57,6 +57,12 @@ def test_protocols(tmp_path, protocol, roles, prefill, has):
     ({"question": "q", "answer": "18"}, "line 2: answer '18' does not end in"),
     ({"question": "q", "answer": "#### many"}, "line 2: answer"),
     ({"question": "q", "answer": "####"}, "line 2: answer"),
+    ({"question": "q", "answer": 18}, "line 2: answer '18' does not end in"),
+    (
+      {"question": "q", "answer": ["#### 1"]},
+      "line 2: column answer must hold",
+    ),
+    ({"question": {"a": 1}, "answer": "#### 1"}, "column question must hold"),
     (
       {"problem": "q", "answer": "#### 1"},
       "line 2: column question is",
@@ -93,6 +99,7 @@ def test_platinum_is_only_a_test_split(monkeypatch):
     ({"protocol": "x"}, "agrpo, d1, llada, bare"),
     ({"nums": 1}, "option 'nums' is unknown"),
     ({"num_examples": "all"}, "num_examples='all' must be of type int"),
+    ({"num_examples": -1}, "num_examples=-1 must be at least 0"),
   ],
 )
 def test_bad_options(options, message):

@@ -76,8 +76,19 @@ def test_nothing_left_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize("level", [0, 6])
 def test_bad_level(level):
-  with pytest.raises(errors.UserError, match=f"max_level={level} must be 1-5"):
+  with pytest.raises(
+    errors.UserError, match=f"max_level={level} must be 1 to 5"
+  ):
     math.examples("train", options={"max_level": level})
+
+
+def test_an_answer_may_be_a_number(tmp_path):
+  path = _write(tmp_path / "test.jsonl", [{"problem": "a", "answer": 5}])
+  (example,) = math.examples("test", path=path)
+  assert example.fields["gold"] == "5"
+  _write(tmp_path / "test.jsonl", [{"problem": "a", "answer": {"b": 5}}])
+  with pytest.raises(errors.UserError, match="line 1: column answer must hold"):
+    math.examples("test", path=path)
 
 
 def test_wrong_columns(tmp_path):

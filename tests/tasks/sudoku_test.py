@@ -115,7 +115,8 @@ def test_thousands_of_different_puzzles_in_seconds():
     ({"min_blanks": 1, "max_blanks": 1, "num_examples": 4000}, "only about"),
     ({"protocol": "r1"}, "agrpo, d1, llada, bare"),
     ({"demonstration": "wild"}, "clean, careless"),
-    ({"shots": 4}, "between 0 and 3"),
+    ({"shots": 4}, "shots=4 must be 0 to 3"),
+    ({"careless_probability": 1.5}, "careless_probability=1.5 must be 0 to 1"),
     ({"blanks": 3, "seed": "x"}, "'blanks' is unknown; option seed='x' must"),
   ],
 )

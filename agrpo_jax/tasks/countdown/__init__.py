@@ -48,6 +48,7 @@ _RELEASED_WEIGHTS = {
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_range(NAME, chosen, "num_examples", 0)
   base.check_choice(NAME, "protocol", chosen["protocol"], prompts.PROTOCOLS)
   return chosen
 
@@ -112,14 +113,23 @@ def _from_file(path: str, split: str) -> list[problems_lib.Problem]:
     if "input" in row:
       numbers, target = str(row["input"]).split(","), row.get("output")
     try:
-      problems.append((tuple(int(n) for n in numbers), int(target)))
-    except (TypeError, ValueError) as error:
+      if isinstance(numbers, str):
+        raise TypeError  # whose digits would be read as the numbers
+      problems.append((tuple(map(_integer, numbers)), _integer(target)))
+    except (TypeError, ValueError, OverflowError) as error:
       raise errors.UserError(
         f"{where} holds no Countdown problem: found columns {', '.join(row)}; "
         'expected {"input": "30,100,93", "output": "23"} or {"nums": [30, 100, '
         '93], "target": 23}.'
       ) from error
   return problems
+
+
+def _integer(value: Any) -> int:
+  """Returns the integer that a file holds, as a number or as text."""
+  if isinstance(value, bool) or int(value) != float(value):
+    raise ValueError(f"{value!r} is not whole")
+  return int(value)
 
 
 def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:

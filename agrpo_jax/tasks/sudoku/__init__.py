@@ -48,15 +48,13 @@ _RELEASED_WEIGHTS = {
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
+  base.check_range(NAME, chosen, "num_examples", 0)
   base.check_choice(NAME, "protocol", chosen["protocol"], prompts.PROTOCOLS)
   base.check_choice(
     NAME, "demonstration", chosen["demonstration"], DEMONSTRATIONS
   )
-  if not 0 <= chosen["shots"] <= len(prompts.SHOTS):
-    raise errors.UserError(
-      f"task 'sudoku': option shots={chosen['shots']} must be between 0 and "
-      f"{len(prompts.SHOTS)}."
-    )
+  base.check_range(NAME, chosen, "shots", 0, len(prompts.SHOTS))
+  base.check_range(NAME, chosen, "careless_probability", 0, 1)
   return chosen
 
 
