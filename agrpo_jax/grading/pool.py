@@ -39,16 +39,18 @@ _BATCH_BYTES = 64_000
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-  """What the B completions of one `submit` earned, in their order.
+  """Rewards and grades of the B completions of one `submit`, in their order.
 
-  reward_B: float64 [B], the weighted sum of the parts.
-  parts: name -> float64 [B], unweighted.
-  grades: name -> float64 [B]; "accuracy" is always there.
-  num_failed: completions whose grader raised or crashed.
-  num_timed_out: completions whose grader was stopped. Parts that it had decided
-    by then are kept: an answer too hard to check can still have its tags.
-  answers: the extracted answer of each completion, "" where there is none.
   Whatever a grader could not decide is 0.
+
+  Attributes:
+    reward_B: float64 [B], the weighted sum of the parts.
+    parts: name -> float64 [B], unweighted.
+    grades: name -> float64 [B]; "accuracy" is always there.
+    num_failed: completions whose grader raised or crashed.
+    num_timed_out: completions whose grader was stopped. Parts that it had
+      decided by then are kept: an answer too hard to check can have its tags.
+    answers: the extracted answer of each completion, "" where there is none.
   """
 
   reward_B: np.ndarray
@@ -60,12 +62,12 @@ class Graded:
 
   @property
   def grade_B(self) -> np.ndarray:
-    """float64 [B] in [0, 1]: the strict accuracy."""
+    """Returns the strict accuracy, float64 [B] in [0, 1]."""
     return self.grades["accuracy"]
 
 
 def concatenate(batches: Sequence[Graded]) -> Graded:
-  """The completions of several `submit`s of one grader, in order.
+  """Returns the completions of several `submit`s of one grader, in order.
 
   A grade that a batch lacks, because all of its completions failed, is 0 there.
   """
@@ -167,9 +169,14 @@ class Grader:
   def submit(
     self, completions: Sequence[str], fields: Sequence[Mapping[str, Any]]
   ) -> "concurrent.futures.Future[Graded]":
-    """Grades completions[i] against fields[i]; `.result()` gives `Graded`.
+    """Starts grading completions[i] against fields[i].
 
-    Raises ValueError for lists of unequal length and on a closed grader.
+    Returns:
+      A future of `Graded`. It raises UserError where the task breaks its
+      contract, and RuntimeError where no worker can be started.
+
+    Raises:
+      ValueError: lists of unequal length, or a closed grader.
     """
     if len(completions) != len(fields):
       raise ValueError(f"{len(completions)=} and {len(fields)=} differ.")
@@ -182,6 +189,7 @@ class Grader:
         zip(completions, fields, strict=True)
       )
     ]
+    # A small batch is shared out, so that no worker idles beside another.
     share = -(-len(items) // len(self._workers))
     for batch in _batches(items, min(_BATCH_ITEMS, share)):
       self._queue.put(batch)
@@ -191,7 +199,7 @@ class Grader:
     """Ends the workers; what is still pending is cancelled."""
     self._closed.set()
     for worker in self._workers:
-      self._queue.put(None)
+      self._queue.put(None)  # wakes a thread that waits for work
       worker.hang_up()
     for thread in self._threads:
       thread.join()
@@ -202,7 +210,7 @@ class Grader:
         item.job.cancel()
 
   def _serve(self, worker: process.WorkerProcess) -> None:
-    """The life of one thread: takes batches to its worker."""
+    """Takes batches to one worker until the grader is closed."""
     while (batch := self._queue.get()) is not None:
       items = collections.deque(batch)
       while items and not self._closed.is_set():
@@ -222,7 +230,11 @@ class Grader:
     worker: process.WorkerProcess,
     items: "collections.deque[_Item]",
   ) -> None:
-    """Takes items off as they are answered; a bad worker costs one at most."""
+    """Takes items off as they are answered; a bad worker costs one at most.
+
+    The worker answers in order, so the first item without a reply is the one
+    that it hung or crashed on. The others go to its successor.
+    """
     try:
       worker.send(item.line for item in items)
       while items:
@@ -243,6 +255,7 @@ class _Job:
   def __init__(self, size: int, weights: Mapping[str, float]):
     self.future: concurrent.futures.Future[Graded] = concurrent.futures.Future()
     self._weights = weights
+    # By index: replies come in any order, and not all that is sent is answered.
     self._replies: list[dict[str, Any]] = [{}] * size
     self._num_missing = size
     self._lock = threading.Lock()
@@ -250,6 +263,7 @@ class _Job:
       self.future.set_result(self._graded())
 
   def finish(self, index: int, reply: dict[str, Any]) -> None:
+    """Takes the reply to one completion; the last one completes the future."""
     with self._lock:
       self._replies[index] = reply
       self._num_missing -= 1
@@ -257,11 +271,13 @@ class _Job:
         self.future.set_result(self._graded())
 
   def fail(self, error: Exception) -> None:
+    """Makes the future raise, if it is not done."""
     with self._lock:
       if not self.future.done():
         self.future.set_exception(error)
 
   def cancel(self) -> None:
+    """Cancels the future, if it is not done."""
     with self._lock:
       self.future.cancel()
 
@@ -276,6 +292,7 @@ class _Job:
     reward_B = np.zeros(len(self._replies))
     for name, weight in self._weights.items():
       reward_B += weight * parts[name]
+    # A reply without grades has failed; the names are those of the others.
     names = {"accuracy": None}
     for reply in self._replies:
       names.update(dict.fromkeys(reply.get("grades", ())))
@@ -297,6 +314,7 @@ class _Item:
   line: bytes
 
   def finish(self, reply: dict[str, Any]) -> None:
+    """Hands a worker's reply on, and logs where there was none to give."""
     if "mistake" in reply:
       self.job.fail(errors.UserError(reply["mistake"]))
       return

@@ -17,13 +17,14 @@ MAX_STARTS = 3  # failed starts in a row before it gives up
 
 
 class WorkerProcess:
-  """A process that runs `worker`; replaced when it goes bad."""
+  """A process that runs `worker`, and its successors when it goes bad."""
 
   def __init__(self, start: Mapping[str, Any], seconds: float):
     """Starts the process without waiting for it.
 
-    start: the first message, which names the task.
-    seconds: by the clock, to wait for one reply.
+    Args:
+      start: the first message, which names the task.
+      seconds: by the clock, to wait for one reply.
     """
     self._start = json.dumps(start).encode() + b"\n"
     self._seconds = seconds
@@ -86,11 +87,22 @@ class WorkerProcess:
     return self._process.poll() is not None
 
   def send(self, lines: Iterable[bytes]) -> None:
+    """Sends messages, each a line.
+
+    Raises:
+      TimeoutError: the worker does not take them.
+      ConnectionError: it is gone.
+    """
     self._socket.settimeout(self._seconds)
     self._socket.sendall(b"".join(lines))
 
   def receive(self, seconds: float | None = None) -> dict[str, Any]:
-    """The next reply. Raises TimeoutError or ConnectionError."""
+    """Returns the next reply.
+
+    Raises:
+      TimeoutError: there is none within `seconds`.
+      ConnectionError: the worker is gone.
+    """
     self._socket.settimeout(seconds or self._seconds)
     while b"\n" not in self._received:
       chunk = self._socket.recv(65_536)

@@ -52,7 +52,7 @@ def submit(
 
 
 def collect(pending: Sequence[Pending]) -> pool.Graded:
-  """Grades of all batches, all rows, the same on every process."""
+  """Returns the grades of all batches and rows, the same on every process."""
   own = [one.own.result() for one in pending]
   every = processes.exchange([_to_json(graded) for graded in own])
   return pool.concatenate(
@@ -94,6 +94,7 @@ def _merge(shares: Sequence[Mapping[str, Any]], num_rows: int) -> pool.Graded:
       for name in names
     }
 
+  # Process p of n graded the rows p, p + n, p + 2n, ... (`own_rows`).
   answers = [""] * num_rows
   for process, share in enumerate(shares):
     answers[process :: len(shares)] = share["answers"]

@@ -42,7 +42,7 @@ _PARENT_DEATH = 1
 
 
 class _Timer:
-  """Raises `base.OutOfTime` after some processor time.
+  """An alarm that raises `base.OutOfTime` after some processor time.
 
   Processor time, so that a machine busy with compiling does not decide what a
   completion earns. It fires again and again, in case a bare `except` swallows
@@ -54,10 +54,12 @@ class _Timer:
     signal.signal(signal.SIGPROF, self._fire)
 
   def start(self, seconds: float) -> None:
+    """Sets the alarm to so much processor time from now."""
     self.has_fired = False
     signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
 
   def stop(self) -> None:
+    """Ends the alarm, fired or not."""
     signal.setitimer(signal.ITIMER_PROF, 0)
 
   def _fire(self, signum: int, frame: types.FrameType | None) -> None:
@@ -165,7 +167,7 @@ def _guard(connection: socket.socket) -> None:
     if not is_over:
       is_over = signal.SIGTERM in os.read(woken, 512) or worker in _ended()
   _kill_children()
-  os._exit(0)
+  os._exit(0)  # without the clean-up of what the fork has copied
 
 
 def _prctl(option: int, value: int) -> None:
@@ -199,7 +201,7 @@ def _kill_children() -> None:
 
 
 def serve(connection: socket.socket) -> None:
-  """Answers every line until the other side closes."""
+  """Answers every line of a connection until the other side closes it."""
   lines = connection.makefile("r", encoding="utf-8", newline="\n")
 
   def send(reply: dict[str, Any]) -> None:

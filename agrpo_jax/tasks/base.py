@@ -33,7 +33,7 @@ class Example:
 
 
 class OutOfTime(BaseException):
-  """Raised inside a grader whose time is up (see `worker`).
+  """The time of a grader is up: see `grading.worker`.
 
   No Exception, because libraries swallow those.
   """
@@ -108,7 +108,10 @@ def check_split(task: str, split: str) -> str:
 
 
 def is_text(value: object) -> bool:
-  """Whether `value` is a string that can be encoded: no half of a surrogate."""
+  """Returns whether `value` is a string without lone surrogates.
+
+  Those come from escapes in JSON, and no tokenizer can encode them.
+  """
   if not isinstance(value, str):
     return False
   try:

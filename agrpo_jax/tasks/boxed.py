@@ -89,5 +89,5 @@ def reward(
 
 
 def released_correct(text: str, gold: str) -> bool:
-  """Whether math-verify finds the answer equal to `gold`, both as LaTeX."""
+  """Returns whether math-verify finds the answer equal to `gold`, as LaTeX."""
   return equality.equal(f"${gold}$", f"${answers.released_answer(text)}$")

@@ -83,7 +83,7 @@ def _example_problems(found: Sequence[Any]) -> Iterator[str]:
 
 
 def is_chat(messages: object) -> bool:
-  """Whether `messages` are chat turns of text, at least one."""
+  """Returns whether `messages` are chat turns of text, at least one."""
   return (
     isinstance(messages, (list, tuple))
     and bool(messages)

@@ -59,10 +59,11 @@ def examples(
   path: str | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> list[base.Example]:
-  """The problems of `split`, from `path` or the hub.
+  """Returns the problems of `split`, from `path` or the hub.
 
-  Raises UserError for bad options, a file that is missing, empty, malformed or
-  of other columns, and an answer without a gold number.
+  Raises:
+    UserError: bad options, a file that is missing, empty, malformed or
+      of other columns, or an answer without a gold number.
   """
   base.check_split(NAME, split)
   chosen = _settings(options)
@@ -94,10 +95,11 @@ def _gold(where: str, answer: str) -> str:
 
 
 def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
+  """Returns the released weights, those of the options' protocol."""
   return boxed.reward_weights(_settings(options)["protocol"])
 
 
-reward = boxed.reward
+reward = boxed.reward  # GSM8K's and MATH's are the same
 
 
 def grade(
@@ -105,7 +107,7 @@ def grade(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Verdicts, 1 or 0.
+  """Returns verdicts, 1 or 0.
 
   accuracy: as published. As in the released AGRPO evaluation, the first run of
     digits in the answer, without sign, decimals or thousands separator,
@@ -131,14 +133,17 @@ def answer(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """The number the completion means, as an integer or fraction; "" if none."""
+  """Returns the number a completion means, as an integer or a fraction.
+
+  "" if it means none.
+  """
   del fields, options
   number = tolerant.answer_number(answers.clip(completion))
   return "" if number is None else str(number)
 
 
 def _released_grade(answer: str, gold: str) -> bool:
-  """Whether the first run of digits, by math-verify, equals the gold number."""
+  """Returns whether the first run of digits equals the gold number."""
   if digits := re.search(r"\d+", answer):
     answer = digits.group()
   plain_gold = gold.replace(",", "")

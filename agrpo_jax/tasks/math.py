@@ -62,10 +62,11 @@ def examples(
   path: str | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> list[base.Example]:
-  """The problems of `split`, from `path` or the hub.
+  """Returns the problems of `split`, from `path` or the hub.
 
-  Raises UserError for bad options, a file that is missing, empty, malformed or
-  of other columns, and a row without an answer.
+  Raises:
+    UserError: bad options, a file that is missing, empty, malformed or
+      of other columns, or a row without an answer.
   """
   base.check_split(NAME, split)
   chosen = _settings(options)
@@ -133,10 +134,11 @@ def _train(
 
 
 def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
+  """Returns the released weights, those of the options' protocol."""
   return boxed.reward_weights(_settings(options)["protocol"])
 
 
-reward = boxed.reward
+reward = boxed.reward  # GSM8K's and MATH's are the same
 
 
 def grade(
@@ -144,7 +146,7 @@ def grade(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Verdicts, 1 or 0.
+  """Returns verdicts, 1 or 0.
 
   accuracy: as published: by math-verify on the answer as the released AGRPO
     evaluation finds it, or, under the protocol d1, by d1's string comparison.
@@ -175,7 +177,7 @@ def answer(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """The answer: a number in one form however it is written, else the text.
+  """Returns the answer: of a number one form for all spellings, else the text.
 
   Answers that only math-verify finds equal are different texts here.
   """

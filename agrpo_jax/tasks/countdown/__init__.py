@@ -59,9 +59,10 @@ def examples(
   path: str | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> list[base.Example]:
-  """Problems of `split`: generated, or from a file at `path`.
+  """Returns the problems of `split`: generated, or from a file at `path`.
 
-  Raises UserError for bad options and for rows that hold no problem.
+  Raises:
+    UserError: bad options, or a row that holds no problem.
   """
   base.check_split(NAME, split)
   chosen = _settings(options)
@@ -133,7 +134,10 @@ def _integer(value: Any) -> int:
 
 
 def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
-  """The released weights; where no equation is asked for, 1 or 0.1 as d1's."""
+  """Returns the released weights.
+
+  Protocols that ask for no equation are rewarded as d1 does: 1 or 0.1.
+  """
   if _settings(options)["protocol"] == "agrpo":
     return {**_RELEASED_WEIGHTS, "solved": 0.0, "uses_numbers": 0.0}
   zeros = dict.fromkeys(_RELEASED_WEIGHTS, 0.0)
@@ -193,7 +197,7 @@ def grade(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Verdicts, 1 or 0.
+  """Returns verdicts, 1 or 0.
 
   accuracy: as published. As in the released AGRPO evaluation the last equation
     of the answer, or, under the protocol d1, as in d1's; under bare, which asks
@@ -220,7 +224,7 @@ def answer(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """The expression the completion answers with, without spaces."""
+  """Returns the expression a completion answers with, without spaces."""
   del options
   text = answers.clip(completion)
   return "".join(extraction.find(text, fields["numbers"]).split())
@@ -231,9 +235,10 @@ def demonstration(
   rng: random.Random,
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """A completion to imitate in SFT: a solution found by search.
+  """Returns a completion to imitate in SFT: a solution found by search.
 
-  Raises UserError for a problem of a file that has no solution.
+  Raises:
+    UserError: a problem of a file that has no solution.
   """
   del rng
   numbers = tuple(example.fields["numbers"])

@@ -12,10 +12,10 @@ _PLAIN = re.compile(r"\s*-?\(?-?\d[\d.\s+\-*/^()]*[+\-*/^()][\d.\s+\-*/^()]+")
 
 
 def released_correct(equation: str, numbers: list[int], target: int) -> bool:
-  """Whether the left side has the numbers and, by math-verify, the value.
+  """Returns whether the left side has the numbers and the value.
 
-  The right side is not looked at. Plain arithmetic, which is nearly all there
-  is, is evaluated here: the same verdict in microseconds.
+  The right side is not looked at. The value is math-verify's; plain arithmetic,
+  which is nearly all there is, is evaluated here: the same in microseconds.
   """
   if "=" not in equation:
     return False
@@ -31,7 +31,7 @@ def released_correct(equation: str, numbers: list[int], target: int) -> bool:
 
 
 def released_grade(text: str, numbers: list[int], target: int) -> bool:
-  """Verdict on the last line of the answer that holds an equation.
+  """Returns the verdict on the last line of the answer with an equation.
 
   That is an equals sign after another character. False where the released
   code crashes: on integers of more digits than Python converts.
@@ -43,17 +43,20 @@ def released_grade(text: str, numbers: list[int], target: int) -> bool:
   return False
 
 
+# Notations of an expression, and what of them is dropped. An x is a sign of
+# multiplication only between operands.
 _FRACTION = re.compile(r"\\[dt]?frac\s?\{([^{}]{1,40})\}\s?\{([^{}]{1,40})\}")
 _TIMES = re.compile(r"\\times\b|\\cdot\b|[×⋅·∗]|(?<=[\d)])\s?[xX]\s?(?=[\d(])")
 _DIVIDED = re.compile(r"\\div\b|÷")
 _DROPPED = re.compile(r"\\(?:left|right)\b|\\[()\[\],;:! ]|[$`{}]")
+# Not from within a word or number: "x2+3" is no 2+3.
 _SPAN = re.compile(r"(?<![\w.])[\d.\s+*/()-]+")
 _OPERATOR = re.compile(r"[\d)]\s*[+*/-]")
 _MINUS = str.maketrans({"−": "-", "–": "-"})
 
 
 def _plain(text: str) -> str:
-  """`text` with its operators as + - * / and without LaTeX around them."""
+  """Returns `text` with + - * / for its operators and without LaTeX."""
   text = text.translate(_MINUS).replace("\\boxed", " ")
   text = _FRACTION.sub(r"((\1)/(\2))", text)
   text = _DIVIDED.sub("/", _TIMES.sub("*", text))
@@ -61,7 +64,7 @@ def _plain(text: str) -> str:
 
 
 def find(text: str, numbers: list[int]) -> str:
-  """The expression a completion answers with, in plain characters.
+  """Returns the expression a completion answers with, in plain characters.
 
   Looked for in the last box inside the last <answer> (closed or not), else in
   the last line of that tag that holds an operator, else in the last box, else

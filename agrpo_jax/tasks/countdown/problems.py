@@ -27,7 +27,7 @@ _Value = tuple[
 
 
 def is_test(numbers: Sequence[int], target: int) -> bool:
-  """Whether a generated problem belongs to the test split.
+  """Returns whether a generated problem belongs to the test split.
 
   By a hash of the numbers in any order and the target, so that no seed and no
   version moves a problem across.
@@ -46,13 +46,14 @@ def problems(
   max_target: int,
   seed: int,
 ) -> list[Problem]:
-  """`count` different solvable problems of `split`.
+  """Returns `count` different solvable problems of `split`.
 
   Numbers are uniform in 1..max_number; the target is what a random expression
   of them gives, if that is a whole number in 1..max_target. The list for a
   larger count starts with the list for a smaller one.
 
-  Raises UserError for impossible settings.
+  Raises:
+    UserError: impossible settings.
   """
   if (
     not 2 <= num_numbers <= MAX_NUMBERS
@@ -94,7 +95,11 @@ def problems(
 def _random_value(
   numbers: Sequence[int], draw: Callable[[], float]
 ) -> fractions.Fraction | None:
-  """What a random expression of all numbers gives; None for a division by 0."""
+  """Returns the value of a random expression; None if it divides by 0.
+
+  Two values are drawn and joined by a random operator until one is left, so
+  every way to put brackets can come up.
+  """
   values = [fractions.Fraction(number) for number in numbers]
   while len(values) > 1:
     left = values.pop(int(draw() * len(values)))
@@ -117,7 +122,7 @@ def _apply(
 
 
 def uses(expression: str, numbers: Sequence[int]) -> bool:
-  """Whether the integers written in `expression` are exactly `numbers`."""
+  """Returns whether the integers in `expression` are exactly `numbers`."""
   written = re.findall(r"\d+", expression)
   if any(len(digits) > MAX_DIGITS for digits in written):
     return False
@@ -125,7 +130,7 @@ def uses(expression: str, numbers: Sequence[int]) -> bool:
 
 
 def solves(expression: str, numbers: Sequence[int], target: int) -> bool:
-  """Whether + - * / of each number once give the target, exactly."""
+  """Returns whether + - * / of each number once give the target, exactly."""
   if "**" in expression or "//" in expression:
     return False
   if not uses(expression, numbers):
@@ -138,7 +143,7 @@ def solves(expression: str, numbers: Sequence[int], target: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def solution(numbers: tuple[int, ...], target: int) -> str | None:
-  """An expression that solves the problem; None if there is none.
+  """Returns an expression that solves the problem; None if there is none.
 
   The first of an exhaustive search, so always the same one.
   """
@@ -166,7 +171,7 @@ def _combinations(
 
 
 def _join(operator: str, left: _Value, right: _Value) -> _Value:
-  """Joins two expressions with as few parentheses as needed."""
+  """Returns two expressions joined, with as few parentheses as needed."""
   rank = _RANK[operator]
   left_text = f"({left[1]})" if left[2] < rank else left[1]
   needs = right[2] < rank or (right[2] == rank and operator in "-/")

@@ -43,7 +43,7 @@ _D1 = (
 def messages(
   numbers: Sequence[int], target: int, protocol: str
 ) -> tuple[dict[str, str], ...]:
-  """The chat turns that pose the problem."""
+  """Returns the chat turns that pose the problem."""
   if protocol == "bare":
     return base.user_turn(f"{','.join(map(str, numbers))}={target}")
   problem = f"Target: {target}\nNumbers: {list(numbers)}"
@@ -57,7 +57,7 @@ def messages(
 
 
 def completion(expression: str, target: int, protocol: str) -> str:
-  """An answer in the format the protocol asks for, after what is prefilled."""
+  """Returns an answer in the protocol's format, after what is prefilled."""
   if protocol == "bare":
     return expression
   reasoning = f"{expression} gives {target}."

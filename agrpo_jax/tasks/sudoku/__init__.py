@@ -64,9 +64,10 @@ def examples(
   path: str | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> list[base.Example]:
-  """Puzzles of `split`: generated, or from a CSV file at `path`.
+  """Returns the puzzles of `split`: generated, or from a file at `path`.
 
-  Raises UserError for bad options and for rows that are no 4x4 Sudoku.
+  Raises:
+    UserError: bad options, or a row that is no 4x4 Sudoku.
   """
   base.check_split(NAME, split)
   chosen = _settings(options)
@@ -108,7 +109,7 @@ def _published(path: str, split: str) -> list[tuple[str, str]]:
 
 
 def reward_weights(options: Mapping[str, Any] | None) -> dict[str, float]:
-  """The released weights; under the bare protocol the share of right cells."""
+  """Returns the released weights; under `bare` the share of right cells."""
   if _settings(options)["protocol"] == "bare":
     return {**dict.fromkeys(_RELEASED_WEIGHTS, 0.0), "cells": 1.0, "exact": 0.0}
   return {**_RELEASED_WEIGHTS, "cells": 0.0, "exact": 0.0}
@@ -119,7 +120,7 @@ def reward(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Named parts, each in [0, 1].
+  """Returns named parts, each in [0, 1].
 
   length, digits, clues: about the text inside <answer>, only if it has
     exactly 16 characters. filled: share of blanks right, read as released
@@ -148,7 +149,7 @@ def grade(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Verdicts on one completion.
+  """Returns verdicts on one completion.
 
   accuracy: 1 if the grid, read as published, is solved and keeps the clues.
     As published: as in the released AGRPO evaluation, or, under the protocol
@@ -185,7 +186,7 @@ def answer(
   fields: Mapping[str, Any],
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """The 16 digits of the grid, however it is written; "" if there is none."""
+  """Returns the 16 digits of the grid, however it is written; "" if none."""
   del fields, options
   return _found_grid(answers.clip(completion))
 
@@ -195,7 +196,7 @@ def _found_grid(text: str) -> str:
 
 
 def _released_grid(answer: str) -> str:
-  """Padded with zeros on the left and cut to 16, as the released code does."""
+  """Returns `answer` zero-padded on the left and cut to 16, as released."""
   return answer.zfill(grids.SIZE)[: grids.SIZE]
 
 
@@ -204,7 +205,7 @@ def demonstration(
   rng: random.Random,
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """A completion to imitate in SFT.
+  """Returns a completion to imitate in SFT.
 
   "clean" gives the solution. "careless" fills, with `careless_probability`,
   the blanks of each row with the digits the row lacks in increasing order,

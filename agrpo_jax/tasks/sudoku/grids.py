@@ -23,14 +23,14 @@ UNITS = (
 
 
 def is_solved(grid: str) -> bool:
-  """Whether `grid` is 16 digits with 1-4 once in every row, column, box."""
+  """Returns whether every row, column and box of `grid` holds 1-4 once."""
   return len(grid) == SIZE and all(
     {grid[cell] for cell in unit} == set("1234") for unit in UNITS
   )
 
 
 def keeps_clues(grid: str, puzzle: str) -> bool:
-  """Whether `grid` has 16 characters and every clue in its place."""
+  """Returns whether `grid` has 16 characters and every clue in its place."""
   return len(grid) == SIZE and all(
     clue in ("0", character)
     for clue, character in zip(puzzle, grid, strict=True)
@@ -38,17 +38,18 @@ def keeps_clues(grid: str, puzzle: str) -> bool:
 
 
 def solves(grid: str, puzzle: str) -> bool:
+  """Returns whether `grid` is solved and keeps the clues of `puzzle`."""
   return len(puzzle) == SIZE and is_solved(grid) and keeps_clues(grid, puzzle)
 
 
 def count_right(grid: str, puzzle: str, gold: str) -> tuple[int, int]:
-  """How many blanks are filled as in `gold`, and how many there are."""
+  """Returns how many blanks are filled as in `gold`, and how many there are."""
   blanks = [cell for cell in range(SIZE) if puzzle[cell] == "0"]
   return sum(grid[cell] == gold[cell] for cell in blanks), len(blanks)
 
 
 def share_right(grid: str, puzzle: str, gold: str) -> float:
-  """Share of the blanks filled as in `gold`.
+  """Returns the share of the blanks that are filled as in `gold`.
 
   A puzzle without blanks gives 0 (the released code divides by zero there).
   """
@@ -57,7 +58,7 @@ def share_right(grid: str, puzzle: str, gold: str) -> float:
 
 
 def fill_rows(puzzle: str) -> str:
-  """Every row's blanks filled with its missing digits in increasing order."""
+  """Returns a grid whose rows have their missing digits in increasing order."""
   rows = []
   for start in range(0, SIZE, 4):
     row = puzzle[start : start + 4]
@@ -68,7 +69,7 @@ def fill_rows(puzzle: str) -> str:
 
 @functools.cache
 def solved_grids() -> tuple[str, ...]:
-  """All 288, in increasing order."""
+  """Returns all 288 solved grids, in increasing order."""
   rows = ["".join(digits) for digits in itertools.permutations("1234")]
   return tuple(
     filter(is_solved, map("".join, itertools.product(rows, repeat=4)))
@@ -77,7 +78,7 @@ def solved_grids() -> tuple[str, ...]:
 
 @functools.cache
 def split_grids(split: str) -> tuple[str, ...]:
-  """48 grids for "test", the other 240 for "train".
+  """Returns 48 grids for "test", the other 240 for "train".
 
   Drawn by a hash of the grid, so that no seed and no version moves one across.
   """
@@ -91,7 +92,11 @@ def split_grids(split: str) -> tuple[str, ...]:
 
 @functools.cache
 def _holders() -> dict[tuple[int, str], int]:
-  """(cell, digit) -> bit set of the solved grids that have the digit there."""
+  """Returns (cell, digit) -> bit set of the grids with the digit there.
+
+  With one bit per solved grid, the grids that fit a puzzle are an AND over its
+  clues: every blank of every puzzle that is tried asks.
+  """
   holders: dict[tuple[int, str], int] = dict.fromkeys(
     itertools.product(range(SIZE), "1234"), 0
   )
@@ -102,7 +107,7 @@ def _holders() -> dict[tuple[int, str], int]:
 
 
 def num_solutions(puzzle: str) -> int:
-  """How many of the 288 grids fit the clues."""
+  """Returns how many of the 288 grids fit the clues."""
   holders = _holders()
   fitting = (1 << len(solved_grids())) - 1
   for cell, clue in enumerate(puzzle):
@@ -114,13 +119,14 @@ def num_solutions(puzzle: str) -> int:
 def puzzles(
   split: str, count: int, *, min_blanks: int, max_blanks: int, seed: int
 ) -> list[tuple[str, str]]:
-  """`count` different (puzzle, solution) pairs of `split`.
+  """Returns `count` different (puzzle, solution) pairs of `split`.
 
   The number of blanks is drawn uniformly from min_blanks..max_blanks, then the
   grid and the blanks, again and again until the solution is unique. The list
   for a larger count starts with the list for a smaller one.
 
-  Raises UserError for impossible settings.
+  Raises:
+    UserError: impossible settings.
   """
   if not 1 <= min_blanks <= max_blanks <= MAX_BLANKS or count < 1:
     raise errors.UserError(
@@ -152,7 +158,7 @@ def _unique_puzzle(
 ) -> tuple[str, str]:
   while True:
     grid = grids[int(draw() * len(grids))]
-    order = sorted(range(SIZE), key=lambda _: draw())
+    order = sorted(range(SIZE), key=lambda _: draw())  # a shuffle
     blanks = set(order[:num_blanks])
     puzzle = "".join(
       "0" if cell in blanks else digit for cell, digit in enumerate(grid)
@@ -166,7 +172,7 @@ _SEPARATORS = re.compile(r"[\s|+,;_*-]+")
 
 
 def find(text: str) -> str:
-  """The last grid in `text`, however it is written; "" if there is none.
+  """Returns the last grid in `text`, however it is written; "" if none.
 
   16 digits 0-4 in one piece, or else in pieces once white space and the rules
   of a drawn table are dropped.

@@ -46,7 +46,7 @@ def _format(tag: str) -> str:
 def messages(
   puzzle: str, protocol: str, shots: int
 ) -> tuple[dict[str, str], ...]:
-  """The chat turns that ask for `puzzle`."""
+  """Returns the chat turns that ask for `puzzle`."""
   if protocol == "bare":
     return base.user_turn(puzzle)
   if protocol == "llada":
@@ -69,7 +69,7 @@ def _instructions(protocol: str, shots: int) -> str:
 
 
 def completion(puzzle: str, grid: str, protocol: str) -> str:
-  """A worked answer in the format that the protocol asks for."""
+  """Returns a worked answer in the format that the protocol asks for."""
   if protocol == "llada":
     return f"{worked(puzzle, grid)}\n{grid}"
   tag = THINK_TAG[protocol]
@@ -85,7 +85,7 @@ def _rows(grid: str) -> str:
 
 
 def worked(puzzle: str, grid: str) -> str:
-  """Reasoning that leads from `puzzle` to `grid`.
+  """Returns reasoning that leads from `puzzle` to `grid`.
 
   Fills, again and again, the first blank where one digit is left by its row,
   column and box. Where none is left with one, or `grid` disagrees, the cell is
@@ -105,7 +105,7 @@ def worked(puzzle: str, grid: str) -> str:
 
 
 def _next_cell(cells: list[str]) -> tuple[int, list[str]]:
-  """The blank that sees most different digits, and those digits."""
+  """Returns the blank that sees most different digits, and those digits."""
   seen = {
     cell: sorted(
       {cells[i] for unit in grids.UNITS if cell in unit for i in unit} - {"0"}

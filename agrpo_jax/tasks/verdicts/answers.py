@@ -25,7 +25,7 @@ def _tag(name: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 
 def in_tag(text: str, name: str) -> str | None:
-  """What stands between the first <name> and the first </name> after it.
+  """Returns the text between the first <name> and the next </name>.
 
   Stripped of white space; None without such a pair. Two searches instead of
   one pattern with a lazy middle: that one is quadratic in the number of tags
@@ -40,7 +40,7 @@ def in_tag(text: str, name: str) -> str | None:
 
 
 def after_tag(text: str, name: str) -> str | None:
-  """What follows the last <name> up to its end tag, or to the end of text."""
+  """Returns what follows the last <name>, to its end tag or the text's end."""
   opening, closing = _tag(name)
   starts = [match.end() for match in opening.finditer(text)]
   if not starts:
@@ -50,7 +50,7 @@ def after_tag(text: str, name: str) -> str | None:
 
 
 def first_boxed(text: str) -> str | None:
-  """Content of the first \\boxed{...}; None if its braces never close."""
+  """Returns what the first \\boxed{...} holds; None if it never closes."""
   start = text.find(BOX)
   if start < 0:
     return None
@@ -64,7 +64,7 @@ def first_boxed(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-  """Content of the closed \\boxed{...} that starts last; None if none."""
+  """Returns what the closed \\boxed{...} that starts last holds, or None."""
   boxes = {match.end() for match in re.finditer(r"\\boxed\{", text)}
   opened: list[int] = []
   best: tuple[int, int] | None = None
@@ -79,7 +79,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def released_answer(text: str) -> str:
-  """The answer as AGRPO's released code finds it.
+  """Returns the answer as AGRPO's released code finds it.
 
   Inside <answer> if that tag is there, then inside the first \\boxed{...} of
   that if it is not empty; else all of the text.

@@ -25,10 +25,11 @@ _BINARY: dict[type, Callable] = {
 
 
 def value(text: str) -> fractions.Fraction:
-  """The value of an arithmetic expression.
+  """Returns the value of an arithmetic expression.
 
-  Raises ValueError for anything else, for a division by zero, and for what is
-  too long, too deep or too large.
+  Raises:
+    ValueError: anything else, a division by zero, or what is too long, too deep
+      or too large.
   """
   text = text.strip()
   if len(text) > MAX_CHARS or not _CHARACTERS.fullmatch(text):
@@ -54,7 +55,10 @@ def _depth(text: str) -> int:
 
 
 def _fold(node: ast.expr) -> fractions.Fraction:
-  """Folds the tree, its long left arm in a loop: sums may have many terms."""
+  """Returns the value of a tree.
+
+  Its long left arm is folded in a loop: sums may have many terms.
+  """
   rights = []
   while isinstance(node, ast.BinOp):
     rights.append((node.op, node.right))

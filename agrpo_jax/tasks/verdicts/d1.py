@@ -21,7 +21,7 @@ _ANSWER_END = re.compile("</answer>")
 
 
 def _answer_text(text: str) -> str | None:
-  """Between the first <answer> and the next </answer>; case matters."""
+  """Returns the text from the first <answer> to </answer>; case matters."""
   start = _ANSWER.search(text)
   end = start and _ANSWER_END.search(text, start.end())
   return text[start.end() : end.start()].strip() if start and end else None
@@ -35,7 +35,7 @@ def _float(text: str) -> float | None:
 
 
 def gsm8k_number(text: str) -> float | None:
-  """The first box that holds a number, else the last number in <answer>."""
+  """Returns the first box's number, else the last number in <answer>."""
   for box in _SHORT_BOX.findall(text):
     box = box.strip()
     if not box.strip("."):
@@ -55,7 +55,7 @@ def gsm8k_number(text: str) -> float | None:
 
 
 def _last_box(text: str) -> str | None:
-  """The last \\boxed, by d1's rules; None where they find no end to it.
+  """Returns the last \\boxed, by d1's rules; None where they find no end to it.
 
   The whole text if it has no \\boxed. "\\boxed " with a space wins over braces
   and reaches to the next dollar sign.
@@ -78,11 +78,12 @@ def _last_box(text: str) -> str | None:
 
 
 def math_correct(text: str, gold: str) -> bool:
-  """Whether the last box, else <answer>, equals `gold` as a tidied string."""
+  """Returns whether the last box, else <answer>, is `gold` when tidied."""
   answer = _last_box(text) or _answer_text(text)
   return answer is not None and _tidy(answer) == _tidy(gold)
 
 
+# In this order: later rules see what earlier ones leave.
 _TIDY = (
   ("\n", ""),
   ("\\!", ""),
@@ -98,7 +99,7 @@ _TIDY = (
 
 
 def _tidy(latex: str) -> str:
-  """LaTeX without the variations that MATH's string comparison ignores."""
+  """Returns LaTeX without what MATH's string comparison ignores."""
   text = latex
   for old, new in _TIDY:
     text = text.replace(old, new)
@@ -123,9 +124,10 @@ def _tidy(latex: str) -> str:
 
 
 def countdown_correct(text: str, numbers: list[int], target: int) -> bool:
-  """Whether the last box, else <answer>, else all, uses and gives what it must.
+  """Returns whether the answer uses the numbers and gives the target.
 
-  Of "expression=number" the expression counts.
+  The answer is the last box, else <answer>, else all of the text; of
+  "expression=number" the expression counts.
   """
   answer = _last_box(text)
   if answer is None:
@@ -136,6 +138,7 @@ def countdown_correct(text: str, numbers: list[int], target: int) -> bool:
   answer = _left_side(answer)
   try:
     used = sorted(int(number) for number in re.findall(r"\d+", answer))
+    # d1 has eval() compute a float here, hence its tolerance.
     return used == sorted(numbers) and (
       abs(arithmetic.value(answer) - target) < 1e-5
     )
@@ -144,7 +147,7 @@ def countdown_correct(text: str, numbers: list[int], target: int) -> bool:
 
 
 def _left_side(answer: str) -> str:
-  """The first run of arithmetic before "=number", else `answer` itself."""
+  """Returns the first arithmetic before "=number", else `answer` itself."""
   pieces = answer.split("=")
   for left, right in itertools.pairwise(pieces):
     run = left[len(left.rstrip("0123456789+-*/() ")) :]
@@ -154,7 +157,7 @@ def _left_side(answer: str) -> str:
 
 
 def sudoku_grid(text: str) -> str:
-  """The grid by d1's cascade, padded with zeros on the right and cut to 16.
+  """Returns the grid by d1's cascade, zero-padded on the right, cut to 16.
 
   A fence of digits after <answer>; <answer> to its end tag or the end of the
   turn; what follows </answer>; 16 digits before </answer>; 16 digits.

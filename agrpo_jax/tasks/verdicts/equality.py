@@ -54,14 +54,14 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def equal(gold: str, text: str) -> bool:
-  """Whether math-verify finds the value of `gold` in `text`.
+  """Returns whether math-verify finds the value of `gold` in `text`.
 
   Args:
     gold: the gold answer, in dollar signs to be read as LaTeX.
     text: a model's.
 
   Returns:
-    The verdict. False as well for text too long for math-verify's patterns, for
+    The verdict: False as well for text too long for math-verify's patterns, for
     an answer that is not tame and of another shape than the gold one, and when
     time is up.
   """
@@ -101,7 +101,11 @@ _LARGE_BINOMIAL = re.compile(r"binom\D{0,9}\d{5}|binom\D{0,9}\d+\D{1,9}\d{5}")
 
 
 def _check_latex(latex: str) -> None:
-  """Raises ValueError for LaTeX that would take very long to parse."""
+  """Refuses LaTeX that would take very long to parse.
+
+  Raises:
+    ValueError: it is too long or too deep, or holds a large binomial.
+  """
   depth = deepest = 0
   for character in latex:
     depth += (character in "([{") - (character in ")]}")
@@ -154,7 +158,7 @@ _MAKERS = {
 
 @contextlib.contextmanager
 def no_eval() -> Iterator[None]:
-  """Within it, sympy understands the literals it writes and runs no code."""
+  """Keeps sympy, within it, to the literals it writes: it runs no code."""
   original = sympy_parser.eval_expr
   sympy_parser.eval_expr = literal
   try:
@@ -203,7 +207,7 @@ def _fold(node: ast.expr, names: Mapping[str, Any]) -> sympy.Basic | None:
 
 
 def is_tame(expression: object) -> bool:
-  """Whether computing with `expression` costs little."""
+  """Returns whether computing with `expression` costs little."""
   if not isinstance(expression, sympy.Basic):
     return True
   # Size and depth first: the rules for a node recurse into what is below it.
@@ -233,7 +237,11 @@ def _is_tame_node(node: sympy.Basic) -> bool:
 
 
 def _is_tame_power(base_node: sympy.Basic, exponent: float) -> bool:
-  """Whether a power is cheap: a sum multiplies out, a number only grows."""
+  """Returns whether a power is cheap.
+
+  A number only grows; a sum is multiplied out, with a term for each way to
+  choose among its terms.
+  """
   value = _rational(base_node)
   if value is not None:
     # Not infinite: 1 to any power is 1, but the power has to be computed too.
@@ -281,7 +289,7 @@ def _rational(node: sympy.Basic) -> fractions.Fraction | None:
 
 
 def _bits(value: fractions.Fraction) -> int:
-  """Returns the bits that each further factor `value` adds; 0 for 1, 0, -1."""
+  """Returns the bits that a factor of `value` adds; 0 for 1, 0 and -1."""
   return max(abs(value.numerator), value.denominator).bit_length() - 1
 
 

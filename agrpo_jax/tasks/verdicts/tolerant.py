@@ -16,6 +16,7 @@ from agrpo_jax.tasks.verdicts import arithmetic
 
 MAX_DIGITS = 60
 
+# A sign may stand on either side of the currency's: -$5, $-5.
 _CURRENCY = re.compile(r"([-+]?)\s?\\?[$€£¥₹₩₽¢]\s?([-+]?)")
 _FRACTION = re.compile(
   r"(\d?)\s?\\[dt]?frac\s?\{([^{}]{1,40})\}\{([^{}]{1,40})\}"
@@ -25,9 +26,12 @@ _DEGREES = r"\^\s?\{?\s?\\circ\b\s?\}?"
 _NOISE = re.compile(
   rf"{_DEGREES}|\\[!,;: ()\[\]%]|\\(?:left|right|displaystyle)\b|\*\*"
 )
+# Three digits behind a comma, and no fourth: 1,234 but not 1,2345.
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BRACES = str.maketrans("{}", "  ")
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# A number starts at no letter, digit, exponent or clock time. A sign belongs to
+# it unless it stands between operands, where it is a minus: 5-3, x -3.
 _NUMBER = re.compile(
   r"(?<![\w.,^])(?<!\d:)"
   rf"(?P<sign>(?<![\w)\]] )(?<![)\]])[-+])?"
@@ -53,7 +57,7 @@ _CHOICE = re.compile(r"\bor\b|±|\\pm\b", re.IGNORECASE)
 
 
 def _plain(text: str) -> str:
-  """`text` with ASCII digits and without LaTeX, currency and emphasis."""
+  """Returns `text` with ASCII digits, without LaTeX, currency, emphasis."""
   text = text.translate(_MINUS).replace("{,}", ",")
   if not text.isascii():
     text = "".join(_ascii_digit(character) for character in text)
@@ -75,7 +79,10 @@ def _ascii_digit(character: str) -> str:
 
 
 def _read(match: re.Match[str]) -> fractions.Fraction | None:
-  """The value of a match of _NUMBER; None if it is too long or divides by 0."""
+  """Returns the value of a match of _NUMBER.
+
+  None if it is too long or divides by 0.
+  """
   if match.end() - match.start() > MAX_DIGITS:
     return None
   top = match["top"].replace(",", "") + (match["power"] or "")
@@ -92,7 +99,7 @@ def _read(match: re.Match[str]) -> fractions.Fraction | None:
 
 
 def _numbers(plain: str) -> list[fractions.Fraction | None]:
-  """Every number in order; None where something number-like has no value."""
+  """Returns all numbers; None where something number-like has no value."""
   return [
     None if _SPOILED.match(plain, match.end()) else _read(match)
     for match in _NUMBER.finditer(plain)
@@ -118,7 +125,7 @@ def number(span: str) -> fractions.Fraction | None:
 
 
 def plain_number(span: str) -> fractions.Fraction | None:
-  """The number that `span` is, all of it: no units and no equals sign."""
+  """Returns the number that all of `span` is: no units, no equals sign."""
   plain = _plain(span)
   value = _arithmetic(plain)
   match = _NUMBER.fullmatch(plain)
@@ -147,7 +154,7 @@ def _last_number(text: str) -> fractions.Fraction | None:
 
 
 def answer_span(text: str) -> tuple[str, bool]:
-  """Where the answer stands, and whether it stands there alone.
+  """Returns where the answer stands, and whether it stands there alone.
 
   The last box inside the last <answer> (closed or not), else that tag's text,
   else the last box of the text, else what follows the last "answer is" or
@@ -169,7 +176,7 @@ def answer_span(text: str) -> tuple[str, bool]:
 
 
 def answer_number(text: str) -> fractions.Fraction | None:
-  """The number that a completion answers with; None if it gives none."""
+  """Returns the number a completion answers with; None if it gives none."""
   span, is_alone = answer_span(text)
   found = number(span) if len(span) <= _MAX_SPAN else None
   return found if is_alone or found is not None else _last_number(span)
