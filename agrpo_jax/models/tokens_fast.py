@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 import pathlib
 import re
+import threading
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 import tokenizers
 
 from agrpo_jax import errors
 from agrpo_jax.models import base
+from agrpo_jax.models import chat_template
 from agrpo_jax.models import folder as folder_lib
-
-# On import, transformers says that there is no PyTorch; we need none.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-import transformers
 
 _REMEDY = (
   "Set model.tokenizer to a folder or hub id that has one, or to 'bytes' for "
@@ -28,6 +25,8 @@ _REMEDY = (
 )
 # Names of special tokens that a tokenizer_config.json may give.
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
+
+SECONDS = 20.0  # for one text or batch of texts, by the clock
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -38,7 +37,8 @@ class FastTokenizer:
   def __init__(self, folder: pathlib.Path, vocabulary: base.Vocabulary):
     self._tokenizer = _read(folder / "tokenizer.json")
     settings = _settings(folder)
-    template = _chat_template(folder, settings)
+    self._template = _chat_template(folder, settings)
+    self._names = {name: settings[name] for name in _NAMED if name in settings}
     _check_ids(folder, self._tokenizer, settings, vocabulary)
     self.mask_id = vocabulary.mask_id
     self.eos_id = vocabulary.eos_id
@@ -48,12 +48,6 @@ class FastTokenizer:
     self.eot_id = self._tokenizer.token_to_id(end)
     if self.eot_id is not None:
       self._tokenizer.add_special_tokens([end])  # if it was not special yet
-    # Only renders the template; the folder's `tokenizer_class` is not used.
-    self._renderer = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=self._tokenizer,
-      chat_template=template,
-      **{name: settings[name] for name in _NAMED if name in settings},
-    )
     self._special = {
       token.content: at
       for at, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -66,20 +60,14 @@ class FastTokenizer:
 
   def encode_chat(self, messages: Messages, prefill: str = "") -> list[int]:
     shield = _Shield(self._pattern, prefill, *map(_content, messages))
-    try:
-      text = self._renderer.apply_chat_template(
-        [
-          {**message, "content": shield.hide(message["content"])}
-          for message in messages
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-      )
-    except jinja2.TemplateError as error:
-      raise errors.UserError(
-        f"The tokenizer's chat template cannot write these messages: {error}"
-      ) from error
-    text = str(text) + shield.hide(prefill)
+    text = chat_template.render(
+      self._template,
+      self._names,
+      [
+        {**message, "content": shield.hide(message["content"])}
+        for message in messages
+      ],
+    ) + shield.hide(prefill)
     if not shield.hidden:
       return self._ids(self._tokenizer, text)
     # Text between special tokens is encoded by itself anyhow, so this differs
@@ -96,7 +84,7 @@ class FastTokenizer:
     return self._ids(self._plain, text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    return self._decode([list(ids)])[0]
 
   def decode_raw(self, ids: Sequence[int]) -> str:
     pieces = []
@@ -113,10 +101,17 @@ class FastTokenizer:
     return "".join(pieces)
 
   def decode_batch(self, ids_BxC: np.ndarray) -> list[str]:
-    return [self.decode(row) for row in np.asarray(ids_BxC).tolist()]
+    return self._decode(np.asarray(ids_BxC).tolist())
+
+  def _decode(self, rows: list[list[int]]) -> list[str]:
+    return _bounded(lambda: self._tokenizer.decode_batch(rows))
 
   def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    # A batch, because that lets go of the interpreter and `encode` does not.
+    (encoded,) = _bounded(
+      lambda: tokenizer.encode_batch([text], add_special_tokens=False)
+    )
+    ids: list[int] = encoded.ids
     beyond = sorted({one for one in ids if one >= self._vocab_size})
     if beyond:
       listed = ", ".join(
@@ -128,6 +123,36 @@ class FastTokenizer:
         "was trained with."
       )
     return ids
+
+
+def _bounded(call: Callable[[], Any]) -> Any:
+  """What `call` returns; a tokenizer's patterns may take forever on a text.
+
+  Raises:
+    UserError: it took too long or failed. What took too long goes on in a
+      thread that ends with this process: nothing can stop it.
+  """
+  returned: list[Any] = []
+  raised: list[BaseException] = []
+
+  def run() -> None:
+    try:
+      returned.append(call())
+    except BaseException as error:  # panics of Rust code are no `Exception`
+      raised.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(SECONDS)
+  if returned:
+    return returned[0]
+  why = f"it takes longer than {SECONDS:g} seconds"
+  if raised:
+    why = f"{type(raised[0]).__name__}: {raised[0]}"
+  raise errors.UserError(
+    f"The tokenizer cannot encode or decode a text: {why}. A pattern in its "
+    f"tokenizer.json may try too many ways to match. {_REMEDY}"
+  )
 
 
 class _Shield:
@@ -177,9 +202,14 @@ def _content(message: Mapping[str, str]) -> str:
 def _read(path: pathlib.Path) -> tokenizers.Tokenizer:
   if not path.is_file():
     raise errors.UserError(f"{path.parent} has no {path.name}. {_REMEDY}")
+  folder_lib.refuse_pointer(path)
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # tokenizers raises nothing more specific
+  # tokenizers raises nothing more specific, and panics of its Rust code, which
+  # are no `Exception`.
+  except BaseException as error:
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+      raise
     raise errors.UserError(
       f"{path} cannot be read: {error}. {_REMEDY}"
     ) from error
@@ -208,6 +238,7 @@ def _chat_template(folder: pathlib.Path, settings: dict[str, Any]) -> str:
   path = folder / "chat_template.jinja"
   template: Any = settings.get("chat_template")
   if path.exists():
+    folder_lib.refuse_pointer(path)
     template = path.read_text(encoding="utf-8")
   if isinstance(template, list):  # several, by name
     by_name = {

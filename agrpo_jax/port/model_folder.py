@@ -63,6 +63,13 @@ def load(
   folder = hub.folder(str(path), hub.CHECKPOINT, revision)
   shape = _read_shape(folder, switches)
   tensors = files.Tensors(folder)
+  if shape.num_layers > len(tensors.names()):
+    # Before as many names are made.
+    raise errors.UserError(
+      f"{folder}: config.json speaks of {shape.num_layers} layers, but the "
+      f"folder holds only {len(tensors.names())} tensors. Correct config.json, "
+      "or download the checkpoint again."
+    )
   table = layout.table(shape)
   problems = arrays.misfits(tensors, table, dtype)
   if problems:

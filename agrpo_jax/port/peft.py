@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from agrpo_jax import errors
 from agrpo_jax import types
@@ -28,6 +27,7 @@ from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
 from agrpo_jax.port import layout
+from agrpo_jax.port import write
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -93,9 +93,7 @@ def save(
   }
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(
-      tensors, folder / WEIGHTS, metadata={"format": "pt"}
-    )
+    write.save_tensors(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(
       json.dumps(described, indent=2) + "\n", encoding="utf-8"
     )

@@ -105,15 +105,26 @@ def write(
     for file, names in shards.items():
       tensors = {name: read(name) for name in names}
       if is_writer:
-        safetensors.numpy.save_file(
-          tensors, folder / (file + _PARTIAL), metadata={"format": "pt"}
-        )
+        save_tensors(tensors, folder / (file + _PARTIAL))
     if is_writer:
       _finish(folder, shards, sizes, config, source)
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.UserError(
       f"{folder} cannot be written: {error}. Give another folder, or make room."
     ) from error
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: pathlib.Path) -> None:
+  """Writes one file of tensors, with the mode that the umask gives.
+
+  Raises:
+    OSError, safetensors.SafetensorError: it cannot be written.
+  """
+  file.write_bytes(b"")
+  mode = file.stat().st_mode
+  # The library puts a file of mode 0600 in the place of what is there.
+  safetensors.numpy.save_file(dict(tensors), file, metadata={"format": "pt"})
+  file.chmod(mode)
 
 
 def _plan(

@@ -9,6 +9,7 @@ import tokenizers
 from agrpo_jax import errors
 from agrpo_jax.models import base
 from agrpo_jax.models import tokens
+from agrpo_jax.models import tokens_fast
 
 START, EOS, EOT, HEADER, END, MASK = range(260, 266)
 PARAGRAPH, USER, ASSISTANT, SYSTEM = range(256, 260)
@@ -165,6 +166,32 @@ class TestRefusals:
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(errors.UserError, match=r"tokenizer_config\.json"):
       tokens.load(folder, vocabulary())
+
+  @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+  def test_git_lfs_pointers(self, folder, name):
+    (folder / name).write_text(
+      "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+    )
+    with pytest.raises(errors.UserError, match="git lfs pull") as caught:
+      tokens.load(folder, vocabulary())
+    assert str(folder / name) in str(caught.value)
+
+  @pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+      ("(x+)+$", "retry-limit"),  # gives up by itself on one position
+      ("x*x*x*y", "longer than 1 seconds"),  # and not, on 350
+    ],
+  )
+  def test_patterns_that_backtrack(self, folder, monkeypatch, pattern, why):
+    monkeypatch.setattr(tokens_fast, "SECONDS", 1.0)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = tokens.load(folder, vocabulary())
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    with pytest.raises(errors.UserError, match=why):
+      tokenizer.encode("x" * 350 + "!y")
 
   def test_no_chat_template(self, folder):
     rewrite(folder / "tokenizer_config.json", chat_template=None)

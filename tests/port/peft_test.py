@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout: names, shapes, what is refused, merging."""
 
 import json
+import os
 import pathlib
 import re
 
@@ -115,6 +116,14 @@ class TestSave:
       name.removeprefix("base_model.model.").split(".lora_")[0]
       for name in tensors
     }
+
+  def test_its_weights_can_be_read_by_others(self, tmp_path):
+    before = os.umask(0o022)
+    try:
+      saved(tmp_path)
+    finally:
+      os.umask(before)
+    assert (tmp_path / peft.WEIGHTS).stat().st_mode & 0o777 == 0o644
 
   def test_a_tied_network_has_one_ff_out_per_layer(self, tmp_path):
     raw = json.loads((GQA / "config.json").read_text())

@@ -229,7 +229,7 @@ class TestRefusals:
 
   def test_not_safetensors(self, broken):
     folder = broken()
-    (folder / "model.safetensors").write_text("version https://git-lfs" * 9)
+    (folder / "model.safetensors").write_text("<!DOCTYPE html>" * 9)
     with pytest.raises(errors.UserError, match="not a safetensors file"):
       model_folder.load(folder)
 
@@ -290,6 +290,30 @@ class TestRefusals:
     with pytest.raises(errors.UserError, match="is a file"):
       model_folder.load(MHA / "config.json")
 
+  def test_git_lfs_pointers(self, broken):
+    """As git leaves them where git-lfs is not installed."""
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+    folder = broken()
+    (folder / "model.safetensors").write_text(text)
+    with pytest.raises(errors.UserError, match="git lfs pull") as caught:
+      model_folder.load(folder)
+    assert "model.safetensors" in str(caught.value)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(errors.UserError, match="git lfs pull") as caught:
+      model_folder.load_shape(str(folder))
+    assert "config.json" in str(caught.value)
+
+  @pytest.mark.parametrize("num_layers", [30, 10**9])
+  def test_more_layers_than_there_are_tensors(self, broken, num_layers):
+    folder = broken()
+    raw = json.loads((folder / "config.json").read_text())
+    raw["n_layers"] = num_layers
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError) as caught:
+      model_folder.load(folder)
+    assert f"{num_layers} layers" in str(caught.value)
+    assert "21 tensors" in str(caught.value)
+
   def test_hub_id_offline(self, tmp_path):
     """In a process of its own: the hub's client reads its settings once."""
     done = subprocess.run(
@@ -309,6 +333,17 @@ class TestRefusals:
 
 
 class TestSave:
+  @pytest.mark.parametrize("umask", [0o022, 0o027])
+  def test_files_have_the_mode_that_the_umask_gives(self, umask, tmp_path):
+    config, params = model_folder.load(MHA)
+    before = os.umask(umask)
+    try:
+      model_folder.save(tmp_path, config, params)
+    finally:
+      os.umask(before)
+    for file in tmp_path.iterdir():
+      assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file.name
+
   @pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa_sharded"])
   def test_round_trip_is_byte_equal(self, name, tmp_path):
     config, params = model_folder.load(CKPT / name)
