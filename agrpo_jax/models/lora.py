@@ -40,8 +40,8 @@ class Lora:
     problems = []
     if self.rank < 1:
       problems.append(f"rank={self.rank} must be at least 1")
-    if not self.alpha > 0:
-      problems.append(f"alpha={self.alpha} must be above 0")
+    if not 0 < self.alpha < math.inf:
+      problems.append(f"alpha={self.alpha} must be a number above 0")
     unknown = sorted(set(self.targets) - set(TARGETS))
     if unknown or not self.targets:
       problems.append(f"targets={self.targets}: choose from {TARGETS}")
@@ -51,6 +51,36 @@ class Lora:
   @property
   def scale(self) -> float:
     return self.alpha / self.rank
+
+
+def problems(settings: Lora, params_abstract: types.Tree) -> list[str]:
+  """What makes an adapter impossible for a network, one sentence each.
+
+  Args:
+    settings: rank and targets.
+    params_abstract: the network's parameters, or their shapes.
+  """
+  found = []
+  kernels = dict(_kernels(params_abstract, settings.targets))
+  missing = set(settings.targets) - {path[-1] for path in kernels}
+  if missing:
+    why = (
+      " (the head of this network is its embedding table, which cannot be "
+      "adapted)"
+      if "head" in missing
+      else ""
+    )
+    found.append(
+      f"LoRA targets {sorted(missing)} match no projection of this "
+      f"network{why}; remove them from the targets"
+    )
+  full = max((min(kernel.shape[-2:]) for kernel in kernels.values()), default=0)
+  if kernels and settings.rank > full:
+    found.append(
+      f"LoRA rank {settings.rank} is above {full}, the full rank of the "
+      "largest projection that it adapts; lower it"
+    )
+  return found
 
 
 def init(
@@ -67,21 +97,12 @@ def init(
     key: a random key, consumed.
 
   Raises:
-    UserError: if a target matches nothing in the parameters.
+    UserError: if a target matches nothing in the parameters, or the rank is
+      above that of all that it adapts.
   """
+  if found := problems(settings, params_abstract):
+    raise errors.UserError("; ".join(found) + ".")
   kernels = dict(_kernels(params_abstract, settings.targets))
-  missing = set(settings.targets) - {path[-1] for path in kernels}
-  if missing:
-    why = (
-      " (the head of this network is its embedding table, which cannot be "
-      "adapted)"
-      if "head" in missing
-      else ""
-    )
-    raise errors.UserError(
-      f"LoRA targets {sorted(missing)} match no projection of this "
-      f"network{why}. Remove them from the targets."
-    )
 
   def draw(key: jax.Array) -> types.Tree:
     adapter: types.Tree = {}

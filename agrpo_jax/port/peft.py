@@ -154,7 +154,8 @@ def load(
           _read(tensors, _name(kernel, letter), size, problems)
           for kernel in entry.names
         ]
-        pair[letter] = np.stack(layers) if entry.stacked else layers[0]
+        if not problems:
+          pair[letter] = np.stack(layers) if entry.stacked else layers[0]
       lora_lib.put(adapter, path, pair)
   problems += [f"{name} is unexpected" for name in sorted(known - expected)]
   if not targets:
@@ -213,7 +214,7 @@ def _read(
   shape: tuple[int, int],
   problems: list[str],
 ) -> np.ndarray:
-  """A tensor transposed, float32; zeros beside a new problem if it is bad."""
+  """A tensor transposed, float32; empty beside a new problem if it is bad."""
   if name not in tensors.names():
     problems.append(f"{name} is missing")
   elif tensors.shape(name) != shape:
@@ -224,7 +225,8 @@ def _read(
     x = tensors.read(name)
     arrays.check_finite(tensors, name, x, problems)
     return x.T.astype(np.float32)
-  return np.zeros(shape[::-1], np.float32)
+  # Not zeros of the shape it should have: a wrong rank may be any number.
+  return np.zeros((0, 0), np.float32)
 
 
 def _raise(folder: pathlib.Path, problems: list[str]) -> None:

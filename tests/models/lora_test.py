@@ -44,6 +44,15 @@ def shapes(adapter):
 
 
 class TestInit:
+  @pytest.mark.parametrize("rank", [9, 10**12])
+  def test_a_rank_above_that_of_all_projections(self, rank):
+    """Width 8: q is 8 x 8, down 6 x 8. Nothing of that size is allocated."""
+    params = transformer.abstract_params(network())
+    settings = lora.Lora(rank, 6.0, ("q", "down"))
+    with pytest.raises(errors.UserError, match=f"rank {rank} is above 8"):
+      lora.init(settings, params, jax.random.key(0))
+    lora.init(lora.Lora(8, 6.0, ("q", "down")), params, jax.random.key(0))
+
   def test_shapes_by_hand(self):
     settings = lora.Lora(3, 6.0, ("k", "down", "head"))
     params = transformer.abstract_params(network(), jnp.bfloat16)

@@ -186,6 +186,14 @@ class TestLoad:
     with pytest.raises(errors.UserError, match=key):
       peft.load(tmp_path, config)
 
+  def test_an_absurd_rank(self, tmp_path):
+    """No memory is taken for what should have been there."""
+    config, *_ = saved(tmp_path, ("q",))
+    file = tmp_path / peft.CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 10**15}))
+    with pytest.raises(errors.UserError, match="1000000000000000"):
+      peft.load(tmp_path, config)
+
   def test_of_another_network(self, tmp_path):
     saved(tmp_path, ("q",))
     config = model_folder.load_shape(str(CKPT / "tiny_loss"))
