@@ -35,11 +35,11 @@ from collections.abc import Sequence
 
 from agrpo_jax import errors
 from agrpo_jax.tasks import base
+from agrpo_jax.tasks import contract
 
 Example = base.Example
 
 NAMES = ("countdown", "gsm8k", "math", "sudoku")
-REQUIRED = ("examples", "reward_weights", "reward", "grade")
 
 
 def get(name: str, path: str | None = None) -> types.ModuleType:
@@ -49,8 +49,8 @@ def get(name: str, path: str | None = None) -> types.ModuleType:
   code, as trusted as the command that names it.
 
   Raises:
-    UserError: an unknown name, a missing or broken file, or one that lacks a
-      required function.
+    UserError: an unknown name, a missing or broken file, or one whose functions
+      are not those of a task.
   """
   if path:
     return _from_file(pathlib.Path(path))
@@ -87,10 +87,5 @@ def _from_file(path: pathlib.Path) -> types.ModuleType:
     raise errors.UserError(
       f"task file {str(path)!r} failed to load: {type(error).__name__}: {error}"
     ) from error
-  missing = [name for name in REQUIRED if not hasattr(module, name)]
-  if missing:
-    raise errors.UserError(
-      f"task file {str(path)!r} lacks {', '.join(missing)}; a task has "
-      f"{', '.join(REQUIRED)}."
-    )
+  contract.check_functions(module)
   return module

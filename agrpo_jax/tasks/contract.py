@@ -5,6 +5,7 @@ wrong thing without a word. Its mistakes are the user's to mend, so they end the
 run, with a message that says what was returned and what should be.
 """
 
+import inspect
 import json
 import math
 import numbers
@@ -19,8 +20,42 @@ from typing import Any
 from agrpo_jax import errors
 from agrpo_jax.tasks import base
 
+# The functions of a task: what each is called with, by position and by name.
+_CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+  "examples": (("split",), ("path", "options")),
+  "reward_weights": (("options",), ()),
+  "reward": (("completion", "fields", "options"), ()),
+  "grade": (("completion", "fields", "options"), ()),
+  "answer": (("completion", "fields", "options"), ()),
+  "demonstration": (("example", "rng", "options"), ()),
+}
+REQUIRED = ("examples", "reward_weights", "reward", "grade")
 MAX_ID = 2**32 - 1  # random keys are folded from unsigned 32-bit integers
 _MAX_SHOWN = 5  # problems of the examples, in one message
+
+
+def check_functions(task: types.ModuleType) -> None:
+  """Checks that a task has the functions of one, and that they can be called.
+
+  Raises:
+    UserError: naming those that are missing or take other arguments.
+  """
+  problems = [
+    f"{name} is missing" for name in REQUIRED if not hasattr(task, name)
+  ]
+  for name, (by_place, by_name) in _CALLS.items():
+    if not hasattr(task, name):
+      continue
+    function = getattr(task, name)
+    try:
+      inspect.signature(function).bind(*by_place, **dict.fromkeys(by_name))
+    except (TypeError, ValueError) as error:  # what no function is, too
+      call = ", ".join([*by_place, *(f"{one}=..." for one in by_name)])
+      problems.append(f"{name} cannot be called as {name}({call}): {error}")
+  if problems:
+    raise _mistake(
+      task, "; ".join(problems), f"A task has {', '.join(REQUIRED)}."
+    )
 
 
 def examples(

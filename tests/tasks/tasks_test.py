@@ -14,6 +14,7 @@ from agrpo_jax import errors
 from agrpo_jax import tasks
 from agrpo_jax.grading import pool
 from agrpo_jax.tasks import base
+from agrpo_jax.tasks import contract
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _DEFAULTS = {"count": 3, "share": 0.5, "name": "a", "flag": True}
@@ -22,7 +23,7 @@ _DEFAULTS = {"count": 3, "share": 0.5, "name": "a", "flag": True}
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_built_in_tasks_have_every_function(name):
   task = tasks.get(name)
-  assert all(callable(getattr(task, function)) for function in tasks.REQUIRED)
+  contract.check_functions(task)
   weights = task.reward_weights({})
   assert all(isinstance(weight, float) for weight in weights.values())
 
@@ -119,7 +120,23 @@ def _shell(command, folder, code=0):
     ("task.txt", "x = 1", r"must end in \.py"),
     ("task.py", "x =", "failed to load: SyntaxError"),
     ("task.py", "import nowhere_to_be_found", "ModuleNotFoundError"),
-    ("task.py", "def reward(): pass", "lacks examples, reward_weights, grade"),
+    (
+      "task.py",
+      "def reward(completion, fields): pass",
+      "task '.*/task.py': examples is missing; reward_weights is missing; "
+      "grade is missing; reward cannot be called as "
+      r"reward\(completion, fields, options\): too many",
+    ),
+    (
+      "task.py",
+      "def examples(split): pass\n"
+      "def reward_weights(): pass\n"
+      "def reward(*a): pass\n"
+      "grade = 5\n"
+      "def answer(text): pass",
+      r"examples\(split, path=..., options=...\): .*"
+      r"reward_weights\(options\): .*grade\(completion.*answer\(completion",
+    ),
   ],
 )
 def test_bad_task_file(tmp_path, name, text, message):
