@@ -19,7 +19,7 @@ from typing import Any
 
 from agrpo_jax import errors
 
-SECONDS = 20  # for one rendering, by the clock
+SECONDS = 10  # for one rendering, by the clock
 _START_SECONDS = 120.0
 
 

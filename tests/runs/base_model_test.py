@@ -43,14 +43,9 @@ def num_train_steps(c):
   return len([*metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl")])
 
 
-def test_its_folder_may_move(going_on, tmp_path):
+def test_it_may_move_and_be_computed_in_another_dtype(going_on, tmp_path):
   moved = shutil.copytree(going_on.model.path, tmp_path / "moved")
   going_on.model.path = f"{moved}/"
-  train.train(going_on)
-  assert num_train_steps(going_on) == 2
-
-
-def test_it_may_be_computed_in_another_dtype(going_on):
   going_on.model.dtype = "bfloat16"
   train.train(going_on)
   assert num_train_steps(going_on) == 2
