@@ -45,8 +45,8 @@ MAX_NODES = 600
 MAX_DEPTH = 24
 MAX_BITS = 1 << 17  # of a power of a rational number
 MAX_EXPONENT = 1000  # of anything else
-MAX_SYMBOL_EXPONENT = 12  # of a sum with symbols: (a + b)^12 has 13 terms
-MAX_SUM_TERMS = 100  # of the written-out power of an irrational sum
+MAX_SUM_TERMS = 500  # of a sum's power, written out: (a + b)^12 has 13
+MAX_SUM_EXPONENT = 12  # with so many terms; above it a fifth of them
 MAX_TERMS = 1000  # of a written-out sum or product
 MAX_FACTORIAL = 10_000
 
@@ -70,7 +70,8 @@ def equal(gold: str, text: str) -> bool:
   try:
     golds, found = _parsed(gold), _parsed(text)
     if not all(map(is_tame, (*golds, *found))):
-      return any(a == b for a, b in itertools.product(golds, found))
+      sides = (*found, *map(grader.unwrap_eq, found))  # of x = 5, the 5
+      return any(a == b for a, b in itertools.product(golds, sides))
     with no_eval():
       return math_verify.verify(list(golds), list(found), timeout_seconds=None)
   except base.OutOfTime:
@@ -131,6 +132,7 @@ for _module, _name in (
   (parser, "parse_expr_cached"),
   (parser, "parse_latex_cached"),
   (grader, "get_pct_val"),
+  (grader, "unwrap_eq"),
 ):
   if not hasattr(_module, _name):
     raise ImportError(
@@ -248,20 +250,41 @@ def _is_tame_power(base_node: sympy.Basic, exponent: float) -> bool:
     return exponent < math.inf and _bits(value) * exponent <= MAX_BITS
   if not isinstance(base_node, sympy.Add):
     return exponent <= MAX_EXPONENT
-  if base_node.free_symbols:
-    return exponent <= MAX_SYMBOL_EXPONENT
   if exponent > MAX_EXPONENT:
     return False
-  num_others = len(base_node.args) - 1
-  return math.comb(math.ceil(exponent) + num_others, num_others) <= (
-    MAX_SUM_TERMS
-  )
+  num_terms = _num_terms(base_node, math.ceil(exponent))
+  is_small = exponent <= MAX_SUM_EXPONENT
+  return num_terms <= (MAX_SUM_TERMS if is_small else MAX_SUM_TERMS // 5)
+
+
+def _num_terms(node: sympy.Basic, exponent: int = 1) -> int:
+  """Returns a bound on the terms of a node to a power, written out.
+
+  MAX_SUM_TERMS + 1 where it is more.
+  """
+  num_terms = 1
+  if isinstance(node, sympy.Add):
+    num_terms = sum(map(_num_terms, node.args))
+  elif isinstance(node, sympy.Mul):
+    num_terms = math.prod(map(_num_terms, node.args))
+  elif isinstance(node, sympy.Pow) and _size(node.exp) <= MAX_EXPONENT:
+    num_terms = _num_terms(node.base, math.ceil(_size(node.exp)))
+  num_terms = min(num_terms, MAX_SUM_TERMS + 1)
+  # So many ways to choose one of the terms for each factor, in any order.
+  num_terms = math.comb(exponent + num_terms - 1, num_terms - 1)
+  return min(num_terms, MAX_SUM_TERMS + 1)
 
 
 def _rational(node: sympy.Basic) -> fractions.Fraction | None:
-  """Returns the exact value; None if it is irrational, too large, or none."""
+  """Returns the exact value; None if it is irrational, too large, or none.
+
+  A decimal has the value of its float.
+  """
   if isinstance(node, sympy.Rational):
     return fractions.Fraction(node.p, node.q)
+  if isinstance(node, sympy.Float):
+    number = float(node)
+    return fractions.Fraction(number) if math.isfinite(number) else None
   if not isinstance(
     node, (sympy.Add, sympy.Mul, sympy.Pow, sympy.UnevaluatedExpr)
   ):
