@@ -72,7 +72,7 @@ _FLAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-  """Where to die.
+  """The moment at which a process is to die.
 
   Attributes:
     aim: one of AIMS.
@@ -164,7 +164,7 @@ def drill(kills: Sequence[Kill], folder: pathlib.Path) -> int:
 def _wrong_start(
   number: int, out: str, saved: int, num_steps: int
 ) -> Iterator[str]:
-  """What the output of a start says against going on from the newest save."""
+  """Returns what in a start's output speaks against a good restart."""
   found = re.search(r"after train step (\d+) of (\d+)", out)
   said = found and (int(found[1]), int(found[2]))
   died_early = found is None and "step " not in out
@@ -175,7 +175,7 @@ def _wrong_start(
 def differences(
   whole: pathlib.Path, broken: pathlib.Path, num_steps: int
 ) -> list[str]:
-  """How the files of two runs differ, seconds apart."""
+  """Returns how the files of two runs differ, but for seconds."""
   found = []
   steps = [line["train_step"] for line in _lines(broken / "metrics.jsonl")]
   if steps != list(range(num_steps)):
@@ -285,12 +285,12 @@ class Command:
     return path.read_text().count("\n") if path.exists() else 0
 
   def phase(self) -> str:
-    """What the killed process was at."""
+    """Returns what the killed process was at."""
     phases = self._trace.read_text().split() if self._trace.exists() else []
     return phases[-1] if phases else "start"
 
   def leftovers(self) -> list[str]:
-    """What only a killed process leaves behind."""
+    """Returns what only a killed process leaves behind."""
     found = []
     if list((self.workdir / "checkpoints").glob("*tmp*")):
       found.append("an unfinished save")

@@ -142,7 +142,7 @@ def load(folder: str, axes: dict[str, int]) -> None:
 def measure(
   folder: str, devices: int, num_processes: int, axes: dict[str, int]
 ) -> list[dict[str, float]]:
-  """What `load` prints in each process."""
+  """Returns what `load` prints in each process."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port_number = free.getsockname()[1]

@@ -139,7 +139,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 
 def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
-  """The table of one preset, as a dict."""
+  """Returns the table of one preset, as a dict."""
   mesh = mesh_lib.make()
   config = base.Shape(**preset.network, dtype=preset.dtype, remat=remat)
   axes = mesh_lib.shardings(

@@ -93,7 +93,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _variables(
   args: argparse.Namespace, port: int, process_id: int
 ) -> dict[str, str]:
-  """What this process has in its environment, beside what we have."""
+  """Returns what this process has in its environment beside ours."""
   own = {
     "AGRPO_COORDINATOR": f"127.0.0.1:{port}",
     "AGRPO_NUM_PROCESSES": str(args.num_processes),
@@ -116,7 +116,7 @@ def _free_port() -> int:
 def _run(
   command: Sequence[str], variables: Sequence[dict[str, str]], grace: float
 ) -> int:
-  """Runs the processes; the exit code of the first that fails, or 0."""
+  """Runs the processes; returns the exit code of the first to fail, or 0."""
   processes: list[subprocess.Popen[str]] = []
 
   asked: list[int] = []

@@ -111,7 +111,7 @@ def _settings(given: dict[str, str | None]) -> dict:
 
 
 def _check_free(port: int, said: str) -> None:
-  """JAX's service dies of a segmentation fault on a port that is taken."""
+  """Refuses a port that is taken; JAX's service would crash on it."""
   try:
     with socket.socket() as probe:
       probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -131,7 +131,7 @@ def _seconds(name: str, default: int) -> int:
 
 
 def differences(settings: Mapping[str, Any]) -> list[str]:
-  """A line for each of these JSON settings that processes do not share.
+  """Returns a line for each of these settings that processes do not share.
 
   The code and JAX's version count as settings. Processes that differ would
   train something else each, or wait for each other in different places.
@@ -156,7 +156,7 @@ def differences(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  """Returns {"a.b": 1} for {"a": {"b": 1}}."""
   if not isinstance(settings, Mapping):
     return {name: settings}
   return {
@@ -204,17 +204,17 @@ def is_main() -> bool:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-  """The whole of an array on the mesh, on every process."""
+  """Returns the whole of an array on the mesh, on every process."""
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def own_rows(num_rows: int) -> np.ndarray:
-  """int [b]: the rows that this process grades; each row has one process."""
+  """Returns int [b]: rows that this process grades, and no other does."""
   return np.arange(jax.process_index(), num_rows, jax.process_count())
 
 
 def exchange(value: Any) -> list[Any]:
-  """The JSON values of all processes, in their order; all must take part."""
+  """Returns the JSON values of all processes, in order; all must take part."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -70,7 +70,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """What was asked for: `name` = kind:shape. `chip` is None for plain CPUs."""
+  """The devices to plan for: `name` = kind:shape, no `chip` for plain CPUs."""
 
   name: str
   kind: str

@@ -1,4 +1,4 @@
-"""What a run of a compiled program costs.
+"""The cost of running a compiled program once.
 
 XLA's own cost analysis counts the body of a loop once. Ours are nested: the
 layers inside the denoising steps, the layers inside the microbatches. Here a
@@ -46,7 +46,7 @@ class Collective:
 
   @property
   def wire_bytes(self) -> float:
-    """What a device receives, in a ring."""
+    """Bytes that a device receives, in a ring."""
     share = (self.group - 1) / max(1, self.group)
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(
       self.kind, share
@@ -56,7 +56,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Cost:
-  """Of one device and one run of a program.
+  """The cost of one run of a program on one device.
 
   Attributes:
     flops: of matrix products.
@@ -78,7 +78,7 @@ class Cost:
 
 
 def of(program: hlo.Program, trips: int) -> Cost:
-  """Adds up everything that one run of a program does.
+  """Returns the cost of everything that one run of a program does.
 
   Args:
     program: of one device.
@@ -109,6 +109,7 @@ def of(program: hlo.Program, trips: int) -> Cost:
         cost.buffers.update(
           (s.hbm_bytes, str(s), one.source) for s in one.shapes
         )
+      # What a loop or a call does is counted inside of it.
       if one.opcode == "while":
         known = program.trip_count(one)
         laps = known or (1 if is_inner else trips)
@@ -135,8 +136,10 @@ def _flops(program: hlo.Program, one: hlo.Instruction) -> float:
 
 
 def _bytes(program: hlo.Program, one: hlo.Instruction) -> float:
+  # These touch a part of their operand alone: it is read, and written again.
   if one.opcode in ("dynamic-slice", "slice", "gather"):
     return 2.0 * one.hbm_bytes
+  # In place: what is read and written is the update.
   if one.opcode == "dynamic-update-slice":
     return 2.0 * program.instructions[one.operands[1]].hbm_bytes
   if one.opcode.endswith("-start"):
@@ -157,7 +160,7 @@ def _bytes(program: hlo.Program, one: hlo.Instruction) -> float:
 def _written(
   program: hlo.Program, result: hlo.Instruction, shape: hlo.Shape
 ) -> int:
-  """Bytes that a fusion writes of one of its results."""
+  """Returns the bytes that a fusion writes of one of its results."""
   if result.opcode == "dynamic-update-slice":  # in place
     return program.instructions[result.operands[1]].hbm_bytes
   if result.opcode in ("parameter", *COLLECTIVES):  # passes by
@@ -166,7 +169,7 @@ def _written(
 
 
 def _read(program: hlo.Program, fusion: hlo.Instruction, index: int) -> int:
-  """Bytes that a fusion reads of an operand: of a slice only that."""
+  """Returns the bytes that a fusion reads of an operand, or of its slice."""
   whole = program.instructions[fusion.operands[index]].hbm_bytes
   body = program.computations[fusion.called[0]]
   inside = next(
@@ -192,7 +195,7 @@ def _read(program: hlo.Program, fusion: hlo.Instruction, index: int) -> int:
 def _collective(
   kind: str, one: hlo.Instruction, inside: hlo.Instruction | None
 ) -> Collective:
-  """The communication of an instruction, which may be fused into another."""
+  """Returns the communication of an instruction, itself maybe in a fusion."""
   # An asynchronous start returns its operand, its result and some counters.
   is_start = one.opcode.endswith("-start") and kind != "all-reduce"
   sizes = [shape.bytes for shape in one.shapes]
@@ -213,7 +216,8 @@ def _collective(
 
 
 def _group(attributes: str) -> int:
-  """How many devices take part."""
+  """Returns how many devices take part."""
+  # XLA writes groups in three ways: by mesh axes, as [number, size], as lists.
   if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
     axes = re.findall(r"'(\w+)'", found.group(2))
@@ -231,7 +235,11 @@ def _convolution_flops(
   result: tuple[int, ...],
   attributes: str,
 ) -> float:
-  """TPUs write matrix products so: batches are dilated spatial dimensions."""
+  """Returns the FLOPs of a convolution, as TPUs write matrix products.
+
+  Batches are dilated spatial dimensions there, and most taps of the kernel meet
+  a hole: only those that meet an element of the input are counted.
+  """
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
   window = re.search(r"window=\{([^}]*)\}", attributes)
   if labels is None:

@@ -68,7 +68,7 @@ class Instruction:
 
   @property
   def source(self) -> str:
-    """Where in our code it comes from: the end of its JAX name."""
+    """The end of its JAX name, which says where in our code it comes from."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     parts = found.group(1).split("/") if found else []
     skip = {"while", "body", "closed_call", "LLaDA"}
@@ -94,13 +94,14 @@ class Program:
         self.instructions[instruction.name] = instruction
 
   def trip_count(self, loop: Instruction) -> int | None:
-    """How often a loop runs, None where that depends on its data."""
+    """Returns how often a loop runs, None where that depends on its data."""
     known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
     if known:
       return int(known.group(1))
     condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
     if not condition:
       return None
+    # The loops of `lax.scan` compare their counter with a constant.
     test = self.root(condition.group(1))
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
       return None
@@ -108,6 +109,7 @@ class Program:
     index = re.search(r"index=(\d+)", counter.attributes)
     if not index or limit.opcode != "constant":
       return None
+    # A pipelined loop may count in larger steps than one.
     step = 1
     root = self.root(loop.called[0])
     update = self.instructions[root.operands[int(index.group(1))]]
@@ -117,11 +119,12 @@ class Program:
     return -(-int(limit.arguments) // step)
 
   def root(self, computation: str) -> Instruction:
-    """The instruction whose result is the computation's."""
+    """Returns the instruction whose result is the computation's."""
     return next(one for one in self.computations[computation] if one.is_root)
 
 
 def _parse(root: str | None, name: str, rest: str) -> Instruction:
+  # `f32[2,8]{1,0} add(%a, %b), metadata=...`, or several shapes in parentheses.
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   opcode, _, _ = rest[end:].strip().partition("(")
   start = rest.index("(", end)

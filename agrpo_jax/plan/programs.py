@@ -296,7 +296,7 @@ def num_rows(c: config_lib.ConfigDict) -> int:
 
 
 def _bytes(tree: types.Tree) -> int:
-  """Of a device."""
+  """Returns the bytes of a tree of arrays on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)

@@ -142,7 +142,7 @@ class Checkpoints:
     *,
     base_model: checkpoint_meta.BaseModel | None = None,
   ) -> tuple[types.TrainState, dict[str, Any]] | None:
-    """The newest readable checkpoint, or None when there is no checkpoint.
+    """Returns the newest readable checkpoint, or None when there is none.
 
     Newer ones, which could not be read, are moved to `unreadable_checkpoints`:
     the run will save their train steps again.

@@ -38,7 +38,7 @@ class Reader:
     self.directory = epath.Path(workdir).expanduser().resolve() / "checkpoints"
 
   def steps(self) -> list[int]:
-    """The train steps of complete checkpoints, the newest first.
+    """Returns the train steps of complete checkpoints, the newest first.
 
     Raises:
       UserError: the processes see different ones.
@@ -68,11 +68,11 @@ class Reader:
     return next(iter(self.steps()), None)
 
   def meta(self) -> dict[str, Any] | None:
-    """The meta of the newest checkpoint whose meta can be read, or None."""
+    """Returns the newest meta that can be read, or None."""
     return next((meta for _, meta in self._metas()), None)
 
   def accuracies(self) -> dict[int, float]:
-    """By train step, of the checkpoints that were evaluated."""
+    """Returns train step -> accuracy of the checkpoints that were evaluated."""
     return {
       step: meta["accuracy"]
       for step, meta in self._metas()
@@ -81,12 +81,12 @@ class Reader:
 
   @property
   def best_step(self) -> int | None:
-    """Of the highest accuracy, of equal ones the earliest; or None."""
+    """The train step of the highest accuracy, the earliest of equal ones."""
     accuracies = self.accuracies()
     return min(accuracies, key=lambda s: (-accuracies[s], s), default=None)
 
   def _metas(self) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The train steps and metas that can be read, the newest first."""
+    """Yields the train steps and metas that can be read, the newest first."""
     for train_step in self.steps():
       try:
         yield train_step, self._meta(train_step)
@@ -100,7 +100,7 @@ class Reader:
     base_model: checkpoint_meta.BaseModel | None = None,
     train_step: int | None = None,
   ) -> tuple[dict[str, types.Tree], dict[str, Any]] | None:
-    """The newest readable checkpoint, or None when there is no checkpoint.
+    """Returns the newest readable checkpoint, or None when there is none.
 
     Args:
       items: name of a tree -> the tree to fill. Its leaves say shape, dtype
@@ -163,7 +163,7 @@ class Reader:
     return self.directory / str(train_step)
 
   def _meta(self, train_step: int) -> dict[str, Any]:
-    """As process 0 reads it, so that all judge it alike."""
+    """Returns the meta as process 0 reads it, so that all judge it alike."""
     path = self._path(train_step) / "meta"
     handler = ocp.JsonCheckpointHandler()
     own = _on_all(
@@ -177,7 +177,12 @@ class Reader:
     items: Mapping[str, types.Tree],
     base_model: checkpoint_meta.BaseModel | None,
   ) -> tuple[dict[str, types.Tree], dict[str, Any]]:
-    """One checkpoint; UserError when it does not fit, others for damage."""
+    """Returns one checkpoint.
+
+    Raises:
+      UserError: it does not fit.
+      Exception: of any kind, for damage.
+    """
     path = self._path(train_step)
     meta = self._meta(train_step)
     checkpoint_meta.check_fit(str(path), meta, items, base_model)
@@ -206,7 +211,7 @@ class Reader:
 
 
 def _on_all(read: Callable[[], Any]) -> Any:
-  """What `read` returns; raises on all processes when it raised on one.
+  """Returns what `read` does; raises on all processes when it raised on one.
 
   Else one would go on to another checkpoint and the others wait for it.
   """
@@ -233,6 +238,6 @@ def _abstract(tree: types.Tree) -> types.Tree:
 
 
 def _short(error: Exception) -> str:
-  """The first line; tensorstore's messages run to pages."""
+  """Returns an error's first line; tensorstore's messages run to pages."""
   first = (str(error).splitlines() or [""])[0]
   return f"{type(error).__name__}: {first[:200]}"

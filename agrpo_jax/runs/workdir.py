@@ -57,7 +57,7 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def _raise_when_full(error: Exception, directory: pathlib.Path) -> None:
-  """Raises UserError when an error is that the disk has no room."""
+  """Passes an error on as a UserError when it is that the disk has no room."""
   # By its words: libraries wrap the system's errors.
   reasons = [os.strerror(number) for number in _FULL]
   reason = next((reason for reason in reasons if reason in str(error)), None)

@@ -22,7 +22,7 @@ _TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """What a page shows.
+  """The content of a page.
 
   Attributes:
     title: its heading.
@@ -46,7 +46,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-  """The page's HTML."""
+  """Returns the page's HTML."""
   entropies = [
     token.entropy for one in page.completions for token in one.tokens
   ]
@@ -122,7 +122,7 @@ def _summary(completion: text_lib.Completion) -> str:
 
 
 def _strip(completion: text_lib.Completion, last: int) -> str:
-  """A bar per denoising step: how probable its tokens were."""
+  """Returns a bar per denoising step: how probable its tokens were."""
   probabilities: list[list[float]] = [[] for _ in range(last)]
   for token in completion.tokens:
     if token.unmask_step is not None:
@@ -173,7 +173,7 @@ def _begins_block(piece: text_lib.Piece, block_length: int) -> bool:
 
 
 def _tip(piece: text_lib.Piece, token: text_lib.Token) -> str:
-  """A token's numbers, a line each."""
+  """Returns a token's numbers, a line each."""
   name = (
     f"{piece.text!r}" if len(piece.tokens) == 1 else f"part of {piece.text}"
   )

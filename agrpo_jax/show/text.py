@@ -48,7 +48,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What is shown as one: a token, or the tokens of one character.
+  """The smallest part that is shown: a token, or those of one character.
 
   Attributes:
     text: visible, with line breaks as the only control characters; a special
@@ -62,7 +62,7 @@ class Piece:
   tokens: tuple[Token, ...]
 
   def num_unmasked(self, num_steps: int) -> int:
-    """How many of its tokens the first `num_steps` denoising steps unmasked."""
+    """Returns how many of its tokens `num_steps` denoising steps unmasked."""
     return sum(
       token.unmask_step is not None and token.unmask_step < num_steps
       for token in self.tokens
@@ -80,12 +80,12 @@ class Piece:
 
   @property
   def logprob(self) -> float:
-    """Of its least probable token."""
+    """The log-probability of its least probable token."""
     return min(token.logprob for token in self.tokens)
 
   @property
   def entropy(self) -> float:
-    """Of its least certain token."""
+    """The entropy of its least certain token."""
     return max(token.entropy for token in self.tokens)
 
 
@@ -111,7 +111,7 @@ class Completion:
 def completions(
   rollout: types.Rollout, tokenizer: tokens.Tokenizer, num_rows: int
 ) -> list[Completion]:
-  """The first rows of a rollout as text."""
+  """Returns the first rows of a rollout as text."""
   columns = (
     rollout.completion,
     rollout.unmask_step,
@@ -167,7 +167,7 @@ def _pieces(
 def _readable_size(
   row_tokens: Sequence[Token], tokenizer: tokens.Tokenizer
 ) -> int:
-  """How many tokens from here make text; 1 if they never do."""
+  """Returns how many tokens from here make text; 1 if they never do."""
   for size in range(1, len(row_tokens) + 1):
     ids = [token.id for token in row_tokens[:size]]
     if _UNREADABLE not in tokenizer.decode_raw(ids):
@@ -176,7 +176,7 @@ def _readable_size(
 
 
 def visible(text: str) -> str:
-  """Text in which nothing acts on a screen but line breaks.
+  """Returns text in which nothing acts on a screen but line breaks.
 
   Model text may hold escape sequences, which a terminal would obey, or marks
   that turn the direction of writing.
