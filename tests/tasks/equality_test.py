@@ -122,6 +122,8 @@ def test_explosions_are_refused(latex):
 def test_what_is_refused_still_equals_itself():
   assert equality.equal("$10^{1000000000}$", "$10^{1000000000}$")
   assert equality.equal("$10^{1000000000}$", "$x=10^{1000000000}$")
+  assert equality.equal("$18$", "$10^{1000000000}=18$")
+  assert not equality.equal("$18$", "$18=10^{1000000000}$")
   assert not equality.equal("$10^{1000000000}$", "$10^{1000000001}$")
 
 

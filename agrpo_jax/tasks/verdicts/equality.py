@@ -68,14 +68,29 @@ def equal(gold: str, text: str) -> bool:
   if len(text) > MAX_CHARS or text.count("\\boxed") > MAX_BOXES:
     return False
   try:
-    golds, found = _parsed(gold), _parsed(text)
-    if not all(map(is_tame, (*golds, *found))):
-      sides = (*found, *map(grader.unwrap_eq, found))  # of x = 5, the 5
-      return any(a == b for a, b in itertools.product(golds, sides))
-    with no_eval():
-      return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+    pairs = itertools.product(_parsed(gold), _parsed(text))
+    return any(_equal(*_compared_sides(*pair)) for pair in pairs)
   except base.OutOfTime:
     return False
+
+
+def _compared_sides(gold: Any, found: Any) -> tuple[Any, Any]:
+  """Returns what math-verify will compare: of an equation maybe one side.
+
+  So that the other side, which nobody looks at, need not be tame.
+  """
+  if grader.is_equation(found) and not grader.is_equation(gold):
+    return gold, grader.take_last_relation(found).rhs
+  if grader.is_assignment_relation(gold) and not grader.is_equation(found):
+    return grader.take_last_relation(gold).rhs, found
+  return gold, found
+
+
+def _equal(gold: Any, found: Any) -> bool:
+  if not (is_tame(gold) and is_tame(found)):
+    return gold == found
+  with no_eval():
+    return math_verify.verify(gold, found, timeout_seconds=None)
 
 
 # math-verify's patterns take quadratic time in a run of white space.
@@ -89,7 +104,7 @@ def _parsed(text: str) -> tuple:
     return tuple(math_verify.parse(text, parsing_timeout=None))
 
 
-# --- What of math-verify is replaced.
+# --- What of math-verify is used or replaced that is no part of its interface.
 
 
 def _parse_arithmetic(text: str) -> sympy.Rational:
@@ -132,7 +147,9 @@ for _module, _name in (
   (parser, "parse_expr_cached"),
   (parser, "parse_latex_cached"),
   (grader, "get_pct_val"),
-  (grader, "unwrap_eq"),
+  (grader, "is_equation"),
+  (grader, "is_assignment_relation"),
+  (grader, "take_last_relation"),
 ):
   if not hasattr(_module, _name):
     raise ImportError(
