@@ -10,10 +10,10 @@ is a layer, and imports only folders above it in this list:
   policies/    how the logits of a denoising step follow from a row's state
   samplers/    x_K -> ... -> x_0: the draw, the unmask rules, the loop
   objectives/  graded completions -> loss: what is visited, read, and paid
-  port/        model folders in the layout of Hugging Face <-> parameters
   tasks/       where problems come from and how completions are graded; no jax
   grading/     worker processes in which completions are graded
   runs/        a work directory that survives kills: checkpoints, metrics
+  port/        model folders in the layout of Hugging Face <-> parameters
   evaluation/  held-out accuracy: one evaluation, records, statistics, tables
   lm_eval/     a model for lm-eval
   show/        completions shown step by step
