@@ -42,7 +42,7 @@ def write_shape(shape: base.Shape) -> dict[str, Any]:
 
 
 def vocabulary(shape: base.Shape) -> base.Vocabulary:
-  """What the tokenizer of a network must agree with."""
+  """The vocabulary that the tokenizer of a network must agree with."""
   return base.Vocabulary(
     size=shape.vocab_size,
     mask_id=shape.mask_id,

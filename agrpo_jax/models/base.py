@@ -86,7 +86,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """What a tokenizer must know of its network.
+  """The sizes, ids and names that a tokenizer shares with its network.
 
   Attributes:
     size: token ids are below it.
@@ -221,6 +221,7 @@ def unsupported(
 
 
 def is_int(value: Any) -> bool:
+  """True for whole numbers; JSON's true and false are none."""
   return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -67,6 +67,7 @@ def _reply(request: dict[str, Any]) -> dict[str, str]:
 
 def main(descriptor: int, seconds: int) -> None:
   _bound_memory()
+  signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever was inherited
   with socket.socket(fileno=descriptor) as other, other.makefile("rwb") as file:
     for line in file:
       # Not caught anywhere, so it ends the process wherever that is.

@@ -5,8 +5,6 @@ it adapts: {"a": [.., in, R], "b": [.., R, out]}, float32. The adapted
 projection computes x W + scale (x a) b.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ TARGETS = (*LAYER_TARGETS, "head")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """Which projections are adapted, and how.
+  """The projections that are adapted, and how.
 
   Attributes:
     rank: R, columns of `a` and rows of `b`.
@@ -54,7 +52,7 @@ class Lora:
 
 
 def problems(settings: Lora, params_abstract: types.Tree) -> list[str]:
-  """What makes an adapter impossible for a network, one sentence each.
+  """Everything that rules an adapter out for a network, one sentence each.
 
   Args:
     settings: rank and targets.

@@ -5,8 +5,6 @@ in float32 what came in bfloat16, store attention weights [B, H, L, L], or, on
 CPUs, transpose whole activations.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

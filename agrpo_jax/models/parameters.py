@@ -4,8 +4,6 @@ The network declares its arrays from it; `init`, sharding and the port of
 checkpoints read it. Layers are stacked along a leading axis, except the last.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any
@@ -33,12 +31,14 @@ class Spec:
   fill: float = 0.0
 
   def initial(self, key: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """A fresh array; the key is consumed."""
     if not self.stddev:
       return jnp.full(self.shape, self.fill, dtype)
     draw = jax.random.truncated_normal(key, -3.0, 3.0, self.shape, jnp.float32)
     return (draw * self.stddev).astype(dtype)
 
-  def stacked(self, size: int) -> Spec:
+  def stacked(self, size: int) -> "Spec":
+    """The array of `size` layers, on a leading axis."""
     return dataclasses.replace(
       self, shape=(size, *self.shape), axes=("layers", *self.axes)
     )

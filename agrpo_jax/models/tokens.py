@@ -6,8 +6,6 @@ tokens of these characters, not the special token. Special tokens come only
 from the chat template.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ write_byte_tokenizer = tokens_bytes.write
 
 
 class Tokenizer(Protocol):
-  """What the rest of the package needs of a tokenizer.
+  """The part of a tokenizer that the rest of the package uses.
 
   Attributes:
     mask_id: id of the mask token.

@@ -6,8 +6,6 @@ the chat layout and LLaDA's special tokens, in the same files and with the same
 chat layout as LLaDA-8B-Instruct.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import pathlib

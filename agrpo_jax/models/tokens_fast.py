@@ -1,7 +1,5 @@
 """A checkpoint's fast tokenizer and chat template, without running its code."""
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 import re
@@ -92,10 +90,7 @@ class FastTokenizer:
       ids, key=lambda one: self._tokenizer.id_to_token(one) is not None
     ):
       if is_token:
-        run_ids = list(run)
-        pieces.append(
-          self._tokenizer.decode(run_ids, skip_special_tokens=False)
-        )
+        pieces += self._decode([list(run)], skip_special_tokens=False)
       else:
         pieces += [f"<|id {one}|>" for one in run]
     return "".join(pieces)
@@ -103,8 +98,14 @@ class FastTokenizer:
   def decode_batch(self, ids_BxC: np.ndarray) -> list[str]:
     return self._decode(np.asarray(ids_BxC).tolist())
 
-  def _decode(self, rows: list[list[int]]) -> list[str]:
-    return _bounded(lambda: self._tokenizer.decode_batch(rows))
+  def _decode(
+    self, rows: list[list[int]], skip_special_tokens: bool = True
+  ) -> list[str]:
+    return _bounded(
+      lambda: self._tokenizer.decode_batch(
+        rows, skip_special_tokens=skip_special_tokens
+      )
+    )
 
   def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     # A batch, because that lets go of the interpreter and `encode` does not.
@@ -126,7 +127,9 @@ class FastTokenizer:
 
 
 def _bounded(call: Callable[[], Any]) -> Any:
-  """What `call` returns; a tokenizer's patterns may take forever on a text.
+  """Runs `call` and returns its result, within bounded time.
+
+  A tokenizer's patterns may try exponentially many ways to match a text.
 
   Raises:
     UserError: it took too long or failed. What took too long goes on in a

@@ -9,8 +9,6 @@ computes queries and MLP only where a result is asked for.
 The parameters are laid out as the table in `parameters` says.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

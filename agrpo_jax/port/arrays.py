@@ -4,8 +4,6 @@ Ours are stacked over layers and transposed; they are read part by part, as
 the devices that hold them ask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ class Trained:
       UserError: there is no such checkpoint, or the run's config.json is
         missing, damaged, or of no run.
     """
-    checkpoint_named.find(checkpoint)
+    checkpoint_named.find(checkpoint)  # refuses what is no checkpoint
     raw = checkpoint_named.read_config(checkpoint)
     try:
       model, lora = raw["model"], raw["lora"]
@@ -95,7 +96,7 @@ def merged(
       weights.
   """
   trained = Trained.of(checkpoint)
-  folder = hub.folder(trained.path, hub.CHECKPOINT, trained.revision)
+  folder = _base_folder(checkpoint, trained, hub.CHECKPOINT)
   dtype = dtype or model_folder.stored_dtype(folder)
   if trained.lora is None:
     shape = model_folder.load_shape(str(folder))
@@ -141,11 +142,26 @@ def adapter(checkpoint: str, to: pathlib.Path) -> int:
       f"The run of --checkpoint={checkpoint!r} trained all parameters, so it "
       "has no adapter; leave out --adapter to write its weights."
     )
-  shape = model_folder.load_shape(trained.path, revision=trained.revision)
+  shape = model_folder.load_shape(
+    str(_base_folder(checkpoint, trained, hub.ALL_BUT_WEIGHTS))
+  )
   tree = _read(checkpoint, _abstract(trained.lora, shape))
   peft.save(to, shape, tree, trained.lora, base_model=trained.path)
   _copy_tokenizer(trained, to)
   return lora_lib.count(tree)
+
+
+def _base_folder(
+  checkpoint: str, trained: Trained, patterns: Sequence[str]
+) -> pathlib.Path:
+  try:
+    return hub.folder(trained.path, patterns, trained.revision)
+  except errors.UserError as error:
+    raise errors.UserError(
+      f"The base model of --checkpoint={checkpoint!r} is not to be found: "
+      f"{error} If it has moved, say where as model.path in the run's "
+      "config.json: its contents are compared."
+    ) from error
 
 
 def _read(
@@ -153,7 +169,7 @@ def _read(
   trainable: types.Tree,
   base_model: checkpoint_meta.BaseModel | None = None,
 ) -> types.Tree:
-  """What the run trained; `trainable` has its shapes and dtypes."""
+  """The trained arrays; `trainable` has their shapes and dtypes."""
   reader, train_step = checkpoint_named.find(checkpoint)
   found = reader.read({"trainable": trainable}, base_model, train_step)
   if found is None:

@@ -4,8 +4,6 @@ Only headers are read until a tensor is asked for. Nothing in the folder is
 executed; weights in formats that could be are refused by name.
 """
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 
@@ -18,7 +16,8 @@ from agrpo_jax.models import folder as folder_lib
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Weights in formats that can run code when they are loaded.
+UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Tensors:
@@ -76,7 +75,7 @@ class Tensors:
     return tuple(self._slice(name).get_shape())
 
   def dtype(self, name: str) -> str:
-    """As safetensors spells it, e.g. "BF16"."""
+    """The dtype in the spelling of safetensors, e.g. "BF16"."""
     return self._slice(name).get_dtype()
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -95,7 +94,7 @@ def _listed(
   """Tensor -> file as the index lists them; empty without an index."""
   if not (folder / INDEX).exists():
     if not (folder / single).exists():
-      unsafe = sorted(f.name for one in _UNSAFE for f in folder.glob(one))
+      unsafe = sorted(f.name for one in UNSAFE for f in folder.glob(one))
       if unsafe:
         problems.append(
           f"only {', '.join(unsafe)}: such files can run code when loaded; "

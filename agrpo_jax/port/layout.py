@@ -1,6 +1,4 @@
-"""Where our arrays live in a checkpoint: tensors by name, layer by layer."""
-
-from __future__ import annotations
+"""The places of our arrays in a checkpoint: tensors by name and layer."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +22,7 @@ _ARRAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Where one of our arrays lives in a checkpoint.
+  """The place of one of our arrays in a checkpoint.
 
   Attributes:
     names: the tensors; more than one (or `stacked`) are the layers in order.

@@ -1,7 +1,5 @@
 """Loads and saves model folders in the layout of Hugging Face."""
 
-from __future__ import annotations
-
 import math
 import pathlib
 from collections.abc import Callable

@@ -6,8 +6,6 @@ with modules that are not adapted: LLaDA's `ff_out` ends both the MLP's output
 a regular expression of whole names.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 import re
@@ -185,7 +183,7 @@ def _name(kernel: str, letter: str) -> str:
 def _target_modules(
   targets: Sequence[str], slots: dict[str, list[Slot]]
 ) -> list[str] | str:
-  """What PEFT must look for to adapt these targets and nothing else."""
+  """The names by which PEFT adapts these targets and nothing else."""
 
   def modules(target: str) -> list[list[str]]:
     return [

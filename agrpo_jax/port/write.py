@@ -1,7 +1,5 @@
 """Writes a folder of safetensors in the layout that transformers uses."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -33,7 +31,10 @@ def refuse_weights(folder: pathlib.Path) -> None:
   """UserError if the folder holds weights, or is no folder."""
   if folder.exists() and not folder.is_dir():
     raise errors.UserError(f"{folder} is a file; give a folder to write to.")
-  weights = sorted(one.name for one in folder.glob("*.safetensors"))
+  patterns = ("*.safetensors", *files.UNSAFE)
+  weights = sorted(
+    {one.name for pattern in patterns for one in folder.glob(pattern)}
+  )
   if weights:
     raise errors.UserError(
       f"{folder} already holds weights ({', '.join(weights)}). Give another "

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: shapes, checksums, versions, base model.
+"""The meta of a checkpoint: shapes, checksums, versions, base model.
 
 With it a run can refuse a checkpoint of another model by name, before arrays
 are read, and tell one that was damaged from one that was not.

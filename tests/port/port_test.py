@@ -474,7 +474,7 @@ class TestCommand:
 
   def test_mistakes_end_with_one_message_and_code_2(self, tmp_path):
     for args, message in (
-      ((f"--from={MHA}",), "Give --from"),
+      ((f"--from={MHA}",), "Give --to="),
       ((f"--from={MHA}", f"--to={MHA}"), "already holds weights"),
       (("--from=./none", f"--to={tmp_path / 'out'}"), "There is no folder"),
     ):
