@@ -22,7 +22,7 @@ env:
 	@PYTHON="$(PYTHON)" sh tools/env.sh
 
 demo: env
-	@$(BIN)/python -m agrpo_jax.demo --config=configs/sudoku_tiny.py --seed=$(SEED)
+	@$(BIN)/python -m agrpo_jax.demo --config=configs/sudoku_tiny.py --config.seed=$(SEED)
 
 test: env
 	$(BIN)/ruff check .

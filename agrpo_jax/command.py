@@ -17,8 +17,10 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax.parallel import processes
+from agrpo_jax.runs import checkpoint_named
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -140,6 +142,54 @@ def _show_unraisable(unraisable: Any) -> None:
   """
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
+
+
+_SHARED = {
+  "model": "Folder or hub id, instead of config.model.path.",
+  "checkpoint": checkpoint_named.HELP,
+  "sampler": f"Settings by name: {', '.join(config_lib.SAMPLERS)}.",
+  "output": "Folder, or file ending in .jsonl, for the records.",
+}
+
+
+def define_flags(*names: str) -> None:
+  """Defines flags that several commands have; called by the one that runs."""
+  for name in names:
+    default = "config" if name == "sampler" else ""
+    flags.DEFINE_string(name, default, _SHARED[name])
+    flags.declare_key_flag(name)
+
+
+def given_keys() -> set[str]:
+  """Returns the keys that --config.KEY=VALUE flags give."""
+  return {*config_flags.get_override_values(flags.FLAGS["config"])}
+
+
+def evaluation_config(
+  sampler: str = "config", model: str = ""
+) -> tuple[config_lib.ConfigDict, set[str]]:
+  """Returns the command line's config with a sampler and a model put in.
+
+  Args:
+    sampler: one of `config.SAMPLERS`; keys on the command line stay.
+    model: folder or hub id, or "" for the config's.
+
+  Returns:
+    The config, a copy; the keys that stand on the command line, `model.path`
+    among them if `model` does.
+
+  Raises:
+    UserError: an unknown sampler.
+  """
+  c = CONFIG.value.copy_and_resolve_references()
+  given = given_keys()
+  prefix = "evaluate."
+  keep = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]
+  config_lib.use_sampler(c, sampler, keep)
+  if model:
+    c.model.path = model
+    given.add("model.path")
+  return c, given
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:

@@ -1,31 +1,27 @@
 """Every setting of a run, with its unit and legal values.
 
 Files in `configs/` start from `rl()` or `sft()` and change what differs. On the
-command line a key is changed by `--config.rollout.temperature=0.6`. Beyond
-`build.py`, nothing sees a ConfigDict.
+command line a key is changed by `--config.rollout.temperature=0.6`. Only
+`settings.py` reads what comes out: everything else gets its typed records.
 """
 
-import dataclasses
+from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 from typing import TypeAlias
 
 import ml_collections
 
-from agrpo_jax import objectives
-from agrpo_jax import optimizer
+from agrpo_jax import errors
 from agrpo_jax import tasks
-from agrpo_jax.samplers import sampling as sampling_lib
+from agrpo_jax.models import lora as lora_lib
 
 ConfigDict: TypeAlias = ml_collections.ConfigDict
 
-DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "cudnn")
-LORA_TARGETS = ("q", "k", "v", "attn_out", "gate", "up", "down", "head")
 
-
-def _common() -> ConfigDict:
+def _common(kind: str) -> ConfigDict:
   c = ConfigDict()
+  c.kind = kind  # of run: rl or sft
   c.workdir = ""  # folder of logs and checkpoints; a run there is continued
   c.seed = 0  # all randomness of the run comes from it
   # A work directory remembers its config; go on under a changed one?
@@ -35,14 +31,14 @@ def _common() -> ConfigDict:
   m.path = ""  # folder of a LLaDA checkpoint, or its hub id
   m.revision = ""  # of the hub id; "": the newest
   m.tokenizer = ""  # another folder or hub id, "bytes", or "": the model's own
-  m.dtype = "bfloat16"  # of activations (and of a frozen base): DTYPES
-  m.remat = "none"  # what the backward pass recomputes: REMAT
+  m.dtype = "bfloat16"  # of activations and a frozen base: float32, bfloat16
+  m.remat = "none"  # what the backward pass recomputes: none, dots, full
   m.attention = "auto"  # auto, xla, cudnn
 
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters
   lora.alpha = 64.0  # adapters are scaled by alpha / rank
-  lora.targets = LORA_TARGETS  # projections that get an adapter
+  lora.targets = lora_lib.TARGETS  # projections that get an adapter
 
   c.mesh = mesh = ConfigDict()  # devices per axis; -1: what the others leave
   mesh.data = 1  # copies of the parameters
@@ -66,7 +62,7 @@ def _common() -> ConfigDict:
   c.optimizer = opt = ConfigDict()
   opt.learning_rate = 1e-5
   opt.schedule = "cosine"  # cosine (to zero at the end) or constant
-  opt.warmup_steps = 0  # optimizer updates
+  opt.warmup_steps = 0  # optimizer updates; before a decay at most half of all
   opt.b1 = 0.9
   opt.b2 = 0.99
   opt.eps = 1e-8
@@ -133,7 +129,7 @@ def _sampling(sub: ConfigDict) -> None:
 
 def rl() -> ConfigDict:
   """Defaults of `agrpo_jax.main`: the exact estimator."""
-  c = _common()
+  c = _common("rl")
   c.task.reward_weights = _free()  # of parts; the others keep the task's own
 
   c.rollout = rollout = ConfigDict()
@@ -185,7 +181,7 @@ def rl() -> ConfigDict:
 
 def sft() -> ConfigDict:
   """Defaults of `agrpo_jax.sft`."""
-  c = _common()
+  c = _common("sft")
   # To start from random parameters: num_layers, width, num_heads, mlp_width of
   # the network, and any other field of `base.Shape`. Empty: model.path.
   c.model.network = _free()
@@ -214,21 +210,84 @@ def paper(c: ConfigDict) -> None:
   )
 
 
-def sampling_settings(sub: ConfigDict) -> dict[str, Any]:
-  """The keys of `sampling_lib.Sampling` that a config's sub-tree holds."""
-  names = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
-  return {name: sub[name] for name in sub if name in names}
+# Samplers by name: the settings under which published numbers were made.
+#
+# A name sets every key of `config.evaluate` that says how completions are
+# drawn; keys given on the command line stay. `config` changes nothing.
+#
+# config: what the config says.
+# llada: LLaDA's own `generate.py` as its example calls it: one token a step,
+#   all of the completion is always drawn. Where the best token is [MASK] itself
+#   it leaves the position masked and draws it again, and so does this sampler.
+# d1: d1's evaluation (and wd1's and SPG's): two tokens a step. Its other
+#   lengths, 128 and 512, take half as many steps as tokens too.
+# agrpo: AGRPO's evaluation: as d1, but a block of nothing but EOS ends it.
+# fast_dllm: Fast-dLLM's parallel decoding without its caches: every token more
+#   probable than 0.9 is unmasked at once (its published settings for LLaDA).
+_GREEDY: dict[str, Any] = {
+  "completion_length": 256,
+  "block_length": 32,
+  "num_denoise_steps": 128,
+  "unmask_rule": "confidence",
+  "temperature": 0.0,
+  "top_k": 0,
+  "top_p": 1.0,
+  "confidence": "model",
+  "threshold": None,
+  "guidance": 0.0,
+  "stop_at_eos": False,
+  "redraw_mask": False,
+}
+SAMPLERS: dict[str, dict[str, Any]] = {
+  "config": {},
+  "llada": {**_GREEDY, "completion_length": 128, "redraw_mask": True},
+  "d1": _GREEDY,
+  "agrpo": {**_GREEDY, "stop_at_eos": True},
+  "fast_dllm": {
+    **_GREEDY,
+    "unmask_rule": "threshold",
+    "threshold": 0.9,
+    "redraw_mask": True,
+  },
+}
 
 
-def objective_settings(sub: ConfigDict) -> Any:
-  """The objective that `config.objective` names, with its settings."""
-  record = objectives.OBJECTIVES[sub.name]
-  names = [field.name for field in dataclasses.fields(record)]  # type: ignore
-  return record(**{name: sub[name] for name in names})
+def use_sampler(c: ConfigDict, name: str, keep: Collection[str] = ()) -> None:
+  """Gives `c.evaluate` the settings called `name`.
+
+  Args:
+    c: changed in place.
+    name: one of SAMPLERS.
+    keep: keys of `c.evaluate` that stay as they are.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  if name not in SAMPLERS:
+    raise errors.UserError(
+      f"--sampler={name!r} is unknown; the known ones are "
+      f"{', '.join(SAMPLERS)}."
+    )
+  for key, value in SAMPLERS[name].items():
+    if key not in keep:
+      c.evaluate[key] = value
 
 
-def optimizer_settings(c: ConfigDict) -> optimizer.Optimizer:
-  updates = c.objective.updates_per_batch if "objective" in c else 1
-  return optimizer.Optimizer(
-    num_updates=c.train.num_steps * updates, **c.optimizer.to_dict()
-  )
+def set_evaluate(c: ConfigDict, changes: Mapping[str, Any]) -> None:
+  """Sets keys of `c.evaluate`; None changes nothing.
+
+  Raises:
+    UserError: keys that are unknown or have values of other types.
+  """
+  unknown = sorted(changes.keys() - {*c.evaluate})
+  if unknown:
+    raise errors.UserError(
+      f"Unknown settings {', '.join(unknown)}; the known ones are "
+      f"{', '.join(sorted(c.evaluate))}."
+    )
+  for name, value in changes.items():
+    if value is not None:
+      try:
+        c.evaluate[name] = value
+      except TypeError as error:
+        raise errors.UserError(f"{name}={value!r}: {error}") from error

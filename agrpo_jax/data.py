@@ -1,12 +1,17 @@
-"""Prompts: tokenized once, then drawn batch by batch as a function of the step.
+"""Problems, prompts and batches, each a function of settings and train step.
 
 There is no iterator to save: batch `train_step` is the same whenever, wherever
 and in whichever order it is asked for, so a resumed run goes on exactly.
 """
 
 import dataclasses
+import pathlib
+import random
+import types as python_types
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import Protocol
 
 import grain
@@ -15,14 +20,99 @@ from absl import logging
 
 from agrpo_jax import errors
 from agrpo_jax import tasks
+from agrpo_jax.tasks import base
+from agrpo_jax.tasks import contract
+from agrpo_jax.tasks import files
 
 
 class Tokenizer(Protocol):
   """The part of `tokens.Tokenizer` that is used here."""
 
+  @property
+  def eos_id(self) -> int: ...
+
+  def encode(self, text: str) -> list[int]: ...
+
   def encode_chat(
     self, messages: Sequence[Mapping[str, str]], prefill: str = ""
   ) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Where problems come from and how completions are graded.
+
+  Attributes:
+    name: of a task of the package; "" under `path`.
+    path: Python file of a task of one's own, or "".
+    options: of the task.
+    reward_weights: part of the reward -> weight, for the parts that have one.
+  """
+
+  name: str
+  path: str
+  options: Mapping[str, Any]
+  reward_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def __bool__(self) -> bool:
+    return bool(self.name or self.path)
+
+  def load(self) -> python_types.ModuleType:
+    """Imports the task's module."""
+    return tasks.get(self.name, self.path or None)
+
+  def load_maker_of_demonstrations(self) -> "CompletionFn":
+    """Returns (example, rng) -> text of the task's own demonstrations.
+
+    Raises:
+      UserError: the task makes none.
+    """
+    module = self.load()
+    if not hasattr(module, "demonstration"):
+      raise errors.UserError(
+        f"The task {self.name or self.path!r} makes no demonstrations; give a "
+        "JSONL file of prompt and completion."
+      )
+    return lambda example, rng: contract.demonstration(
+      module, example, rng, self.options
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Files of problems, and how long prompts may be.
+
+  Attributes:
+    path: file of problems, or folder of train.* and test.*; "" for those that
+      the task makes or fetches.
+    test_path: held-out problems, where `path` is a file of others; or "".
+    max_prompt_length: tokens; longer prompts are skipped, and counted.
+    bucket: prompts are padded to a multiple of this many tokens.
+  """
+
+  path: str
+  test_path: str
+  max_prompt_length: int
+  bucket: int
+
+
+def load_examples(
+  task: Task, found_in: Files, split: str
+) -> list[tasks.Example]:
+  """Reads, or makes, the task's problems of a split."""
+  path = found_in.path
+  if split == "test":
+    path = found_in.test_path or path
+    if not found_in.test_path and pathlib.Path(path).is_file():
+      logging.warning(
+        "The held-out problems are those of config.data.path=%s, training's "
+        "too; give others as config.data.test_path, or a folder of train.* "
+        "and test.* as config.data.path.",
+        path,
+      )
+  return contract.examples(
+    task.load(), split, path=path or None, options=task.options
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +123,58 @@ class Prompt:
   tokens: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Rows: a prompt each, and which of its prompt's completions it is.
+
+  Attributes:
+    prompts: one per row.
+    index: one per row; it counts the completions of a prompt.
+  """
+
+  prompts: tuple[Prompt, ...]
+  index: tuple[int, ...]
+
+  @classmethod
+  def of(cls, prompts: Sequence[Prompt], num_samples: int = 1) -> "Batch":
+    """Returns `num_samples` rows of each prompt, side by side."""
+    return cls(
+      prompts=tuple(p for p in prompts for _ in range(num_samples)),
+      index=tuple(range(num_samples)) * len(prompts),
+    )
+
+  def __len__(self) -> int:
+    return len(self.prompts)
+
+  def __getitem__(self, rows: slice) -> "Batch":
+    return Batch(self.prompts[rows], self.index[rows])
+
+  @property
+  def examples(self) -> list[tasks.Example]:
+    return [prompt.example for prompt in self.prompts]
+
+  @property
+  def tokens(self) -> list[list[int]]:
+    return [prompt.tokens for prompt in self.prompts]
+
+  @property
+  def fields(self) -> list[dict[str, Any]]:
+    return [prompt.example.fields for prompt in self.prompts]
+
+  @property
+  def id_Bx2(self) -> np.ndarray:
+    """uint32 [B, 2], what the random key of each row is made of."""
+    ids = [prompt.example.id for prompt in self.prompts]
+    return np.stack([np.array(ids), np.array(self.index)], 1).astype(np.uint32)
+
+
 class Dataset:
   """The examples whose prompts fit.
 
-  num_skipped: examples left out because their prompt is too long.
-  longest: tokens of the longest prompt that was kept.
+  Attributes:
+    prompts: theirs, in order.
+    num_skipped: examples left out because their prompt is too long.
+    longest: tokens of the longest prompt that was kept.
   """
 
   def __init__(
@@ -48,7 +185,8 @@ class Dataset:
   ):
     """Tokenizes all prompts; never cuts one.
 
-    Raises UserError if no example is left.
+    Raises:
+      UserError: no example is left.
     """
     prompts = [
       Prompt(
@@ -80,41 +218,65 @@ class Dataset:
   def __len__(self) -> int:
     return len(self.prompts)
 
+  def batch(
+    self, train_step: int, num_prompts: int, seed: int
+  ) -> tuple[Prompt, ...]:
+    """The prompts of one train step.
 
-def batch_examples(
-  dataset: Dataset, train_step: int, num_prompts: int, seed: int
-) -> list[tuple[tasks.Example, list[int]]]:
-  """The `num_prompts` examples of one train step, with their token ids.
+    Every epoch is a new shuffle cut into whole batches; what is left at its end
+    (another remainder in every epoch) is passed over, so a batch never holds an
+    example twice. Depends on nothing but the arguments.
 
-  Every epoch is a new shuffle cut into whole batches; what is left at its end
-  (another remainder in every epoch) is passed over, so a batch never holds an
-  example twice. Depends on nothing but the arguments.
-
-  Raises UserError if the data set is smaller than a batch: an example drawn
-  twice would get twice the same random keys.
-  """
-  if num_prompts > len(dataset):
-    raise errors.UserError(
-      f"{num_prompts=} in a batch, but only {len(dataset)} examples: lower it "
-      "or give more data."
+    Raises:
+      UserError: the data set is smaller than a batch.
+    """
+    check_size(len(self), num_prompts, self.num_skipped)
+    shuffled = (
+      grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(None)
     )
-  shuffled = (
-    grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(None)
+    epoch, batch = divmod(train_step, len(self) // num_prompts)
+    begin = epoch * len(self) + batch * num_prompts
+    return tuple(self.prompts[shuffled[begin + i]] for i in range(num_prompts))
+
+
+def check_size(
+  num_examples: int, num_prompts: int, num_skipped: int = 0
+) -> None:
+  """Raises UserError if there are not enough examples for a batch.
+
+  An example drawn twice would get twice the same random keys.
+
+  Args:
+    num_examples: there are.
+    num_prompts: in a batch.
+    num_skipped: examples whose prompt is too long, for the message.
+  """
+  if num_prompts > num_examples:
+    skipped = f", {num_skipped} skipped as too long" if num_skipped else ""
+    raise errors.UserError(
+      f"{num_prompts=} in a batch, but only {num_examples} examples{skipped}: "
+      "lower it or give more data."
+    )
+
+
+def load_dataset(
+  task: Task, found_in: Files, tokenizer: Tokenizer, split: str
+) -> Dataset:
+  """Reads the task's problems of a split and tokenizes their prompts."""
+  return Dataset(
+    load_examples(task, found_in, split), tokenizer, found_in.max_prompt_length
   )
-  epoch, batch = divmod(train_step, len(dataset) // num_prompts)
-  begin = epoch * len(dataset) + batch * num_prompts
-  chosen = [dataset.prompts[shuffled[begin + i]] for i in range(num_prompts)]
-  return [(prompt.example, prompt.tokens) for prompt in chosen]
 
 
 def pack(
   rows: Sequence[Sequence[int]], multiple: int, pad_id: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of token ids as one array.
+  """Puts rows of token ids into one array.
 
-  Returns tokens_BxP int32, right-padded with `pad_id`, P the longest row
-  rounded up to a multiple of `multiple` (and at least that); and length_B
-  int32, the length of each row.
+  Returns:
+    tokens_BxP int32, right-padded with `pad_id`, P the longest row rounded up
+    to a multiple of `multiple` (and at least that); and length_B int32, the
+    length of each row.
   """
   if multiple < 1:
     raise ValueError(f"{multiple=} must be at least 1.")
@@ -125,3 +287,103 @@ def pack(
   for index, row in enumerate(rows):
     tokens_BxP[index, : len(row)] = row
   return tokens_BxP, length_B
+
+
+CompletionFn = Callable[[tasks.Example, random.Random], str]
+
+
+def from_jsonl(path: str) -> list[tasks.Example]:
+  """Returns the examples of a JSONL file, whose completions are to be learned.
+
+  A line is {"prompt": text or chat messages, "completion": text}; the text
+  stands in `fields["completion"]`.
+
+  Raises:
+    UserError: naming file and line of what cannot be used.
+  """
+  rows = files.read(path, "train", ("prompt", "completion"))
+  return [
+    tasks.Example(index, *_pair(where, row))
+    for index, (where, row) in enumerate(rows)
+  ]
+
+
+def _pair(where: str, row: files.Row) -> tuple[tuple, dict[str, str]]:
+  messages, completion = row["prompt"], row["completion"]
+  if isinstance(messages, str):
+    messages = base.user_turn(messages)
+  if not (contract.is_chat(messages) and isinstance(completion, str)):
+    raise errors.UserError(
+      f"{where}: a demonstration is "
+      '{"prompt": text or messages, "completion": text}, not '
+      f"{row!r:.80}."
+    )
+  return tuple(messages), {"completion": completion}
+
+
+def recorded(example: tasks.Example, rng: random.Random) -> str:
+  """The completion that came with the example."""
+  del rng
+  return example.fields["completion"]
+
+
+class Demonstrations:
+  """What a train step learns from, a pure function of its number."""
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    completion_fn: CompletionFn,
+    tokenizer: Tokenizer,
+    *,
+    completion_length: int,
+    batch_size: int,
+    bucket: int,
+    seed: int,
+  ):
+    """Fixes the settings.
+
+    Args:
+      dataset: the prompts.
+      completion_fn: (example, rng) -> text; rng differs from step to step.
+      tokenizer: text -> ids.
+      completion_length: C, tokens; shorter completions end in EOS.
+      batch_size: B.
+      bucket: prompts are padded to a multiple of this many tokens.
+      seed: of the order and of `completion_fn`.
+
+    Raises:
+      UserError: fewer prompts than a batch takes.
+    """
+    check_size(len(dataset), batch_size, dataset.num_skipped)
+    self._dataset = dataset
+    self._completion_fn = completion_fn
+    self._tokenizer = tokenizer
+    self._completion_length = completion_length
+    self._batch_size = batch_size
+    self._bucket = bucket
+    self._seed = seed
+
+  def batch(self, train_step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prompts int32 [B, P], their lengths [B], completions int32 [B, C].
+
+    Raises:
+      UserError: a completion that is longer than C.
+    """
+    rows = self._dataset.batch(train_step, self._batch_size, self._seed)
+    completion_BxC = np.full(
+      (len(rows), self._completion_length), self._tokenizer.eos_id, np.int32
+    )
+    for row, prompt in enumerate(rows):
+      example = prompt.example
+      rng = random.Random(f"{self._seed}/{train_step}/{example.id}")
+      ids = self._tokenizer.encode(self._completion_fn(example, rng))
+      if len(ids) > self._completion_length:
+        raise errors.UserError(
+          f"The completion of demonstration {example.id} has {len(ids)} "
+          "tokens, more than config.sft.completion_length="
+          f"{self._completion_length}; raise that, or leave it out."
+        )
+      completion_BxC[row, : len(ids)] = ids
+    tokens_BxP, length_B = pack([one.tokens for one in rows], self._bucket)
+    return tokens_BxP, length_B, completion_BxC

@@ -1,6 +1,7 @@
-"""Reinforcement learning of a tiny model, start to finish, on a laptop.
+r"""Reinforcement learning of a tiny model, start to finish, on a laptop.
 
-    python -m agrpo_jax.demo --config=configs/sudoku_tiny.py --seed=0
+    python -m agrpo_jax.demo --config=configs/sudoku_tiny.py \
+      --config.seed=0
 
 Trains, evaluates before and after on puzzles whose
 solutions never occur in training, draws the curves and prints a table.
@@ -12,36 +13,33 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
 
 from agrpo_jax import command
-from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import evaluate
+from agrpo_jax import settings as settings_lib
 from agrpo_jax import train
-from agrpo_jax.evaluation import accuracy
 from agrpo_jax.evaluation import statistics
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import metrics
 
-_SEED = flags.DEFINE_integer("seed", 0, "Of prompts, draws and evaluation.")
 
-
-def run(c: config_lib.ConfigDict) -> None:
+def run(s: settings_lib.Rl) -> None:
   """Evaluate, train, evaluate; then the picture and the table."""
   begin = time.monotonic()
-  e = c.evaluate
+  e = s.evaluate
   sampler = (
-    f"{e.num_denoise_steps} denoising steps, {e.unmask_rule} order, "
-    f"temperature {e.temperature:g}"
+    f"{e.sampling.num_denoise_steps} denoising steps, "
+    f"{e.sampling.unmask_rule} order, temperature {e.sampling.temperature:g}"
   )
   print(f"Held-out puzzles: {e.num_examples}. Sampler: {sampler}.", flush=True)
-  before = accuracy.run(c, "", "")
+  before = evaluate.run(s, "", "")
   print(f"Before: {percent(before)} solved. Training ...", flush=True)
-  train.train(c)
-  after = accuracy.run(c, c.workdir, "")
-  picture = pathlib.Path(c.workdir) / "curves.png"
+  train.train(s)
+  after = evaluate.run(s, s.workdir, "")
+  picture = pathlib.Path(s.workdir) / "curves.png"
   if processes.is_main():
-    draw(pathlib.Path(c.workdir) / "metrics.jsonl", before, picture)
+    draw(pathlib.Path(s.workdir) / "metrics.jsonl", before, picture)
   gain = 100 * (after.accuracy - before.accuracy)
   rows = [
     ("", "solved", "cells right"),
@@ -49,12 +47,12 @@ def run(c: config_lib.ConfigDict) -> None:
     ("after", percent(after), f"{100 * after.grades['cells'].mean():.1f} %"),
     ("gain", f"{gain:+.1f} points", ""),
   ]
-  print(f"\nHeld-out 4x4 Sudoku, {sampler}, seed {c.seed}")
+  print(f"\nHeld-out 4x4 Sudoku, {sampler}, seed {s.seed}")
   for name, solved, cells in rows:
     print(f"  {name:<8}{solved:>18}{cells:>14}")
   print(
-    f"  {c.train.num_steps} train steps of "
-    f"{c.rollout.num_prompts * c.rollout.group_size} completions, "
+    f"  {s.train.num_steps} train steps of "
+    f"{s.rollout.num_rows} completions, "
     f"{time.monotonic() - begin:.0f} s in all\n"
     f"  curves: {picture.resolve()}"
   )
@@ -107,10 +105,10 @@ def main(argv: Sequence[str]) -> None:
       "The demo's picture needs matplotlib: pip install 'agrpo_jax[plot]'."
     )
   c = command.CONFIG.value
-  c.seed = _SEED.value
-  stamp = processes.exchange(time.strftime("%Y%m%d-%H%M%S"))[0]
-  c.workdir = str(pathlib.Path("runs") / f"demo-{stamp}-seed{c.seed}")
-  run(c)
+  if "workdir" not in command.given_keys():
+    stamp = processes.exchange(time.strftime("%Y%m%d-%H%M%S"))[0]
+    c.workdir = str(pathlib.Path("runs") / f"demo-{stamp}-seed{c.seed}")
+  run(settings_lib.rl(c))
 
 
 if __name__ == "__main__":

@@ -5,22 +5,218 @@ r"""Held-out accuracy of a model under given sampling settings.
       [--sampler=NAME] [--num_samples=8 --k=1,4,8] \
       [--output=FOLDER or FILE.jsonl]
 
-Without --model it is the model of `config.model.path`; --checkpoint takes what
-was trained on top of it from a run's newest checkpoint, its most accurate one,
-or that of a train step. `presets.py` lists the samplers, `records.py` what
---output holds. The same command goes on where it was stopped. For more than one
-setting or model: `agrpo_jax.sweep`.
+Without --model it is the model of `config.model.path`; --checkpoint takes the
+model that a run trained, and its adapter's settings, from the run: its newest
+checkpoint, its most accurate one, or that of a train step. `config.py` lists
+the samplers, `records.py` what --output holds. The same command goes on where
+it was stopped. For more than one setting or model: `agrpo_jax.sweep`.
 """
 
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from agrpo_jax import command
-from agrpo_jax import presets
+from agrpo_jax import config as config_lib
+from agrpo_jax import data
+from agrpo_jax import errors
+from agrpo_jax import settings as settings_lib
+from agrpo_jax import tasks
 from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
+from agrpo_jax.grading import pool
+from agrpo_jax.parallel import processes
+from agrpo_jax.port import model as model_lib
+from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.samplers import host
+
+# Of a model, what its folder holds decides, whatever its path; how it is
+# computed is the command's business.
+_FREE_MODEL_KEYS = ("path", "revision", "dtype", "remat", "attention")
+
+
+def run(
+  s: settings_lib.Rl,
+  checkpoint: str = "",
+  output: str = "",
+  *,
+  num_samples: int = 1,
+) -> statistics.Result:
+  """Evaluates a model, or what a run trained.
+
+  What is complete in `output` is read from there and loads no model.
+
+  Args:
+    s: the settings; see `use_run` for those of a checkpoint.
+    checkpoint: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP, or "".
+    output: see `records`, or "".
+    num_samples: completions per prompt.
+
+  Raises:
+    UserError: anything that the user has to change, as early as it shows.
+  """
+  check(s, num_samples)
+  examples = data.load_examples(s.task, s.data, s.evaluate.split)
+  asked = record_settings(s, examples, checkpoint, num_samples)
+  result = accuracy.finished(output, asked, num_samples)
+  if result is None:
+    with s.start_grader() as grader:
+      model = model_lib.load_trained(s.model, s.lora, s.mesh.make(), checkpoint)
+      result = measure(s, model, examples, grader, asked, output)
+  return dataclasses.replace(result, problems=asked["problems"])
+
+
+def check(s: settings_lib.Rl, num_samples: int = 1) -> None:
+  """Raises UserError for what shows before any model is loaded."""
+  if num_samples < 1:
+    raise errors.UserError(f"--num_samples={num_samples} must be at least 1.")
+  if num_samples > 1 and not s.evaluate.has_chance:
+    raise errors.UserError(
+      f"--num_samples={num_samples} would draw the same completion again and "
+      "again: config.evaluate.temperature=0 and unmask_rule="
+      f"{s.evaluate.sampling.unmask_rule!r} leave nothing to chance. Set a "
+      "temperature above 0."
+    )
+
+
+def measure(
+  s: settings_lib.Rl,
+  model: model_lib.Model,
+  examples: Sequence[tasks.Example],
+  grader: pool.Grader,
+  asked: dict[str, Any],
+  output: str,
+) -> statistics.Result:
+  """Evaluates a loaded model.
+
+  Args:
+    s: the settings.
+    model: with its parameters.
+    examples: the problems of the split.
+    grader: of the task.
+    asked: from `record_settings`.
+    output: see `records`, or "".
+  """
+  dataset = data.Dataset(examples, model.tokenizer, s.data.max_prompt_length)
+  prompts = dataset.prompts[: s.evaluate.num_examples or None]
+  model.check_length(s.data.max_prompt_length, s.evaluate)
+  sampler = host.Sampler(
+    model.bind, s.evaluate, model.tokenizer, model.mesh, s.data.bucket
+  )
+  asked = {**asked, "weights": fingerprint(model)}
+  with records.start(output if processes.is_main() else "", asked) as kept:
+    kept.done = processes.exchange(kept.done)[0]
+    result = accuracy.evaluate(
+      sampler,
+      model.params,
+      model.lora,
+      prompts,
+      model.tokenizer,
+      grader,
+      seed=s.seed,
+      num_samples=asked["num_samples"],
+      kept=kept,
+    )
+    kept.finish(
+      {
+        **result.scalars(),
+        "problems": asked["problems"],
+        "num_problems": len(prompts),
+        "num_skipped": dataset.num_skipped,
+      }
+    )
+  return result
+
+
+def fingerprint(model: model_lib.Model) -> str:
+  """Names the values of all parameters, adapters included."""
+  sums = checkpoint_meta.checksums((model.params, model.lora))
+  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+def record_settings(
+  s: settings_lib.Rl,
+  examples: Sequence[tasks.Example],
+  checkpoint: str,
+  num_samples: int,
+) -> dict[str, Any]:
+  """Everything that the records depend on and that is known without a model.
+
+  Not in it, because without effect: batch size, mesh, grading workers.
+  """
+  sampling = dataclasses.asdict(s.evaluate)
+  sampling |= sampling.pop("sampling")
+  for free in ("batch_size", "every", "mask_id", "eos_id"):
+    del sampling[free]
+  return {
+    "config": {
+      **model_settings(s, checkpoint),
+      "task": dataclasses.asdict(s.task),
+      "evaluate": sampling,
+    },
+    "checkpoint": checkpoint,
+    "train_step": checkpoint_named.find_train_step(checkpoint),
+    "num_samples": num_samples,
+    "problems": tasks.provenance(s.task.load(), examples),
+  }
+
+
+def model_settings(s: settings_lib.Rl, checkpoint: str) -> dict[str, Any]:
+  """What the numbers that a model gets depend on, whatever it is asked."""
+  names = ("path", "revision", "tokenizer", "dtype")
+  lora = dataclasses.asdict(s.lora) if checkpoint and s.lora else None
+  return {
+    "seed": s.seed,
+    "model": {name: getattr(s.model, name) for name in names},
+    "lora": lora,
+    "data": {"max_prompt_length": s.data.max_prompt_length},
+  }
+
+
+def use_run(
+  c: config_lib.ConfigDict, checkpoint: str, given: Collection[str] = ()
+) -> None:
+  """Gives a config the model and the adapter settings of a run.
+
+  Args:
+    c: changed in place.
+    checkpoint: the run's, or "" to change nothing.
+    given: keys that stand on the command line. Path, revision and dtype may
+      say where the run's base model is now and how to compute it: that it is
+      the same model is checked by its contents.
+
+  Raises:
+    UserError: there is no such checkpoint, or a given key contradicts it.
+  """
+  if not checkpoint:
+    return
+  source, lora = model_lib.trained_by(checkpoint)
+  theirs = {f"model.{k}": v for k, v in dataclasses.asdict(source).items()}
+  theirs["lora.rank"] = lora.rank if lora else 0
+  if lora:
+    theirs |= {"lora.alpha": lora.alpha, "lora.targets": tuple(lora.targets)}
+  problems = []
+  for key, value in theirs.items():
+    section, name = key.split(".")
+    if key not in given:
+      c[section][name] = value
+    elif name not in _FREE_MODEL_KEYS and c[section][name] != value:
+      problems.append(
+        f"config.{key}={c[section][name]!r}, but the run has {value!r}"
+      )
+  if problems:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r} was trained under other settings:\n  "
+      + "\n  ".join(problems)
+      + "\nLeave these flags out: model and adapter are the run's."
+    )
 
 
 def report(result: statistics.Result, ks: Sequence[int] = ()) -> str:
@@ -58,36 +254,26 @@ def report(result: statistics.Result, ks: Sequence[int] = ()) -> str:
   return "\n".join(lines)
 
 
-def _define_flags() -> None:
-  # Not when this module is imported: other commands have flags of their own.
-  flags.DEFINE_string(
-    "model", "", "Folder or hub id, instead of config.model.path."
-  )
-  flags.DEFINE_string("checkpoint", "", checkpoint_named.HELP)
-  flags.DEFINE_string(
-    "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
-  )
-  flags.DEFINE_string(
-    "output", "", "Folder, or file ending in .jsonl, for the records."
-  )
-  flags.DEFINE_integer("num_samples", 1, "Completions per prompt.")
-  flags.DEFINE_list(
-    "k", [], "Also pass@k and the majority vote among k, for each k listed."
-  )
-
-
 def main(argv: Sequence[str]) -> None:
   del argv
   asked = flags.FLAGS
   ks = command.numbers("k", asked.k, int)
   statistics.check_k(ks, asked.num_samples)
-  c = presets.config(asked.sampler, asked.model)
-  result = accuracy.run(
-    c, asked.checkpoint, asked.output, num_samples=asked.num_samples
+  c, given = command.evaluation_config(asked.sampler, asked.model)
+  use_run(c, asked.checkpoint, given)
+  result = run(
+    settings_lib.rl(c),
+    asked.checkpoint,
+    asked.output,
+    num_samples=asked.num_samples,
   )
   print(report(result, ks))
 
 
 if __name__ == "__main__":
-  _define_flags()
+  command.define_flags("model", "checkpoint", "sampler", "output")
+  flags.DEFINE_integer("num_samples", 1, "Completions per prompt.")
+  flags.DEFINE_list(
+    "k", [], "Also pass@k and the majority vote among k, for each k listed."
+  )
   command.main(main, required=["config"])

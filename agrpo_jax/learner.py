@@ -19,6 +19,7 @@ import optax
 
 from agrpo_jax import types
 from agrpo_jax.objectives import base
+from agrpo_jax.objectives import objective as objective_lib
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
 from agrpo_jax.policies import plain
@@ -44,7 +45,7 @@ class Learner:
   bind: types.BindFn
   optimizer: optax.GradientTransformation
   sampling: sampling_lib.Sampling
-  objective: base.Objective
+  objective: objective_lib.Objective
   group_size: int
   microbatch: int
   policy: policies.Policy = plain.PLAIN

@@ -1,4 +1,4 @@
-r"""How likely a model finds given completions: `elbo.py` over a file.
+r"""How likely a model finds given completions: the any-order bound of a file.
 
     python -m agrpo_jax.likelihood --config=configs/gsm8k.py \
       --pairs=FILE.jsonl [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR] \
@@ -21,28 +21,24 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from agrpo_jax import build
 from agrpo_jax import command
-from agrpo_jax import config as config_lib
-from agrpo_jax import config_check
 from agrpo_jax import data
-from agrpo_jax import demonstrations
 from agrpo_jax import errors
-from agrpo_jax import presets
+from agrpo_jax import evaluate
+from agrpo_jax import settings as settings_lib
 from agrpo_jax import tasks
 from agrpo_jax.evaluation import accuracy
-from agrpo_jax.evaluation import candidate
+from agrpo_jax.evaluation import likelihood as likelihood_lib
 from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
-from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import processes
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import progress
-from agrpo_jax.tasks import contract
 
 
 def run(
-  c: config_lib.ConfigDict,
+  s: settings_lib.Rl,
   pairs: str = "",
   checkpoint: str = "",
   output: str = "",
@@ -57,7 +53,7 @@ def run(
   for a single draw.
 
   Args:
-    c: the config; sampling settings are without effect.
+    s: the settings; those of sampling are without effect.
     pairs: JSONL file, or "" for the task's demonstrations.
     checkpoint: a run's work directory, or "" for the model itself.
     output: see `records`, or "".
@@ -66,19 +62,11 @@ def run(
   Raises:
     UserError: anything that the user has to change.
   """
-  config_check.check(c)
-  if checkpoint:
-    checkpoint_named.find(checkpoint)
   if num_draws < 1:
     raise errors.UserError(f"--num_draws={num_draws} must be at least 1.")
-  examples = _examples(c, pairs)
+  examples = _examples(s, pairs)
   asked = {
-    "config": {
-      "seed": c.seed,
-      "model": candidate.model_settings(c),
-      "lora": c.lora.to_dict() if checkpoint else None,
-      "data": {"max_prompt_length": c.data.max_prompt_length},
-    },
+    "config": evaluate.model_settings(s, checkpoint),
     "checkpoint": checkpoint,
     "train_step": checkpoint_named.find_train_step(checkpoint),
     "num_draws": num_draws,
@@ -91,23 +79,23 @@ def run(
   complete = accuracy.finished(output, asked, 1)
   if complete is not None:
     return [dict(record) for record in complete.records]
-  policy = candidate.policy(c, checkpoint)
+  model = model_lib.load_trained(s.model, s.lora, s.mesh.make(), checkpoint)
   prompts = data.Dataset(
-    examples, policy.tokenizer, c.data.max_prompt_length
+    examples, model.tokenizer, s.data.max_prompt_length
   ).prompts
   texts = [prompt.example.fields["completion"] for prompt in prompts]
-  completions = [policy.tokenizer.encode(text) for text in texts]
-  scorer = elbo.Scorer(
-    policy,
+  completions = [model.tokenizer.encode(text) for text in texts]
+  scorer = likelihood_lib.Scorer(
+    model,
     [prompt.tokens for prompt in prompts],
     completions,
     [prompt.example.id for prompt in prompts],
     num_draws=num_draws,
-    batch_size=c.evaluate.batch_size,
-    bucket=c.data.bucket,
-    seed=c.seed,
+    batch_size=s.evaluate.batch_size,
+    bucket=s.data.bucket,
+    seed=s.seed,
   )
-  asked["weights"] = candidate.fingerprint(policy)
+  asked["weights"] = evaluate.fingerprint(model)
   with (
     records.start(output if processes.is_main() else "", asked) as kept,
     progress.bar(len(prompts), "scoring") as bar,
@@ -135,32 +123,26 @@ def run(
   return kept.done
 
 
-def _examples(c: config_lib.ConfigDict, pairs: str) -> list[tasks.Example]:
+def _examples(s: settings_lib.Rl, pairs: str) -> list[tasks.Example]:
   """Examples whose `fields["completion"]` is to be scored."""
   if pairs:
     if not pathlib.Path(pairs).expanduser().is_file():
       raise errors.UserError(f"--pairs={pairs!r} does not exist.")
-    return demonstrations.from_jsonl(str(pathlib.Path(pairs).expanduser()))
-  task = build.task(c)
-  if not hasattr(task, "demonstration"):
-    raise errors.UserError(
-      f"The task {c.task.name or c.task.path!r} makes no demonstrations; give "
-      "--pairs=FILE.jsonl."
-    )
-  options = config_lib.task_options(c)
-  examples = build.examples(c, c.evaluate.split)
+    return data.from_jsonl(str(pathlib.Path(pairs).expanduser()))
+  completion_fn = s.task.load_maker_of_demonstrations()
+  examples = data.load_examples(s.task, s.data, s.evaluate.split)
   return [
     tasks.Example(
       id=example.id,
       messages=example.messages,
       fields={
-        "completion": contract.demonstration(
-          task, example, random.Random(f"{c.seed}/{example.id}"), options
+        "completion": completion_fn(
+          example, random.Random(f"{s.seed}/{example.id}")
         )
       },
       prefill=example.prefill,
     )
-    for example in examples[: c.evaluate.num_examples or None]
+    for example in examples[: s.evaluate.num_examples or None]
   ]
 
 
@@ -179,24 +161,13 @@ def figures(done: Sequence[dict[str, Any]]) -> dict[str, float]:
   return found
 
 
-def _define_flags() -> None:
-  # Not when this module is imported: other commands have flags of their own.
-  flags.DEFINE_string("pairs", "", "JSONL of prompts and completions.")
-  flags.DEFINE_string(
-    "model", "", "Folder or hub id, instead of config.model.path."
-  )
-  flags.DEFINE_string("checkpoint", "", checkpoint_named.HELP)
-  flags.DEFINE_integer("num_draws", 128, "Masks per completion.")
-  flags.DEFINE_string(
-    "output", "", "Folder, or file ending in .jsonl, for the records."
-  )
-
-
 def main(argv: Sequence[str]) -> None:
   del argv
   asked = flags.FLAGS
+  c, given = command.evaluation_config(model=asked.model)
+  evaluate.use_run(c, asked.checkpoint, given)
   done = run(
-    presets.config("config", asked.model),
+    settings_lib.rl(c),
     asked.pairs,
     asked.checkpoint,
     asked.output,
@@ -214,5 +185,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()
+  command.define_flags("model", "checkpoint", "output")
+  flags.DEFINE_string("pairs", "", "JSONL of prompts and completions.")
+  flags.DEFINE_integer("num_draws", 128, "Masks per completion.")
   command.main(main, required=["config"])

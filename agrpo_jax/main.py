@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from agrpo_jax import command
+from agrpo_jax import settings
 from agrpo_jax import train
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     f"JAX {jax.__version__}",
     flush=True,
   )
-  train.train(command.CONFIG.value)
+  train.train(settings.rl(command.CONFIG.value))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class Optimizer:
 
   Attributes:
     learning_rate: the highest learning rate of the schedule.
-    warmup_steps: updates of linear warm-up; none of them has rate zero.
+    warmup_steps: updates of linear warm-up; none of them has rate zero. Before
+      a decay at most half of the run's.
     schedule: "constant", or "cosine" down to zero after `num_updates`.
     num_updates: optimizer updates of the whole run (only "cosine" looks at it).
     b1: decay of the mean of the gradients, in [0, 1).
@@ -55,23 +56,18 @@ def problems(settings: Optimizer) -> list[str]:
   def want(is_fine: bool, name: str, legal: str) -> None:
     if not is_fine:
       value = getattr(settings, name)
-      found.append(f"optimizer.{name}={value!r}: must be {legal}")
+      found.append(f"optimizer.{name}={value!r} must be {legal}")
 
-  want(settings.learning_rate > 0, "learning_rate", "positive")
+  # Adam moves every parameter by about the learning rate in an update, and no
+  # parameter is larger than that.
+  want(0 < settings.learning_rate <= 1, "learning_rate", "in (0, 1]")
   want(settings.warmup_steps >= 0, "warmup_steps", "0 or more")
   want(settings.schedule in SCHEDULES, "schedule", " or ".join(SCHEDULES))
   want(0 <= settings.b1 < 1, "b1", "in [0, 1)")
   want(0 <= settings.b2 < 1, "b2", "in [0, 1)")
-  want(settings.eps > 0, "eps", "positive")
-  want(settings.weight_decay >= 0, "weight_decay", "0 or more")
+  want(0 < settings.eps <= 1, "eps", "in (0, 1]")
+  want(0 <= settings.weight_decay <= 100, "weight_decay", "in [0, 100]")
   want(settings.clip_norm > 0, "clip_norm", "positive (inf for no clipping)")
-  if settings.schedule == "cosine":
-    want(
-      settings.warmup_steps < settings.num_updates,
-      "warmup_steps",
-      f"less than the run's {settings.num_updates} updates (train.num_steps "
-      "and objective.updates_per_batch), or the schedule constant",
-    )
   return found
 
 
@@ -83,9 +79,11 @@ def schedule(settings: Optimizer) -> optax.Schedule:
   gradient, which cost a rollout, is multiplied by zero.
   """
   peak, warmup = settings.learning_rate, settings.warmup_steps
-  first = peak / (warmup + 1)
   if settings.schedule == "constant":
-    return optax.warmup_constant_schedule(first, peak, warmup)
+    return optax.warmup_constant_schedule(peak / (warmup + 1), peak, warmup)
+  # A run that is shortened to be tried out keeps some of its decay.
+  warmup = min(warmup, settings.num_updates // 2)
+  first = peak / (warmup + 1)
   return optax.warmup_cosine_decay_schedule(
     first, peak, warmup, settings.num_updates
   )

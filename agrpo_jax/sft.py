@@ -9,6 +9,7 @@ Demonstrations come from the task's own generator, or from a JSONL file with
 rest: this is how the model learns to stop (arXiv:2502.09992, section 2.3).
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agrpo_jax import build
 from agrpo_jax import command
-from agrpo_jax import config as config_lib
+from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import optimizer
+from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
@@ -32,6 +33,7 @@ from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.policies import row
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
@@ -110,20 +112,20 @@ def loss(network: types.Network, batch: Batch, mask_id: int) -> jax.Array:
 
 
 def make_train_step(
-  policy: build.Policy,
+  model: model_lib.Model,
   transformation: optax.GradientTransformation,
   microbatch: int,
 ) -> Callable[..., tuple[types.TrainState, dict[str, jax.Array]]]:
   """(state, batch) -> (state, metrics): one optimizer update."""
-  shard = build.shard_rows(policy.mesh)
-  mask_id = policy.tokenizer.mask_id
+  shard = mesh_lib.shard_rows(model.mesh)
+  mask_id = model.tokenizer.mask_id
 
   def train_step(
     state: types.TrainState, batch: Batch
   ) -> tuple[types.TrainState, dict[str, jax.Array]]:
     def microbatch_loss(trainable: types.Tree, part: Batch) -> jax.Array:
       now = state.with_trainable(trainable)
-      network = policy.bind(now.params, now.lora)
+      network = model.bind(now.params, now.lora)
       return loss(network, shard(part), mask_id)
 
     def accumulate(carry: Any, part: Batch) -> Any:
@@ -150,33 +152,39 @@ def make_train_step(
   return train_step
 
 
-def fine_tune(c: config_lib.ConfigDict) -> None:
-  """Runs until `config.train.num_steps`, from where the work directory is.
+def fine_tune(s: settings_lib.Sft) -> None:
+  """Runs until `train.num_steps`, from where the work directory is.
+
+  Args:
+    s: the settings of the run.
 
   Raises:
     UserError: anything that the user has to change.
     FloatingPointError: a loss or gradient that is not finite.
   """
-  with run_lib.start(c) as run:
-    if len(c.model.network):
-      c = c.copy_and_resolve_references()
-      c.model.path = str(scratch(c, run.folder / "initial"))
-    policy = build.policy(c)
-    build.check_rows(policy.mesh, "sft.microbatch", c.sft.microbatch)
-    pairs = build.pairs(c, policy.tokenizer)
-    settings = config_lib.optimizer_settings(c)
-    transformation = optimizer.make(settings)
-    state = build.init_state(policy, transformation)
-    state = run.restore(state, policy.base_model)
+  with run_lib.claim(s) as claimed:
+    source = s.model
+    if s.network:
+      source = dataclasses.replace(
+        source, path=str(scratch(s, claimed.folder / "initial"))
+      )
+    mesh = s.mesh.make()
+    mesh_lib.check_rows(mesh, "config.sft.microbatch", s.microbatch)
+    model = model_lib.load_model(source, s.lora, mesh, seed=s.seed)
+    demonstrations = load_demonstrations(s, model.tokenizer)
+    transformation = optimizer.make(s.optimizer)
+    run, state = claimed.begin(
+      model.initial_state(transformation), model.base_model
+    )
     learn = jax.jit(
-      make_train_step(policy, transformation, c.sft.microbatch),
+      make_train_step(model, transformation, s.microbatch),
       donate_argnames="state",
     )
-    report = progress.Progress(c.train.num_steps, run.first_step)
-    for train_step in range(run.first_step, c.train.num_steps):
+    report = progress.Progress(s.train.num_steps, run.first_step)
+    for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
-      tokens_BxP, length_B, completion_BxC = pairs.batch(train_step)
-      key = jax.random.fold_in(jax.random.key(c.seed), train_step)
+      tokens_BxP, length_B, completion_BxC = demonstrations.batch(train_step)
+      key = jax.random.fold_in(jax.random.key(s.seed), train_step)
       is_masked_BxC, ratio_B = noise(key, *completion_BxC.shape)
       batch = Batch(
         tokens=jnp.asarray(tokens_BxP),
@@ -186,25 +194,52 @@ def fine_tune(c: config_lib.ConfigDict) -> None:
         ratio=ratio_B,
       )
       state, learned = learn(
-        state, jax.device_put(batch, mesh_lib.rows(policy.mesh))
+        state, jax.device_put(batch, mesh_lib.rows(model.mesh))
       )
       learned["learning_rate"] = optimizer.last_learning_rate(
-        settings, state.opt_state
+        s.optimizer, state.opt_state
       )
       scalars = metrics.to_floats(learned)
       clock.lap("update")
       run.finish_step(state, train_step, scalars)
       report.step(train_step, scalars, clock.seconds, completion_BxC.size)
-    if c.sft.output:
-      export(c, policy, state)
+    if s.output:
+      export(s, source, model, state)
 
 
-def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
+def load_demonstrations(
+  s: settings_lib.Sft, tokenizer: tokens.Tokenizer
+) -> data.Demonstrations:
+  """Reads, or makes, what is to be learned.
+
+  Raises:
+    UserError: a task that makes no demonstrations, or too few of them.
+  """
+  if s.task:
+    completion_fn = s.task.load_maker_of_demonstrations()
+    dataset = data.load_dataset(s.task, s.data, tokenizer, "train")
+  else:
+    completion_fn = data.recorded
+    dataset = data.Dataset(
+      data.from_jsonl(s.data.path), tokenizer, s.data.max_prompt_length
+    )
+  return data.Demonstrations(
+    dataset,
+    completion_fn,
+    tokenizer,
+    completion_length=s.completion_length,
+    batch_size=s.batch_size,
+    bucket=s.data.bucket,
+    seed=s.seed,
+  )
+
+
+def scratch(s: settings_lib.Sft, folder: pathlib.Path) -> pathlib.Path:
   """A checkpoint of random parameters and the byte tokenizer; made once."""
   if processes.is_main() and not (folder / "config.json").exists():
     vocab = tokens.write_byte_tokenizer(folder)
-    asked = c.model.network.to_dict()
-    defaults = dict(
+    asked = dict(s.network)
+    defaults: dict[str, Any] = dict(
       model_type="llada",
       embedding_size=vocab["vocab_size"],
       num_kv_heads=asked.get("num_heads"),
@@ -218,27 +253,30 @@ def scratch(c: config_lib.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
       network = base.Shape(**(vocab | defaults | asked))
     except TypeError as error:
       raise errors.UserError(f"config.model.network: {error}") from error
-    params = transformer.init(network, jax.random.key(c.seed))
+    params = transformer.init(network, jax.random.key(s.seed))
     model_folder.save(folder, network, params)
   processes.exchange(None)  # the others read it when it is all there
   return folder
 
 
 def export(
-  c: config_lib.ConfigDict, policy: build.Policy, state: types.TrainState
+  s: settings_lib.Sft,
+  source: base.Source,
+  model: model_lib.Model,
+  state: types.TrainState,
 ) -> None:
   """Writes what was trained as a checkpoint in Hugging Face's layout."""
   params = state.params
-  if policy.lora_settings is not None:
-    params = lora_lib.merge(params, state.lora, policy.lora_settings.scale)
+  if model.lora_settings is not None:
+    params = lora_lib.merge(params, state.lora, model.lora_settings.scale)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  model_folder.save(c.sft.output, policy.network, params, source=c.model.path)
-  print(f"Wrote {c.sft.output}")
+  model_folder.save(s.output, model.shape, params, source=source.path)
+  print(f"Wrote {s.output}")
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  fine_tune(command.CONFIG.value)
+  fine_tune(settings_lib.sft(command.CONFIG.value))
 
 
 if __name__ == "__main__":

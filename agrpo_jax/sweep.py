@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import itertools
 import pathlib
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -24,19 +25,18 @@ from typing import Any
 
 from absl import flags
 
-from agrpo_jax import build
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
-from agrpo_jax import config_check
+from agrpo_jax import data
 from agrpo_jax import errors
-from agrpo_jax import presets
+from agrpo_jax import evaluate
+from agrpo_jax import settings as settings_lib
 from agrpo_jax import tasks
 from agrpo_jax.evaluation import accuracy
-from agrpo_jax.evaluation import candidate
 from agrpo_jax.evaluation import table
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
-from agrpo_jax.port import model_folder
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_named
 
 
@@ -46,21 +46,22 @@ class Cell:
 
   Attributes:
     model: a name for tables.
-    config: of the evaluation.
+    settings: of the evaluation; None where the config has mistakes.
+    problems: the mistakes.
+    label: the values of the axes.
     checkpoint: a run's work directory, or "".
     output: folder of its records.
   """
 
   model: str
-  config: config_lib.ConfigDict
+  settings: settings_lib.Rl | None
+  problems: tuple[str, ...]
+  label: str
   checkpoint: str
   output: str
 
   def __str__(self) -> str:
-    e = self.config.evaluate
-    return f"{self.model}: " + ", ".join(
-      f"{axis}={e[axis]}" for axis in table.AXES
-    )
+    return f"{self.model}: {self.label}"
 
 
 def cells(
@@ -69,6 +70,7 @@ def cells(
   checkpoints: Sequence[str],
   axes: Mapping[str, Sequence[Any]],
   output: str,
+  given: Collection[str] = (),
 ) -> list[list[Cell]]:
   """The cells of every model; of the config's model when none is named.
 
@@ -78,6 +80,7 @@ def cells(
     checkpoints: work directories of runs of the config's model.
     axes: key of `c.evaluate` -> its values; without values, the config's.
     output: folder of the sweep.
+    given: keys on the command line, see `evaluate.use_run`.
   """
   sources = [(path, "") for path in models]
   sources += [(c.model.path, checkpoint) for checkpoint in checkpoints]
@@ -99,11 +102,23 @@ def cells(
     for values in grid:
       one = c.copy_and_resolve_references()
       one.model.path = path
+      evaluate.use_run(one, checkpoint, given)
       one.evaluate.update(dict(zip(table.AXES, values, strict=True)))
       length, steps, rule, temperature = values
       folder = f"length{length}-steps{steps}-{rule}-temperature{temperature:g}"
       folder = str(pathlib.Path(output) / "cells" / name / folder)
-      found[-1].append(Cell(name, one, checkpoint, folder))
+      problems = settings_lib.problems_of_rl(one)
+      label = ", ".join(f"{axis}={one.evaluate[axis]}" for axis in table.AXES)
+      found[-1].append(
+        Cell(
+          model=name,
+          settings=None if problems else settings_lib.rl(one),
+          problems=tuple(problems),
+          label=label,
+          checkpoint=checkpoint,
+          output=folder,
+        )
+      )
   return found
 
 
@@ -116,26 +131,33 @@ def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
   Raises:
     UserError: everything that is wrong with any cell, before the first runs.
   """
-  c = models[0][0].config
   examples, asked = _check([cell for group in models for cell in group])
-  print(f"problems: {tasks.provenance(build.task(c), examples)}", flush=True)
-  with build.grader(c) as grader:
+  first = _settings(models[0][0])
+  provenance = tasks.provenance(first.task.load(), examples)
+  print(f"problems: {provenance}", flush=True)
+  with first.start_grader() as grader:
     for group in models:
-      loaded = None
+      model = None
       for cell in group:
+        s = _settings(cell)
         result = accuracy.finished(cell.output, asked[cell.output], 1)
         if result is None:
-          if loaded is None:
-            loaded = candidate.policy(cell.config, cell.checkpoint)
-          result = accuracy.measure(
-            cell.config,
-            loaded,
-            examples,
-            grader,
-            asked[cell.output],
-            cell.output,
+          if model is None:
+            model = model_lib.load_trained(
+              s.model, s.lora, s.mesh.make(), cell.checkpoint
+            )
+          result = evaluate.measure(
+            s, model, examples, grader, asked[cell.output], cell.output
           )
-        yield table.row(cell.model, cell.config.evaluate, result)
+        yield table.row(
+          cell.model, dataclasses.asdict(s.evaluate.sampling), result
+        )
+
+
+def _settings(cell: Cell) -> settings_lib.Rl:
+  if cell.settings is None:
+    raise ValueError(f"{cell} has problems: {cell.problems}")
+  return cell.settings
 
 
 def _check(
@@ -147,30 +169,30 @@ def _check(
     UserError: all that is wrong, with the cells that have it.
   """
   found: dict[str, list[Cell]] = collections.defaultdict(list)
-  c = every[0].config
-  load_network = functools.cache(
-    lambda path: model_folder.load_shape(
-      path, revision=c.model.revision or None
-    )
-  )
+  load_shape = functools.cache(model_lib.load_shape)
   for cell in every:
-    for problem in config_check.problems(cell.config):
+    for problem in cell.problems:
       found[f"config.{problem}"].append(cell)
+    if cell.settings is None:
+      continue
+    s = cell.settings
     try:
-      if cell.checkpoint:
-        checkpoint_named.find(cell.checkpoint)
-      mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-      network = load_network(cell.config.model.path)
-      build.check_sampler(cell.config, cell.config.evaluate, mesh, network)
+      mesh_lib.check_rows(
+        s.mesh.make(), "config.evaluate.batch_size", s.evaluate.batch_size
+      )
+      model_lib.check_length(
+        load_shape(s.model), s.data.max_prompt_length, s.evaluate
+      )
     except errors.UserError as error:
       found[str(error)].append(cell)
   examples: list[tasks.Example] = []
   asked = {}
   if not found:
-    examples = build.examples(c, c.evaluate.split)
+    first = _settings(every[0])
+    examples = data.load_examples(first.task, first.data, first.evaluate.split)
     for cell in every:
-      asked[cell.output] = candidate.settings(
-        cell.config, examples, cell.checkpoint, 1
+      asked[cell.output] = evaluate.record_settings(
+        _settings(cell), examples, cell.checkpoint, 1
       )
       try:
         accuracy.finished(cell.output, asked[cell.output], 1)
@@ -188,18 +210,6 @@ def _check(
   return examples, asked
 
 
-def _define_flags() -> None:
-  # Not when this module is imported: other commands have flags of their own.
-  flags.DEFINE_multi_string("model", [], "Folder or hub id.")
-  flags.DEFINE_multi_string("checkpoint", [], checkpoint_named.HELP)
-  flags.DEFINE_string(
-    "sampler", "config", f"One of {', '.join(presets.PRESETS)}."
-  )
-  flags.DEFINE_string("output", None, "Folder for the results.")
-  for name in table.AXES:
-    flags.DEFINE_list(name, [], f"Values of config.evaluate.{name}.")
-
-
 def main(argv: Sequence[str]) -> None:
   del argv
   if importlib.util.find_spec("matplotlib") is None:
@@ -212,9 +222,9 @@ def main(argv: Sequence[str]) -> None:
     name: command.numbers(name, getattr(asked, name), kinds.get(name, int))
     for name in table.AXES
   }
-  c = presets.config(asked.sampler)
+  c, given = command.evaluation_config(asked.sampler)
   output = pathlib.Path(asked.output).expanduser()
-  grid = cells(c, asked.model, asked.checkpoint, axes, str(output))
+  grid = cells(c, asked.model, asked.checkpoint, axes, str(output), given)
   rows: list[dict[str, Any]] = []
   for row in run(grid):
     if not rows:
@@ -229,5 +239,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()
+  command.define_flags("sampler")
+  flags.DEFINE_multi_string("model", [], "Folder or hub id.")
+  flags.DEFINE_multi_string("checkpoint", [], checkpoint_named.HELP)
+  flags.DEFINE_string("output", None, "Folder for the results.")
+  for name in table.AXES:
+    flags.DEFINE_list(name, [], f"Values of config.evaluate.{name}.")
   command.main(main, required=["config", "output"])

@@ -7,127 +7,147 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agrpo_jax import build
-from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import optimizer
+from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
 from agrpo_jax.evaluation import accuracy
 from agrpo_jax.grading import pool
 from agrpo_jax.grading import shares
 from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.models import tokens
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
+from agrpo_jax.samplers import host
 
 
-def train(c: config_lib.ConfigDict) -> None:
-  """Trains until `config.train.num_steps`, from where the work directory is.
+def train(s: settings_lib.Rl) -> None:
+  """Trains until `train.num_steps`, from where the work directory is.
+
+  Args:
+    s: the settings of the run.
 
   Raises:
     UserError: anything that the user has to change.
     FloatingPointError: a loss or gradient that is not finite.
   """
-  with run_lib.start(c) as run, build.grader(c) as grader:
-    policy = build.policy(c)
-    dataset = build.dataset(c, policy.tokenizer, "train")
-    held_out = build.held_out(c, policy.tokenizer) if c.evaluate.every else []
-    learner = build.make_learner(c, policy)
-    sampler = build.make_sampler(c, c.rollout, policy)
-    evaluation_sampler = build.make_sampler(c, c.evaluate, policy)
-    reference = build.reference(c, policy)
-    state = build.init_state(policy, learner.optimizer)
-    state = run.restore(state, policy.base_model)
+  rollout, group_size = s.rollout, s.rollout.group_size
+  with run_lib.claim(s) as claimed, s.start_grader() as grader:
+    # What is cheap comes first: a mistake in it should not cost a download.
+    examples = data.load_examples(s.task, s.data, "train")
+    data.check_size(len(examples), rollout.num_prompts)
+    model = model_lib.load_model(s.model, s.lora, s.mesh.make(), seed=s.seed)
+    tokenizer = model.tokenizer
+    dataset = data.Dataset(examples, tokenizer, s.data.max_prompt_length)
+    data.check_size(len(dataset), rollout.num_prompts, dataset.num_skipped)
+    sampler = host.Sampler(
+      model.bind, rollout, tokenizer, model.mesh, s.data.bucket
+    )
+    for draw in (rollout, s.evaluate):
+      model.check_length(s.data.max_prompt_length, draw)
+    held_out: Sequence[data.Prompt] = []
+    if s.evaluate.every:
+      evaluated = data.load_dataset(s.task, s.data, tokenizer, s.evaluate.split)
+      held_out = evaluated.prompts[: s.evaluate.num_examples or None]
+    evaluation_sampler = host.Sampler(
+      model.bind, s.evaluate, tokenizer, model.mesh, s.data.bucket
+    )
+    learner = s.make_learner(model.bind, tokenizer, model.mesh)
+    reference = None
+    if s.objective.has_reference and model.lora is None:
+      # Training would change the only copy; beside adapters the base stays.
+      reference = jax.tree.map(jnp.copy, model.params)
+    run, state = claimed.begin(
+      model.initial_state(learner.optimizer), model.base_model
+    )
     learn = jax.jit(learner.train_step, donate_argnames="state")
-    report = progress.Progress(c.train.num_steps, run.first_step)
+    report = progress.Progress(s.train.num_steps, run.first_step)
     print(
       f"{len(dataset)} problems ({dataset.num_skipped} skipped: too long), "
       f"{lora_lib.count(state.trainable):,} trained parameters. "
       + (
         "The first train step compiles."
-        if run.first_step < c.train.num_steps
+        if run.first_step < s.train.num_steps
         else "All train steps are done."
       ),
       flush=True,
     )
 
-    for train_step in range(run.first_step, c.train.num_steps):
+    for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
-      step_key = jax.random.fold_in(jax.random.key(c.seed), train_step)
+      step_key = jax.random.fold_in(jax.random.key(s.seed), train_step)
       rollout_key, draw_key = jax.random.split(step_key)
-      batch = data.batch_examples(
-        dataset, train_step, c.rollout.num_prompts, c.seed
-      )
-      rows = Rows(batch, c.rollout.group_size)
+      prompts = dataset.batch(train_step, rollout.num_prompts, s.seed)
+      batch = data.Batch.of(prompts, group_size)
 
-      pending: list[shares.Pending] = []
-      chunks: list[types.Rollout] = []
-      for chunk in sampler.sample(
-        state.params, state.lora, rows.prompts, rollout_key, rows.id_Bx2
-      ):
-        fields = rows.fields[len(chunks) * sampler.batch_size :]
-        fields = fields[: sampler.batch_size]
-        pending.append(shares.submit(chunk, fields, policy.tokenizer, grader))
-        chunks.append(chunk)
-      rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
+      sampled, pending = sample(
+        sampler, state, batch, rollout_key, tokenizer, grader
+      )
       clock.lap("rollout")
       graded = shares.collect(pending)
       clock.lap("grade")
 
       state, learned = learn(
         state,
-        rollout,
+        sampled,
         graded.reward_B.astype(np.float32),
         draw_key,
-        rows.id_Bx2,
+        batch.id_Bx2,
         reference,
       )
       learned["learning_rate"] = optimizer.last_learning_rate(
-        config_lib.optimizer_settings(c), state.opt_state
+        s.optimizer, state.opt_state
       )
       scalars = metrics.to_floats(learned)
       clock.lap("update")
 
-      scalars |= reward_scalars(graded, c.rollout.group_size)
+      texts = [text for one in pending for text in one.texts]
       completion_BxC = np.concatenate([x.completion_BxC for x in pending])
-      scalars |= length_scalars(completion_BxC, policy.tokenizer.eos_id)
-      if c.evaluate.every and (train_step + 1) % c.evaluate.every == 0:
+      scalars |= reward_scalars(graded, group_size)
+      scalars |= length_scalars(completion_BxC, tokenizer.eos_id)
+      if s.evaluate.every and (train_step + 1) % s.evaluate.every == 0:
         result = accuracy.evaluate(
           evaluation_sampler,
           state.params,
           state.lora,
           held_out,
-          policy.tokenizer,
+          tokenizer,
           grader,
-          seed=c.seed,
+          seed=s.seed,
         )
         scalars |= result.scalars("eval/")
         clock.lap("evaluate")
       scalars |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
-      completions = [text for one in pending for text in one.texts]
-      run.finish_step(
-        state,
-        train_step,
-        scalars,
-        samples(rows, completions, graded, c.train.log_samples),
-      )
-      report.step(train_step, scalars, clock.seconds, rollout.completion.size)
+      logged = samples(batch, texts, graded, s.train.log_samples)
+      run.finish_step(state, train_step, scalars, logged)
+      report.step(train_step, scalars, clock.seconds, completion_BxC.size)
 
 
-class Rows:
-  """The B = N * G rows of a batch: each prompt, G times, side by side."""
+def sample(
+  sampler: host.Sampler,
+  state: types.TrainState,
+  batch: data.Batch,
+  key: jax.Array,
+  tokenizer: tokens.Tokenizer,
+  grader: pool.Grader,
+) -> tuple[types.Rollout, list[shares.Pending]]:
+  """Draws a completion per row, and starts grading each chunk as it comes.
 
-  def __init__(
-    self, batch: Sequence[tuple[Any, Sequence[int]]], group_size: int
+  Returns:
+    The rollout of all rows, and what is being graded of it, in order.
+  """
+  chunks: list[types.Rollout] = []
+  pending: list[shares.Pending] = []
+  for chunk in sampler.sample(
+    state.params, state.lora, batch.tokens, key, batch.id_Bx2
   ):
-    self.examples = [e for e, _ in batch for _ in range(group_size)]
-    self.prompts = [ids for _, ids in batch for _ in range(group_size)]
-    self.fields = [example.fields for example in self.examples]
-    # What the random key of a row is made of: prompt, place in the group.
-    self.id_Bx2 = np.array(
-      [[example.id, i] for example, _ in batch for i in range(group_size)],
-      np.uint32,
-    )
+    first = len(chunks) * sampler.batch_size
+    rows = batch[first : first + sampler.batch_size]
+    pending.append(shares.submit(chunk, rows, tokenizer, grader))
+    chunks.append(chunk)
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *chunks), pending
 
 
 def reward_scalars(graded: pool.Graded, group_size: int) -> dict[str, float]:
@@ -159,12 +179,15 @@ def length_scalars(completion_BxC: np.ndarray, eos_id: int) -> dict[str, float]:
 
 
 def samples(
-  rows: Rows, completions: Sequence[str], graded: pool.Graded, count: int
+  batch: data.Batch,
+  completions: Sequence[str],
+  graded: pool.Graded,
+  count: int,
 ) -> list[dict[str, Any]]:
   """The first completions of a batch, for a person to read."""
   return [
     {
-      "prompt": rows.examples[row].messages[-1]["content"],
+      "prompt": batch.examples[row].messages[-1]["content"],
       "completion": completions[row],
       "reward": float(graded.reward_B[row]),
       "accuracy": float(graded.grade_B[row]),

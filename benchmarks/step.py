@@ -26,7 +26,6 @@ import numpy as np
 from absl import app
 from absl import flags
 
-from agrpo_jax import build
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import models
 from agrpo_jax import optimizer
@@ -37,7 +36,8 @@ from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.objectives import agrpo
 from agrpo_jax.parallel import mesh as mesh_lib
-from agrpo_jax.samplers import host as sampler_lib
+from agrpo_jax.port import model as model_lib
+from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
 
 
@@ -156,7 +156,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     settings = lora_lib.Lora(preset.lora_rank, 64.0, lora_lib.TARGETS)
     lora = lora_lib.init(settings, params, jax.random.key(1))
   tokenizer = tokens.load(None, models.vocabulary(config))
-  policy = build.Policy(mesh, config, params, lora, settings, tokenizer, None)
+  model = model_lib.Model(mesh, config, params, lora, settings, tokenizer, None)
   sampling = sampling_lib.Sampling(
     mask_id=config.mask_id,
     eos_id=config.eos_id,
@@ -168,20 +168,21 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     top_p=preset.top_p,
   )
   num_rows = preset.num_prompts * preset.group_size
-  sampler = sampler_lib.Sampler(
-    policy.bind, sampling, mesh, num_rows, preset.prompt_length
+  draw = host.Draw(sampling, guidance=0.0, batch_size=num_rows)
+  sampler = host.Sampler(
+    model.bind, draw, tokenizer, mesh, preset.prompt_length
   )
   learner = learner_lib.Learner(
-    bind=policy.bind,
+    bind=model.bind,
     optimizer=optimizer.make(optimizer.Optimizer(learning_rate=1e-6)),
     sampling=sampling,
     objective=agrpo.Agrpo(num_mc_steps=preset.num_mc_steps),
     group_size=preset.group_size,
     microbatch=preset.microbatch,
-    shard_rows=build.shard_rows(mesh),
+    shard_rows=mesh_lib.shard_rows(mesh),
   )
   learn = jax.jit(learner.train_step, donate_argnames="state")
-  state = build.init_state(policy, learner.optimizer)
+  state = model.initial_state(learner.optimizer)
   rng = np.random.default_rng(0)
   prompts = rng.integers(
     0, 200, (preset.num_prompts, preset.prompt_length)
@@ -243,8 +244,8 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     if peak:
       table[f"{phase}_mfu"] = rate / (peak * jax.device_count())
   stats = jax.devices()[0].memory_stats() or {}
-  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  table["peak_memory_gb"] = stats.get("peak_bytes_in_use", host) / 1e9
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  table["peak_memory_gb"] = stats.get("peak_bytes_in_use", resident) / 1e9
   table["parameters"] = lora_lib.count(params)
   table["device"] = f"{jax.device_count()} x {kind}"
   table["versions"] = (

@@ -6,7 +6,6 @@ on the number of devices, on how many completions its prompt gets, or on an
 interruption.
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,30 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from agrpo_jax import build
-from agrpo_jax import config as config_lib
-from agrpo_jax import config_check
 from agrpo_jax import data
 from agrpo_jax import errors
-from agrpo_jax import tasks
 from agrpo_jax import types
-from agrpo_jax.evaluation import candidate
 from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
 from agrpo_jax.grading import pool
 from agrpo_jax.grading import shares
 from agrpo_jax.models import tokens
 from agrpo_jax.parallel import processes
-from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import progress
-from agrpo_jax.samplers import host as sampler_lib
+from agrpo_jax.samplers import host
 
 
 def evaluate(
-  sampler: sampler_lib.Sampler,
+  sampler: host.Sampler,
   params: types.Tree,
   lora: types.Tree | None,
-  rows: Sequence[tuple[tasks.Example, Sequence[int]]],
+  prompts: Sequence[data.Prompt],
   tokenizer: tokens.Tokenizer,
   grader: pool.Grader,
   *,
@@ -56,7 +49,7 @@ def evaluate(
     sampler: with the evaluation's settings.
     params: of the network.
     lora: adapters, or None.
-    rows: (example, prompt's ids) pairs.
+    prompts: the problems.
     tokenizer: for the text of completions.
     grader: of the task.
     seed: of the draws.
@@ -64,13 +57,9 @@ def evaluate(
     kept: what is done already, and where new records go.
   """
   kept = kept or records.Records()
-  work = [
-    (example, ids, index)
-    for example, ids in rows
-    for index in range(num_samples)
-  ]
-  done = [(record["id"], record["index"]) for record in kept.done]
-  if done != [(e.id, index) for e, _, index in work][: len(done)]:
+  work = data.Batch.of(prompts, num_samples)
+  done = [[record["id"], record["index"]] for record in kept.done]
+  if done != work.id_Bx2.tolist()[: len(done)]:
     raise errors.UserError(
       "The records are not the first ones of this evaluation, in its order. "
       "Give another --output."
@@ -95,18 +84,12 @@ def evaluate(
   ahead = None
   first = len(done)
   for rollout in sampler.sample(
-    params,
-    lora,
-    [ids for _, ids, _ in work],
-    jax.random.key(seed),
-    np.array([(example.id, index) for example, _, index in work], np.uint32),
-    first,
+    params, lora, work.tokens, jax.random.key(seed), work.id_Bx2, first
   ):
     # The last batch repeats its last row; those are not counted.
-    batch = work[first:][: sampler.batch_size]
+    batch = work[first : first + sampler.batch_size]
     first += len(batch)
-    fields = [example.fields for example, _, _ in batch]
-    pending = shares.submit(rollout, fields, tokenizer, grader)
+    pending = shares.submit(rollout, batch, tokenizer, grader)
     if ahead is not None:
       keep(*ahead)
     num_steps_B = processes.to_host(rollout.num_steps)
@@ -118,7 +101,7 @@ def evaluate(
 
 
 def _records(
-  work: Sequence[tuple[tasks.Example, Sequence[int], int]],
+  batch: data.Batch,
   pending: shares.Pending,
   num_steps_B: np.ndarray,
   eos_id: int,
@@ -136,51 +119,10 @@ def _records(
       "num_steps": int(num_steps_B[row]),
       "fields": example.fields,
     }
-    for row, ((example, _, index), text) in enumerate(
-      zip(work, pending.texts, strict=True)
+    for row, (example, index, text) in enumerate(
+      zip(batch.examples, batch.index, pending.texts, strict=True)
     )
   ]
-
-
-def run(
-  c: config_lib.ConfigDict,
-  checkpoint: str = "",
-  output: str = "",
-  *,
-  num_samples: int = 1,
-) -> statistics.Result:
-  """Evaluates the model of a config, or a checkpoint of a run of it.
-
-  What is complete in `output` is read from there and loads no model.
-
-  Raises:
-    UserError: anything that the user has to change, as early as it shows.
-  """
-  check(c, num_samples)
-  if checkpoint:
-    checkpoint_named.find(checkpoint)
-  examples = build.examples(c, c.evaluate.split)
-  asked = candidate.settings(c, examples, checkpoint, num_samples)
-  result = finished(output, asked, num_samples)
-  if result is None:
-    with build.grader(c) as grader:
-      loaded = candidate.policy(c, checkpoint)
-      result = measure(c, loaded, examples, grader, asked, output)
-  return dataclasses.replace(result, problems=asked["problems"])
-
-
-def check(c: config_lib.ConfigDict, num_samples: int = 1) -> None:
-  """Raises UserError for what shows before any model is loaded."""
-  config_check.check(c)
-  if num_samples < 1:
-    raise errors.UserError(f"--num_samples={num_samples} must be at least 1.")
-  e = c.evaluate
-  if num_samples > 1 and e.temperature == 0 and e.unmask_rule != "random":
-    raise errors.UserError(
-      f"--num_samples={num_samples} would draw the same completion again and "
-      f"again: config.evaluate.temperature=0 and unmask_rule={e.unmask_rule!r} "
-      "leave nothing to chance. Set a temperature above 0."
-    )
 
 
 def finished(
@@ -203,40 +145,3 @@ def finished(
   if found is None:
     return None
   return statistics.Result(found["records"], num_samples, found["seconds"])
-
-
-def measure(
-  c: config_lib.ConfigDict,
-  loaded: build.Policy,
-  examples: Sequence[tasks.Example],
-  grader: pool.Grader,
-  asked: dict[str, Any],
-  output: str,
-) -> statistics.Result:
-  """Evaluates a loaded model under what `candidate.settings` asked for."""
-  dataset = data.Dataset(examples, loaded.tokenizer, c.data.max_prompt_length)
-  prompts = dataset.prompts[: c.evaluate.num_examples or None]
-  sampler = build.make_sampler(c, c.evaluate, loaded)
-  asked = {**asked, "weights": candidate.fingerprint(loaded)}
-  with records.start(output if processes.is_main() else "", asked) as kept:
-    kept.done = processes.exchange(kept.done)[0]
-    result = evaluate(
-      sampler,
-      loaded.params,
-      loaded.lora,
-      [(prompt.example, prompt.tokens) for prompt in prompts],
-      loaded.tokenizer,
-      grader,
-      seed=c.seed,
-      num_samples=asked["num_samples"],
-      kept=kept,
-    )
-    kept.finish(
-      {
-        **result.scalars(),
-        "problems": asked["problems"],
-        "num_problems": len(prompts),
-        "num_skipped": dataset.num_skipped,
-      }
-    )
-  return result

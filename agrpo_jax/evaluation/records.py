@@ -112,7 +112,7 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
     return
   before = json.loads(file.read_text("utf-8"))
   before = {group: before.get(group) for group in settings}
-  found = differences(before, json.loads(json.dumps(settings)))
+  found = files.differences(before, json.loads(json.dumps(settings)))
   if found:
     raise errors.UserError(
       f"--output={output!r} holds an evaluation with other settings:\n  "
@@ -125,19 +125,6 @@ def result(output: str) -> dict[str, Any] | None:
   """Returns the figures of an evaluation that is complete, else None."""
   file = _path(output, "result.json")
   return json.loads(file.read_text("utf-8")) if file.exists() else None
-
-
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
-  """Returns a line for every value that two trees of JSON do not share."""
-  if isinstance(before, Mapping) and isinstance(now, Mapping):
-    return [
-      line
-      for key in sorted({*before, *now})
-      for line in differences(
-        before.get(key), now.get(key), f"{name}.{key}" if name else key
-      )
-    ]
-  return [] if before == now else [f"{name}: {before!r} before, {now!r} now"]
 
 
 def _path(output: str, name: str) -> pathlib.Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from agrpo_jax import data
 from agrpo_jax import types
 from agrpo_jax.grading import pool
 from agrpo_jax.models import tokens
@@ -31,7 +32,7 @@ class Pending:
 
 def submit(
   rollout: types.Rollout,
-  fields: Sequence[Mapping[str, Any]],
+  batch: data.Batch,
   tokenizer: tokens.Tokenizer,
   grader: pool.Grader,
 ) -> Pending:
@@ -39,12 +40,13 @@ def submit(
 
   Args:
     rollout: on the mesh.
-    fields: what the task grades against, for the first `len(fields)` rows; the
-      others are repetitions that fill a batch up, and are dropped.
+    batch: its first rows; the others are repetitions that fill it up, and are
+      dropped.
     tokenizer: ids -> text.
     grader: of the task.
   """
-  completion_BxC = processes.to_host(rollout.completion)[: len(fields)]
+  completion_BxC = processes.to_host(rollout.completion)[: len(batch)]
+  fields = batch.fields
   texts = tokenizer.decode_batch(completion_BxC)
   own = processes.own_rows(len(texts)).tolist()
   future = grader.submit([texts[i] for i in own], [fields[i] for i in own])

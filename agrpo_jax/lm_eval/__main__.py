@@ -27,16 +27,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from agrpo_jax import adhoc
-from agrpo_jax import build
+from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import errors
+from agrpo_jax import settings as settings_lib
+from agrpo_jax.evaluation import likelihood
 from agrpo_jax.lm_eval import greedy
 from agrpo_jax.lm_eval import harness
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import progress
+from agrpo_jax.samplers import host
 
 # Marks a context that `apply_chat_template` made.
 _CHAT = "\x02chat\x03"
@@ -70,7 +73,7 @@ class Adapter:
       batch_size: completions drawn, or masked copies scored, at once.
       num_draws: masks per log-likelihood; 1 is exact for a single token.
       seed: of draws and masks.
-      sampler: sampling settings by name, see `presets`.
+      sampler: sampling settings by name, see `config.SAMPLERS`.
       dtype: of activations.
       tokenizer: another folder or hub id, or "bytes".
       revision: on the hub.
@@ -84,22 +87,31 @@ class Adapter:
     """
     del max_batch_size, device
     super().__init__()
-    c = adhoc.config(None, path, sampler, **settings)
+    if not path:
+      raise errors.UserError("Which model? Give path=FOLDER or a hub id.")
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
       raise errors.UserError(
         f"{batch_size=} must be a number; a batch is not fitted to memory."
       )
+    c = config_lib.rl()
     c.seed = seed
-    c.evaluate.batch_size = int(batch_size)
     c.data.bucket = bucket
-    c.model.update(dtype=dtype, tokenizer=tokenizer, revision=revision)
-    self._config = c
+    c.model.update(
+      path=path, dtype=dtype, tokenizer=tokenizer, revision=revision
+    )
+    config_lib.use_sampler(c, sampler)
+    config_lib.set_evaluate(c, {**settings, "batch_size": int(batch_size)})
+    s = settings_lib.drawing(c)
+    self._settings = s
     self._num_draws = num_draws
-    self._policy = build.policy(c, is_trained=False)
-    self._tokenizer = self._policy.tokenizer
+    self._model = model_lib.load_trained(s.model, None, s.mesh.make(), "")
+    self._tokenizer = self._model.tokenizer
+    self._sampler = host.Sampler(
+      self._model.bind, s.evaluate, self._tokenizer, self._model.mesh, bucket
+    )
     self._greedy = jax.jit(
       lambda params, pairs: greedy.match(
-        self._policy.bind(params, None), pairs, self._tokenizer.mask_id
+        self._model.bind(params, None), pairs, self._tokenizer.mask_id
       )
     )
 
@@ -118,7 +130,7 @@ class Adapter:
 
   @property
   def tokenizer_name(self) -> str:
-    return self._config.model.tokenizer or self._config.model.path
+    return self._settings.model.tokenizer or self._settings.model.path
 
   def encode(self, context: str) -> list[int]:
     """Token ids of a context, plain or from `apply_chat_template`."""
@@ -153,22 +165,19 @@ class Adapter:
     harness.warn_of_ignored(requests)
     prompts = [self.encode(request.args[0]) for request in requests]
     longest = max(map(len, prompts), default=0)
-    self._check_length(longest + self._config.evaluate.completion_length)
-    self._config.data.max_prompt_length = longest
-    sampler = build.make_sampler(
-      self._config, self._config.evaluate, self._policy
-    )
+    sampling = self._settings.evaluate.sampling
+    self._check_length(longest + sampling.completion_length)
     row_id_Bx2 = harness.row_ids(requests)
     texts = [""] * len(requests)
     bar = progress.bar(len(requests), "completions")
     for group in harness.groups(
-      [(len(prompt),) for prompt in prompts], self._config.data.bucket
+      [(len(prompt),) for prompt in prompts], self._settings.data.bucket
     ):
-      drawn = sampler.sample(
-        self._policy.params,
+      drawn = self._sampler.sample(
+        self._model.params,
         None,
         [prompts[at] for at in group],
-        jax.random.key(self._config.seed),
+        jax.random.key(self._settings.seed),
         row_id_Bx2[group],
       )
       rows = itertools.chain.from_iterable(
@@ -218,7 +227,7 @@ class Adapter:
     # Nothing is certain: log 1.
     found = [(0.0, True)] * len(pairs)
     bar = progress.bar(len(pairs), "log-likelihoods")
-    for group in harness.groups(widths, self._config.data.bucket):
+    for group in harness.groups(widths, self._settings.data.bucket):
       group = [at for at in group if pairs[at][1]]
       if not group:
         continue
@@ -226,15 +235,15 @@ class Adapter:
       rest = [pairs[at][1] for at in group]
       # Masks come from the text, so that they do not depend on other requests.
       ids = [harness.number(json.dumps(pairs[at])) for at in group]
-      scorer = elbo.Scorer(
-        self._policy,
+      scorer = likelihood.Scorer(
+        self._model,
         prompts,
         rest,
         ids,
         num_draws=self._num_draws,
-        batch_size=self._config.evaluate.batch_size,
-        bucket=self._config.data.bucket,
-        seed=self._config.seed,
+        batch_size=self._settings.evaluate.batch_size,
+        bucket=self._settings.data.bucket,
+        seed=self._settings.seed,
       )
       is_greedy = [False] * len(group)
       if is_greedy_asked:
@@ -251,14 +260,14 @@ class Adapter:
     self, prompts: Sequence[list[int]], rest: Sequence[list[int]]
   ) -> Iterator[bool]:
     """`greedy.match` of each pair, batch by batch."""
-    size = self._config.evaluate.batch_size
-    bucket = self._config.data.bucket
+    size = self._settings.evaluate.batch_size
+    bucket = self._settings.data.bucket
     columns = (*data.pack(prompts, bucket), *data.pack(rest, bucket))
-    rows = mesh_lib.rows(self._policy.mesh)
+    rows = mesh_lib.rows(self._model.mesh)
     for start in range(0, len(rest), size):
       row = np.minimum(np.arange(start, start + size), len(rest) - 1)
       batch = jax.device_put([column[row] for column in columns], rows)
-      matches_B = self._greedy(self._policy.params, elbo.Pairs(*batch))
+      matches_B = self._greedy(self._model.params, elbo.Pairs(*batch))
       yield from processes.to_host(matches_B)[: len(rest) - start]
 
   def _text(self, ids: Sequence[int]) -> str:
@@ -268,7 +277,7 @@ class Adapter:
     return self._tokenizer.decode(list(kept))
 
   def _check_length(self, longest: int) -> None:
-    limit = self._policy.network.max_length
+    limit = self._model.shape.max_length
     if longest > limit:
       raise errors.UserError(
         f"The longest request has {longest} tokens with its completion, more "

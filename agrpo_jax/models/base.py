@@ -20,6 +20,27 @@ SWITCHES = ("dtype", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a network comes from, and how it is computed.
+
+  Attributes:
+    path: a model folder, or its hub id.
+    revision: of the hub id; "": the newest.
+    tokenizer: another folder or hub id, "bytes", or "": the model's own.
+    dtype: of activations, and of frozen parameters; see `Shape`.
+    remat: see `Shape`.
+    attention: see `Shape`.
+  """
+
+  path: str
+  revision: str = ""
+  tokenizer: str = ""
+  dtype: str = "bfloat16"
+  remat: str = "none"
+  attention: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
   """Shape of a network, its special ids, and how it is computed.
 

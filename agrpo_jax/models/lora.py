@@ -8,6 +8,7 @@ projection computes x W + scale (x a) b.
 import dataclasses
 import math
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,20 +36,29 @@ class Lora:
   targets: tuple[str, ...] = LAYER_TARGETS
 
   def __post_init__(self) -> None:
-    problems = []
-    if self.rank < 1:
-      problems.append(f"rank={self.rank} must be at least 1")
-    if not 0 < self.alpha < math.inf:
-      problems.append(f"alpha={self.alpha} must be a number above 0")
-    unknown = sorted(set(self.targets) - set(TARGETS))
-    if unknown or not self.targets:
-      problems.append(f"targets={self.targets}: choose from {TARGETS}")
-    if problems:
-      raise errors.UserError("LoRA settings: " + "; ".join(problems) + ".")
+    found = setting_problems(self.rank, self.alpha, self.targets)
+    if found:
+      raise errors.UserError("LoRA settings: " + "; ".join(found) + ".")
 
   @property
   def scale(self) -> float:
     return self.alpha / self.rank
+
+
+def setting_problems(
+  rank: int, alpha: float, targets: Sequence[str]
+) -> list[str]:
+  """Returns what makes these no fields of `Lora`, one sentence each."""
+  found = []
+  if rank < 1:
+    found.append(f"rank={rank} must be at least 1")
+  if not 0 < alpha < math.inf:
+    found.append(f"alpha={alpha} must be a number above 0")
+  if not targets or set(targets) - set(TARGETS):
+    found.append(
+      f"targets={tuple(targets)} must be some of {', '.join(TARGETS)}"
+    )
+  return found
 
 
 def problems(settings: Lora, params_abstract: types.Tree) -> list[str]:

@@ -1,23 +1,10 @@
-"""What an objective is: how graded completions become a loss.
-
-A completion is scored by *visits*. A visit is one partial completion, rebuilt
-or made up, that the network is run on, and the positions that are read there.
-What is read becomes *factors*, log-probabilities; the loss is a function of the
-factors of a group's completions. An objective never sees a network: the learner
-runs it (`learner.py`), and asks the objective what to visit, what to read, and
-what it costs.
-"""
+"""The records that learner and objective exchange."""
 
 import dataclasses
-from typing import Literal
-from typing import Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-
-from agrpo_jax import types
-from agrpo_jax.samplers import sampling as sampling_lib
 
 
 class Visits(flax.struct.PyTreeNode):
@@ -90,110 +77,3 @@ class Terms(flax.struct.PyTreeNode):
   def zeros(cls) -> "Terms":
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{name: jnp.zeros(()) for name in names})
-
-
-class Objective(Protocol):
-  """How completions become a loss: a frozen dataclass of its settings.
-
-  Attributes:
-    updates_per_batch: optimizer updates per rollout, U.
-    replays: whether its visits are states that the sampler was in, so that
-      they are scored through the sampler's policy; else through the plain one.
-    is_sum_over_visits: whether a completion's loss is a sum over its visits.
-      Then one pass gives loss and gradient, else two are needed.
-    behaviour: where the behaviour policy's factors come from: `recorded` with
-      the rollout, `scored` before the first update, or `none` are needed.
-    has_reference: whether the reference policy is scored too.
-    skips_zero_advantage: whether a completion whose advantage is 0 adds nothing
-      to the gradient, and need not be visited.
-  """
-
-  @property
-  def updates_per_batch(self) -> int: ...
-  @property
-  def replays(self) -> bool: ...
-  @property
-  def is_sum_over_visits(self) -> bool: ...
-  @property
-  def behaviour(self) -> Literal["recorded", "scored", "none"]: ...
-  @property
-  def has_reference(self) -> bool: ...
-  @property
-  def skips_zero_advantage(self) -> bool: ...
-
-  def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
-    """Returns what is wrong with the settings, a sentence each."""
-
-  def advantage(self, reward_G: jax.Array) -> jax.Array:
-    """Returns float32 [G], the advantages of one prompt's completions."""
-
-  def visits(
-    self,
-    rollout: types.Rollout,
-    batch_key: jax.Array,
-    key_B: jax.Array,
-    sampling: sampling_lib.Sampling,
-  ) -> tuple[Visits, dict[str, jax.Array]]:
-    """Says what to visit in all optimizer updates.
-
-    Args:
-      rollout: B completions.
-      batch_key: a random key of the batch.
-      key_B: a random key per completion; what is drawn for one should come
-        from its own, so that it depends on no batch mate.
-      sampling: how the rollout was drawn.
-
-    Returns:
-      Visits with leading axes [U, B, Q, S], and scalars to log.
-    """
-
-  def score(
-    self,
-    logits_WxV: jax.Array,
-    row: types.Rollout,
-    visit: Visits,
-    sampling: sampling_lib.Sampling,
-    top_k: types.TopK,
-  ) -> Factors:
-    """Reads one visit of one completion.
-
-    Args:
-      logits_WxV: float32, at `visit.offset`.
-      row: one row of a rollout.
-      visit: one visit, without leading axes.
-      sampling: how the rollout was drawn.
-      top_k: see `types.Network`.
-
-    Returns:
-      F factors.
-    """
-
-  def recorded(self, row: types.Rollout, visit: Visits) -> jax.Array:
-    """Returns float32 [F], the behaviour policy's factors, where recorded."""
-
-  def loss(
-    self,
-    policy: Factors,
-    behaviour: jax.Array | None,
-    reference: jax.Array | None,
-    advantage_G: jax.Array,
-    visits: Visits,
-    rows: types.Rollout,
-  ) -> Terms:
-    """Computes the loss of one group.
-
-    Of a sum over visits it may be given any rows and visits, as a group: the
-    parts are added up.
-
-    Args:
-      policy: factors [G, Q, S, F] under the policy.
-      behaviour: float32 [G, Q, S, F] under the behaviour policy, or None.
-      reference: float32 [G, Q, S, F] under the reference policy, or None.
-      advantage_G: float32 [G].
-      visits: [G, Q, S, ...].
-      rows: the G completions.
-
-    Returns:
-      Sums. The losses of all groups are added; a mean over them is the
-      objective's own business, by way of the weights.
-    """

@@ -201,6 +201,30 @@ def num_row_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
+def check_rows(mesh: Mesh, key: str, num_rows: int) -> None:
+  """Raises UserError when rows do not divide over the mesh.
+
+  Args:
+    mesh: from `make`.
+    key: what the reader of the message knows their number by.
+    num_rows: of a batch.
+  """
+  shards = num_row_shards(mesh)
+  if num_rows % shards:
+    raise errors.UserError(
+      f"{key}={num_rows} rows do not divide over the {shards} devices of the "
+      "mesh axes data and fsdp; make it a multiple."
+    )
+
+
+def shard_rows(mesh: Mesh) -> Callable[[Any], Any]:
+  """Returns what puts the leading axes of a tree on the mesh, inside jit."""
+  if num_row_shards(mesh) == 1:
+    return lambda tree: tree
+  place = rows(mesh)
+  return lambda tree: jax.lax.with_sharding_constraint(tree, place)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """For arrays that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

@@ -14,17 +14,16 @@ and compute, memory and network overlap perfectly at their datasheet rates.
 --fit searches the largest `rollout.batch_size` and `objective.microbatch`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_dict
 
 from agrpo_jax import command
-from agrpo_jax import config as config_lib
-from agrpo_jax import config_check
 from agrpo_jax import errors
+from agrpo_jax import settings as settings_lib
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import programs as programs_lib
@@ -43,54 +42,69 @@ _NUM_BUFFERS = 5
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  c = command.CONFIG.value
-  if "rollout" not in c:
-    raise errors.UserError("Only configs of agrpo_jax.main can be planned.")
-  config_check.check(c)
+  s = settings_lib.rl(command.CONFIG.value)
   topology = chips.parse(_TOPOLOGY.value or "")
   devices = chips.devices(topology)
-  mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-  length = _PROMPT_LENGTH.value or c.data.max_prompt_length
-  planner = programs_lib.Planner(c, mesh, length)
+  mesh = s.mesh.make(devices)
+  length = _PROMPT_LENGTH.value or s.data.max_prompt_length
+  planner = programs_lib.Planner(s, mesh, length)
   shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   print(
-    f"{c.model.path} on {topology.name}: {len(devices)} devices as {shape}; "
-    f"{'LoRA' if c.lora.rank else 'full fine-tuning'}, remat {c.model.remat}, "
+    f"{s.model.path} on {topology.name}: {len(devices)} devices as {shape}; "
+    f"{'LoRA' if s.lora else 'full fine-tuning'}, remat {s.model.remat}, "
     f"prompts of {planner.prompt_length} tokens."
   )
   if _FIT.value:
-    fit(c, planner, topology.chip)
+    s = fit(s, planner, topology.chip)
   programs = []
   for build_program in (planner.rollout, planner.update):
-    programs.append(build_program(c))
+    programs.append(build_program(s))
     print(describe(programs[-1], topology.chip), flush=True)
-  print(summary(c, programs, topology.chip, len(devices)))
+  print(summary(s, programs, topology.chip, len(devices)))
 
 
 def fit(
-  c: config_lib.ConfigDict,
+  s: settings_lib.Rl,
   planner: programs_lib.Planner,
   chip: chips.Chip | None,
-) -> None:
-  """Sets the largest batches that fit, powers of two times the row shards.
+) -> settings_lib.Rl:
+  """Returns settings with the largest batches that fit.
+
+  They are powers of two times the row shards.
 
   Raises:
     UserError: not even the smallest fits.
   """
   shards = mesh_lib.num_row_shards(planner.mesh)
-  rows = programs_lib.num_rows(c)
-  pairs = rows * c.objective.num_mc_steps // c.objective.updates_per_batch
-  for key, build_program, most in (
-    ("rollout.batch_size", planner.rollout, rows),
-    ("objective.microbatch", planner.update, pairs),
+  rows = s.rollout.num_rows
+
+  def with_batch_size(s: settings_lib.Rl, size: int) -> settings_lib.Rl:
+    rollout = dataclasses.replace(s.rollout, batch_size=size)
+    return dataclasses.replace(s, rollout=rollout)
+
+  def with_microbatch(s: settings_lib.Rl, size: int) -> settings_lib.Rl:
+    return dataclasses.replace(s, microbatch=size)
+
+  for key, build_program, change, most in (
+    ("rollout.batch_size", planner.rollout, with_batch_size, rows),
+    (
+      "objective.microbatch",
+      planner.update,
+      with_microbatch,
+      planner.units_per_update(s),
+    ),
   ):
     sizes = [shards << i for i in range(most.bit_length())]
     sizes = [n for n in sizes if n <= most and (key[0] == "o" or rows % n == 0)]
 
-    def fits(size: int, key: str = key, make: Callable = build_program) -> bool:
-      trial = config_dict.ConfigDict(c)
-      trial.update_from_flattened_dict({key: size})
-      program = make(trial)
+    def fits(
+      size: int,
+      key: str = key,
+      make: Callable = build_program,
+      change: Callable = change,
+      s: settings_lib.Rl = s,
+    ) -> bool:
+      program = make(change(s, size))
       verdict = "fits" if program.fits(chip) else "does not fit"
       print(f"  --config.{key}={size} {verdict}", flush=True)
       return program.fits(chip)
@@ -102,7 +116,8 @@ def fit(
         "the model over more devices (config.mesh), or recompute more "
         "(config.model.remat=full)."
       )
-    c.update_from_flattened_dict({key: size})
+    s = change(s, size)
+  return s
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -152,7 +167,7 @@ def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
 
 
 def summary(
-  c: config_lib.ConfigDict,
+  s: settings_lib.Rl,
   programs: Sequence[programs_lib.Program],
   chip: chips.Chip | None,
   num_devices: int,
@@ -167,11 +182,11 @@ def summary(
   step = sum(
     program.runs * max(program.seconds(chip).values()) for program in programs
   )
-  hours = step * c.train.num_steps / 3600
+  hours = step * s.train.num_steps / 3600
   num_chips = num_devices // chip.per_chip
   return (
     f"\n{verdict} At the roofline {step:.1f} s a train step; "
-    f"{c.train.num_steps} train steps in {hours:.1f} hours, "
+    f"{s.train.num_steps} train steps in {hours:.1f} hours, "
     f"{hours * num_chips:.0f} chip-hours. At half of it, which is what good "
     f"programs reach, {2 * hours:.1f} hours, {2 * hours * num_chips:.0f} "
     "chip-hours. Calculated from the compiled programs, not run."

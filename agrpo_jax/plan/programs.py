@@ -5,7 +5,6 @@ dtype and a place on the mesh, but no memory.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import time
@@ -14,21 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agrpo_jax import build
-from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import learner as learner_lib
 from agrpo_jax import models
-from agrpo_jax import optimizer
+from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
 from agrpo_jax.models import base
-from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import tokens
-from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import hlo
-from agrpo_jax.port import model_folder
+from agrpo_jax.port import model as model_lib
+from agrpo_jax.samplers import host
 
 # Shapes that need not be downloaded.
 _LLADA_8B = base.Shape(
@@ -104,58 +101,25 @@ class Program:
     return seconds
 
 
-def network_of(c: config_lib.ConfigDict) -> base.Shape:
-  """The shape of the config's model, read without its parameters.
+def read_shape(source: base.Source) -> base.Shape:
+  """Returns the shape of a model, read without its parameters.
 
   Raises:
     UserError: a hub id that is not known here.
   """
-  switches = dict(
-    dtype=c.model.dtype, remat=c.model.remat, attention=c.model.attention
-  )
-  if c.model.path in KNOWN:
-    return dataclasses.replace(KNOWN[c.model.path], **switches)
-  if pathlib.Path(c.model.path).expanduser().is_dir():
-    return model_folder.load_shape(c.model.path, **switches)
+  if source.path in KNOWN:
+    return dataclasses.replace(
+      KNOWN[source.path],
+      dtype=source.dtype,
+      remat=source.remat,
+      attention=source.attention,
+    )
+  if pathlib.Path(source.path).expanduser().is_dir():
+    return model_lib.load_shape(source)
   raise errors.UserError(
-    f"config.model.path={c.model.path!r} is neither a folder with a "
+    f"config.model.path={source.path!r} is neither a folder with a "
     f"config.json nor one of {', '.join(KNOWN)}, whose shape is known. "
     "Download its config.json and give the folder."
-  )
-
-
-def policy_of(
-  c: config_lib.ConfigDict, mesh: mesh_lib.Mesh, network: base.Shape
-) -> build.Policy:
-  """`build.policy` with arrays that have shapes and places but no memory."""
-  axes = transformer.logical_axes(network)
-  dtype = jnp.dtype(c.model.dtype if c.lora.rank else "float32")
-  params = transformer.abstract_params(network, dtype)
-  params = _placed(params, mesh_lib.shardings(mesh, axes, params))
-  lora = settings = None
-  if c.lora.rank:
-    settings = lora_lib.Lora(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
-    init = functools.partial(lora_lib.init, settings, params)
-    lora = jax.eval_shape(init, jax.random.key(0))
-    axes = lora_lib.logical_axes(settings, axes)
-    lora = _placed(lora, mesh_lib.shardings(mesh, axes, lora))
-  return build.Policy(
-    mesh=mesh,
-    network=network,
-    params=params,
-    lora=lora,
-    lora_settings=settings,
-    # Only the ids of special tokens matter, and those are the network's.
-    tokenizer=tokens.load(None, models.vocabulary(network)),
-    base_model=None,
-  )
-
-
-def _placed(tree: types.Tree, shardings: types.Tree) -> types.Tree:
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    tree,
-    shardings,
   )
 
 
@@ -164,50 +128,48 @@ class Planner:
 
   def __init__(
     self,
-    c: config_lib.ConfigDict,
+    s: settings_lib.Rl,
     mesh: mesh_lib.Mesh,
     prompt_length: int,
   ):
     """Settles what does not change during a search for batch sizes."""
     self.mesh = mesh
-    self._policy = policy_of(c, mesh, network_of(c))
-    self.prompt_length = -(-prompt_length // c.data.bucket) * c.data.bucket
+    shape = read_shape(s.model)
+    # Only the ids of special tokens matter, and those are the network's.
+    tokenizer = tokens.load(None, models.vocabulary(shape))
+    self._model = model_lib.describe_model(shape, s.lora, mesh, tokenizer)
+    self._model.check_length(prompt_length, s.rollout)
+    self.prompt_length = -(-prompt_length // s.data.bucket) * s.data.bucket
 
-  def rollout(self, c: config_lib.ConfigDict) -> Program:
+  def rollout(self, s: settings_lib.Rl) -> Program:
     """The program that draws `rollout.batch_size` completions."""
-    sampler = build.make_sampler(c, c.rollout, self._policy)
-    policy = self._policy
-    trainable = policy.params if policy.lora is None else policy.lora
-    opt_state = self._opt_state(build.make_learner(c, policy).optimizer)
-    resident = _bytes(opt_state)
-    if c.objective.kl_coef and policy.lora is None:
-      resident += _bytes(trainable)  # the reference policy
+    sampler, learner = self._sampler(s), self._learner(s)
+    resident = _bytes(self._opt_state(learner.optimizer))
+    if self._has_reference(s):
+      resident += _bytes(self._model.params)
     return self._compile(
       "rollout",
-      sampler.program.lower(*self._rollout_arguments(c.rollout.batch_size)),
-      trips=c.rollout.num_denoise_steps,
-      runs=num_rows(c) // c.rollout.batch_size,
+      sampler.program.lower(*self._rollout_arguments(s.rollout.batch_size)),
+      trips=s.rollout.sampling.num_denoise_steps,
+      runs=s.rollout.num_rows // s.rollout.batch_size,
       resident=resident,
     )
 
-  def update(self, c: config_lib.ConfigDict) -> Program:
+  def update(self, s: settings_lib.Rl) -> Program:
     """The program that learns from a train step's completions."""
-    policy, rows = self._policy, mesh_lib.rows(self._policy.mesh)
-    learner = build.make_learner(c, policy)
-    sampler = build.make_sampler(c, c.rollout, policy)
-    size = num_rows(c)
+    model, rows = self._model, mesh_lib.rows(self._model.mesh)
+    sampler, learner = self._sampler(s), self._learner(s)
+    size = s.rollout.num_rows
     rollout = jax.eval_shape(sampler.program, *self._rollout_arguments(size))
     rollout = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), rollout
     )
     state = types.TrainState(
       train_step=self._array((), jnp.int32),
-      params=policy.params,
-      lora=policy.lora,
+      params=model.params,
+      lora=model.lora,
       opt_state=self._opt_state(learner.optimizer),
     )
-    has_reference = c.objective.kl_coef and policy.lora is None
-    o = c.objective
     return self._compile(
       "update",
       jax.jit(learner.train_step, donate_argnames="state").lower(
@@ -216,18 +178,43 @@ class Planner:
         self._array((size,), jnp.float32),
         self._key(),
         self._array((size, 2), jnp.uint32),
-        policy.params if has_reference else None,
+        model.params if self._has_reference(s) else None,
       ),
-      trips=math.ceil(
-        size * o.num_mc_steps / o.updates_per_batch / o.microbatch
-      ),
+      trips=math.ceil(self.units_per_update(s) / s.microbatch),
     )
 
+  def units_per_update(self, s: settings_lib.Rl) -> int:
+    """How many units the objective visits in an optimizer update, at most."""
+    size = s.rollout.num_rows
+    keys = self._array((size,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    visits, _ = jax.eval_shape(
+      lambda rollout, key, keys: s.objective.visits(
+        rollout, key, keys, s.rollout.sampling_for(self._model.tokenizer)
+      ),
+      jax.eval_shape(self._sampler(s).program, *self._rollout_arguments(size)),
+      self._key(),
+      keys,
+    )
+    return visits.weight.shape[1] * visits.weight.shape[2]
+
+  def _sampler(self, s: settings_lib.Rl) -> host.Sampler:
+    model = self._model
+    return host.Sampler(
+      model.bind, s.rollout, model.tokenizer, model.mesh, s.data.bucket
+    )
+
+  def _learner(self, s: settings_lib.Rl) -> learner_lib.Learner:
+    model = self._model
+    return s.make_learner(model.bind, model.tokenizer, model.mesh)
+
+  def _has_reference(self, s: settings_lib.Rl) -> bool:
+    return s.objective.has_reference and self._model.lora is None
+
   def _rollout_arguments(self, size: int) -> tuple[Any, ...]:
-    rows = mesh_lib.rows(self._policy.mesh)
+    rows = mesh_lib.rows(self._model.mesh)
     return (
-      self._policy.params,
-      self._policy.lora,
+      self._model.params,
+      self._model.lora,
       self._array((size, self.prompt_length), jnp.int32, rows),
       self._array((size,), jnp.int32, rows),
       self._key(),
@@ -235,16 +222,9 @@ class Planner:
     )
 
   def _opt_state(self, transformation: Any) -> types.Tree:
-    policy = self._policy
-    trainable = policy.params if policy.lora is None else policy.lora
-    return _placed(
-      jax.eval_shape(transformation.init, trainable),
-      optimizer.state_shardings(
-        transformation,
-        trainable,
-        jax.tree.map(lambda x: x.sharding, trainable),
-        mesh_lib.replicated(policy.mesh),
-      ),
+    return model_lib.placed(
+      jax.eval_shape(transformation.init, self._model.trainable),
+      self._model.state_shardings(transformation),
     )
 
   def _array(
@@ -253,7 +233,7 @@ class Planner:
     dtype: Any,
     sharding: mesh_lib.NamedSharding | None = None,
   ) -> Any:
-    sharding = sharding or mesh_lib.replicated(self._policy.mesh)
+    sharding = sharding or mesh_lib.replicated(self._model.mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   def _key(self) -> Any:
@@ -288,11 +268,6 @@ class Planner:
       cost=cost_lib.of(hlo.Program(compiled.as_text()), trips),
       compile_seconds=time.monotonic() - start,
     )
-
-
-def num_rows(c: config_lib.ConfigDict) -> int:
-  """B, completions per train step."""
-  return c.rollout.num_prompts * c.rollout.group_size
 
 
 def _bytes(tree: types.Tree) -> int:

@@ -42,6 +42,8 @@ class Checkpoints:
     keep_best: how many to keep besides, the most accurate; of equal ones the
       earlier.
     every: `save` acts on train steps that this divides.
+
+  Attributes:
     before_commit: called when a checkpoint is written and just before it gets
       its name, by a thread of process 0.
   """
@@ -53,18 +55,20 @@ class Checkpoints:
     keep: int = 2,
     keep_best: int = 0,
     every: int = 1,
-    before_commit: Callable[[], None] | None = None,
   ):
     self._reader = checkpoint_read.Reader(workdir)
     self._keep_best = keep_best
     self._every = every
     self._is_due = False
+    self.before_commit: Callable[[], None] = lambda: None
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(
         [checkpoint_managers.LatestN(keep), _Only(self._best_steps)]
       ),
       cleanup_tmp_directories=True,
-      async_options=ocp.AsyncOptions(post_finalization_callback=before_commit),
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=lambda: self.before_commit()
+      ),
     )
     directory = self._reader.directory
     try:

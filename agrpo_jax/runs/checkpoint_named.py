@@ -1,11 +1,11 @@
 """A checkpoint by name: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP."""
 
-import json
 import pathlib
 from typing import Any
 
 from agrpo_jax import errors
 from agrpo_jax.runs import checkpoint_read
+from agrpo_jax.runs import files
 
 HELP = (
   "Work directory of a run, for its newest checkpoint; WORKDIR:best for the "
@@ -85,20 +85,9 @@ def read_config(checkpoint: str) -> dict[str, Any]:
   """
   folder, _ = split(checkpoint)
   file = pathlib.Path(folder).expanduser() / "config.json"
-  try:
-    found = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
+  if not file.exists():
     raise errors.UserError(
       f"--checkpoint={checkpoint!r}: there is no {str(file)!r}. Give a run's "
       "config.workdir as a whole, with the config.json that the run wrote."
-    ) from None
-  except (OSError, ValueError) as error:
-    raise errors.UserError(
-      f"--checkpoint={checkpoint!r}: {str(file)!r} cannot be read ({error}). "
-      "The run writes it anew when it goes on; or put a copy back."
-    ) from error
-  if not isinstance(found, dict):
-    raise errors.UserError(
-      f"--checkpoint={checkpoint!r}: {str(file)!r} does not hold a JSON object."
     )
-  return found
+  return files.read_json(file, "the config of the run")

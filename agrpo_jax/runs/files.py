@@ -8,10 +8,14 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 from typing import BinaryIO
 
 import filelock
 from absl import logging
+
+from agrpo_jax import errors
 
 # Some network file systems are mounted without locks.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -83,3 +87,41 @@ def rewrite(file: pathlib.Path) -> Iterator[BinaryIO]:
     opened.flush()
     os.fsync(opened.fileno())  # a renamed file may be empty after a power loss
   os.replace(temporary, file)
+
+
+def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
+  """Reads a JSON object that this package wrote.
+
+  Args:
+    file: that exists.
+    what: it is, for the message.
+
+  Raises:
+    UserError: it cannot be read, or holds something else.
+  """
+  try:
+    found = json.loads(file.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+      f"{str(file)!r}, {what}, cannot be read ({error}). Put a copy back, or "
+      "remove the file."
+    ) from error
+  if not isinstance(found, dict):
+    raise errors.UserError(
+      f"{str(file)!r}, {what}, does not hold a JSON object. Put a copy back, "
+      "or remove the file."
+    )
+  return found
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+  """Returns a line for every value that two trees of JSON do not share."""
+  if isinstance(before, Mapping) and isinstance(now, Mapping):
+    return [
+      line
+      for key in sorted({*before, *now})
+      for line in differences(
+        before.get(key), now.get(key), f"{name}.{key}" if name else key
+      )
+    ]
+  return [] if before == now else [f"{name}: {before!r} before, {now!r} now"]

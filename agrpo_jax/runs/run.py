@@ -1,13 +1,15 @@
 """What RL and SFT runs share: a claimed work directory that can be continued.
 
-with run_lib.start(config) as run:
-  state = run.restore(state, base_model)
+with run_lib.claim(settings) as claimed:
+  ...  # load what the run needs; a mistake that shows here leaves no trace
+  run, state = claimed.begin(state, base_model)
   for train_step in range(run.first_step, num_steps):
     ...
-    run.finish_step(state, scalars, samples)
+    run.finish_step(state, train_step, scalars, samples)
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
@@ -17,14 +19,12 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import Protocol
 
 from absl import logging
 
-from agrpo_jax import config as config_lib
-from agrpo_jax import config_check
 from agrpo_jax import errors
 from agrpo_jax import types
-from agrpo_jax.evaluation import records
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint
 from agrpo_jax.runs import checkpoint_meta
@@ -36,58 +36,148 @@ from agrpo_jax.runs import workdir
 _FREE_KEYS = ("workdir", "accept_changed_config", "wandb")
 
 
-class Run:
-  """One run in its work directory."""
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """How long a run is and what it keeps.
 
-  def __init__(
-    self, c: config_lib.ConfigDict, folder: pathlib.Path, stop: "StopRequest"
-  ):
-    self._config = c
-    self._stop = stop
-    self.folder = folder
-    self._checkpoints = checkpoint.Checkpoints(
-      folder,
-      keep=c.train.keep,
-      keep_best=c.train.get("keep_best", 0),
-      every=c.train.checkpoint_every,
-      # Else the log of a machine that lost its power might end before the
-      # checkpoint does.
-      before_commit=lambda: self.writer.flush(),
-    )
-    self._writer: metrics.Writer | None = None
-    self._base_model: checkpoint_meta.BaseModel | None = None
-    self.first_step = 0
+  Attributes:
+    num_steps: train steps.
+    checkpoint_every: train steps between saves.
+    keep: newest checkpoints kept.
+    log_samples: completions per train step written to samples.jsonl.
+    keep_best: checkpoints kept besides, of the highest eval/accuracy; 0: none.
+  """
 
-  def restore(
-    self, state: types.TrainState, base_model: checkpoint_meta.BaseModel | None
-  ) -> types.TrainState:
-    """The state to go on from: the newest checkpoint's, or `state` itself."""
-    self._base_model = base_model
-    found = self._checkpoints.restore(state, base_model=base_model)
-    if found is not None:
-      state, _ = found
-      self.first_step = int(state.train_step)
-      print(
-        f"Continuing {self.folder} after train step {self.first_step} of "
-        f"{self._config.train.num_steps}.",
-        flush=True,
-      )
-    self._writer = metrics.Writer(
-      self.folder, self.first_step, wandb_settings=self._wandb()
-    )
-    return state
+  num_steps: int
+  checkpoint_every: int
+  keep: int
+  log_samples: int
+  keep_best: int = 0
 
-  def _wandb(self) -> dict[str, Any] | None:
-    c = self._config
-    if not c.wandb.project:
-      return None
-    return {**c.wandb.to_dict(), "config": c.to_dict()}
+
+@dataclasses.dataclass(frozen=True)
+class Wandb:
+  """Where Weights & Biases logs; not used if `project` is empty."""
+
+  project: str
+  name: str
+
+
+class Settings(Protocol):
+  """What of `settings.Rl` and `settings.Sft` is read here."""
 
   @property
-  def writer(self) -> metrics.Writer:
-    if self._writer is None:
-      raise RuntimeError("restore() comes before the first train step")
-    return self._writer
+  def workdir(self) -> str: ...
+  @property
+  def accept_changed_config(self) -> bool: ...
+  @property
+  def train(self) -> Train: ...
+  @property
+  def wandb(self) -> Wandb: ...
+  @property
+  def as_json(self) -> Mapping[str, Any]: ...
+
+
+class Claim:
+  """A work directory that this process alone may write to; nothing is yet.
+
+  Attributes:
+    folder: the work directory.
+  """
+
+  def __init__(
+    self, settings: Settings, folder: pathlib.Path, stop: "StopRequest"
+  ):
+    self.folder = folder
+    self._settings = settings
+    self._stop = stop
+    self._run: Run | None = None
+    if processes.is_main():
+      _check_config(settings, folder / "config.json")
+
+  def begin(
+    self, state: types.TrainState, base_model: checkpoint_meta.BaseModel | None
+  ) -> tuple["Run", types.TrainState]:
+    """Writes the config down and goes on from the newest checkpoint.
+
+    Args:
+      state: that of a run from its start.
+      base_model: recorded with checkpoints, and compared with what is there.
+
+    Returns:
+      The run, and the state to go on from: the newest checkpoint's, or `state`.
+
+    Raises:
+      UserError: checkpoints of another model.
+    """
+    settings = self._settings
+    checkpoints = checkpoint.Checkpoints(
+      self.folder,
+      keep=settings.train.keep,
+      keep_best=settings.train.keep_best,
+      every=settings.train.checkpoint_every,
+    )
+    found = checkpoints.restore(state, base_model=base_model)
+    first_step = 0
+    if found is not None:
+      state, _ = found
+      first_step = int(state.train_step)
+      print(
+        f"Continuing {self.folder} after train step {first_step} of "
+        f"{settings.train.num_steps}.",
+        flush=True,
+      )
+    if processes.is_main():
+      text = json.dumps(settings.as_json, indent=2, sort_keys=True) + "\n"
+      with files.rewrite(self.folder / "config.json") as opened:
+        opened.write(text.encode())
+      logging.info("config:\n%s", text)
+    wandb = None
+    if settings.wandb.project:
+      wandb = {
+        **dataclasses.asdict(settings.wandb),
+        "config": settings.as_json,
+      }
+    self._run = Run(
+      folder=self.folder,
+      settings=settings,
+      stop=self._stop,
+      checkpoints=checkpoints,
+      writer=metrics.Writer(self.folder, first_step, wandb_settings=wandb),
+      base_model=base_model,
+      first_step=first_step,
+    )
+    # Else the log of a machine that lost its power might end before the
+    # checkpoint does.
+    checkpoints.before_commit = self._run.writer.flush
+    return self._run, state
+
+  def close(self) -> None:
+    if self._run is not None:
+      self._run.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run in its work directory.
+
+  Attributes:
+    folder: the work directory.
+    settings: of the run.
+    stop: whether somebody asked it to stop.
+    checkpoints: where states are saved.
+    writer: where metrics go.
+    base_model: recorded with each checkpoint.
+    first_step: train steps that are done.
+  """
+
+  folder: pathlib.Path
+  settings: Settings
+  stop: "StopRequest"
+  checkpoints: checkpoint.Checkpoints
+  writer: metrics.Writer
+  base_model: checkpoint_meta.BaseModel | None
+  first_step: int
 
   def finish_step(
     self,
@@ -114,22 +204,22 @@ class Run:
     if samples:
       self.writer.texts(train_step, samples)
     metrics.check_finite(train_step, scalars)
-    is_last = train_step + 1 == self._config.train.num_steps
+    is_last = train_step + 1 == self.settings.train.num_steps
     # Processes get signals, and are done writing, at different times.
-    heard = processes.exchange((self._stop.signal, self._checkpoints.is_busy))
+    heard = processes.exchange((self.stop.signal, self.checkpoints.is_busy))
     asked = max(number for number, _ in heard)
-    self._checkpoints.save(
+    self.checkpoints.save(
       state,
       {
-        "config": self._config.to_dict(),
-        "base_model": self._base_model and self._base_model.to_json(),
+        "config": dict(self.settings.as_json),
+        "base_model": self.base_model and self.base_model.to_json(),
       },
       accuracy=scalars.get("eval/accuracy"),
       force=is_last or asked > 0,
       is_busy=any(is_busy for _, is_busy in heard),
     )
     if asked and not is_last:
-      self._checkpoints.wait()
+      self.checkpoints.wait()
       raise errors.Stopped(
         f"Stopped after train step {train_step + 1}, which is saved in "
         f"{self.folder}. The same command goes on from there.",
@@ -137,29 +227,24 @@ class Run:
       )
 
   def close(self) -> None:
-    self._checkpoints.close()
-    if self._writer is not None:
-      self._writer.close()
+    self.checkpoints.close()
+    self.writer.close()
 
 
 @contextlib.contextmanager
-def start(c: config_lib.ConfigDict) -> Iterator[Run]:
-  """Checks the config, claims its work directory, and ends both cleanly.
+def claim(settings: Settings) -> Iterator[Claim]:
+  """Claims the work directory of a run, and ends the run cleanly.
 
   Raises:
-    UserError: a config with mistakes; a directory that cannot be used, is in
-      use, or holds a run of another config.
+    UserError: a directory that cannot be used, is in use, or holds a run of
+      another config.
   """
-  config_check.check(c)
-  with workdir.claim(c.workdir) as folder:
-    if processes.is_main():
-      _remember(c, folder / "config.json")
-    with stop_requests() as stop:
-      run = Run(c, folder, stop)
-      try:
-        yield run
-      finally:
-        run.close()
+  with workdir.claim(settings.workdir) as folder, stop_requests() as stop:
+    claimed = Claim(settings, folder, stop)
+    try:
+      yield claimed
+    finally:
+      claimed.close()
 
 
 class StopRequest:
@@ -207,21 +292,19 @@ def stop_requests() -> Iterator[StopRequest]:
       signal.signal(number, handler)
 
 
-def _remember(c: config_lib.ConfigDict, file: pathlib.Path) -> None:
-  """Writes the config; refuses one that differs from what is there."""
-  text = c.to_json(indent=2, sort_keys=True) + "\n"
-  if file.exists() and not c.accept_changed_config:
-    before, now = json.loads(file.read_text()), json.loads(text)
-    for key in _FREE_KEYS:
-      before[key] = now[key]
-    changes = records.differences(before, now, "config")
-    if changes:
-      raise errors.UserError(
-        f"The work directory {str(file.parent)!r} holds a run of another "
-        "config:\n  " + "\n  ".join(changes) + "\nChoose another with "
-        "--config.workdir=..., undo the changes, or go on under them with "
-        "--config.accept_changed_config=true."
-      )
-  with files.rewrite(file) as opened:
-    opened.write(text.encode())
-  logging.info("config:\n%s", text)
+def _check_config(settings: Settings, file: pathlib.Path) -> None:
+  """Raises UserError if the directory holds a run of another config."""
+  if not file.exists() or settings.accept_changed_config:
+    return
+  before = files.read_json(file, "the config of the run in this work directory")
+  now = dict(settings.as_json)
+  for key in _FREE_KEYS:
+    before[key] = now[key]
+  changes = files.differences(before, now, "config")
+  if changes:
+    raise errors.UserError(
+      f"The work directory {str(file.parent)!r} holds a run of another "
+      "config:\n  " + "\n  ".join(changes) + "\nChoose another with "
+      "--config.workdir=..., undo the changes, or go on under them with "
+      "--config.accept_changed_config=true."
+    )

@@ -21,7 +21,8 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """Makes the directory and keeps other runs out until the context ends.
 
   Of a run on several hosts only process 0 holds the lock: that process alone
-  writes files other than checkpoints.
+  writes files other than checkpoints. A directory that this made is removed
+  again if nothing was written to it.
 
   Raises:
     UserError: the directory cannot be made or written, another run has it, or
@@ -33,10 +34,13 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       f"The work directory {str(path)!r} is not a local path. Mount the bucket "
       "and give the path it has here."
     )
+  is_new = not directory.exists()
   with contextlib.ExitStack() as stack:
     try:
       directory.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
+        if is_new:
+          stack.callback(_remove_unused, directory)
         stack.enter_context(files.lock(directory / _LOCK))
     except files.InUse as owner:
       raise errors.UserError(
@@ -68,3 +72,10 @@ def _raise_when_full(error: Exception, directory: pathlib.Path) -> None:
       "the directory to a larger disk; the same command then goes on from "
       "the newest of them."
     ) from error
+
+
+def _remove_unused(directory: pathlib.Path) -> None:
+  """Removes a work directory that holds nothing but its lock."""
+  if [path.name for path in directory.iterdir()] == [_LOCK]:
+    (directory / _LOCK).unlink()
+    directory.rmdir()

@@ -1,7 +1,9 @@
 """Rollouts from the host's side: prompts in, batches of completions out."""
 
+import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -10,10 +12,54 @@ from agrpo_jax import data
 from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import guided
 from agrpo_jax.policies import plain
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
+
+
+class Vocabulary(Protocol):
+  """The ids that a sampler asks a tokenizer, or a network, for."""
+
+  @property
+  def mask_id(self) -> int: ...
+  @property
+  def eos_id(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+  """How completions are drawn, before a model says which ids are special.
+
+  Attributes:
+    sampling: the schedule and the rule; its mask_id and eos_id mean nothing.
+    guidance: scale of classifier-free guidance; 0: off.
+    batch_size: completions drawn at once.
+  """
+
+  sampling: sampling_lib.Sampling
+  guidance: float
+  batch_size: int
+
+  def sampling_for(self, vocabulary: Vocabulary) -> sampling_lib.Sampling:
+    """Returns the sampling settings with the ids of a vocabulary."""
+    return dataclasses.replace(
+      self.sampling, mask_id=vocabulary.mask_id, eos_id=vocabulary.eos_id
+    )
+
+  def policy_for(self, vocabulary: Vocabulary) -> policies.Policy:
+    """Returns how the logits of a step are computed."""
+    if self.guidance:
+      return guided.Guided(self.guidance, vocabulary.mask_id)
+    return plain.PLAIN
+
+  @property
+  def has_chance(self) -> bool:
+    """Whether two completions of one prompt can differ."""
+    return self.sampling.temperature > 0 or (
+      self.sampling.unmask_rule == "random"
+    )
 
 
 class Sampler:
@@ -22,22 +68,26 @@ class Sampler:
   def __init__(
     self,
     bind: types.BindFn,
-    sampling: sampling_lib.Sampling,
+    draw: Draw,
+    vocabulary: Vocabulary,
     mesh: mesh_lib.Mesh,
-    batch_size: int,
     bucket: int,
-    policy: policies.Policy = plain.PLAIN,
   ):
     """Fixes the settings; nothing is compiled yet.
 
     Args:
       bind: binds the network to parameters and adapter.
-      sampling: how completions are drawn.
+      draw: how completions are drawn.
+      vocabulary: the ids of [MASK] and EOS.
       mesh: rows are split over it.
-      batch_size: completions drawn at once.
       bucket: prompts are padded to a multiple of this many tokens.
-      policy: how the logits of a step are computed.
+
+    Raises:
+      UserError: a batch that does not divide over the mesh.
     """
+    mesh_lib.check_rows(mesh, "batch_size", draw.batch_size)
+    sampling = draw.sampling_for(vocabulary)
+    policy = draw.policy_for(vocabulary)
 
     def sample(
       params: types.Tree,
@@ -56,7 +106,7 @@ class Sampler:
         bind(params, lora), prompts, sampling, policy=policy
       )
 
-    self.batch_size = batch_size
+    self.batch_size = draw.batch_size
     self._bucket = bucket
     self._rows = mesh_lib.rows(mesh)
     self.program = jax.jit(sample, out_shardings=self._rows)

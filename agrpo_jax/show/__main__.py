@@ -8,9 +8,9 @@ of your own. Other flags change single settings. The page needs no network and
 no other file.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import pathlib
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,69 +18,37 @@ import jax
 import numpy as np
 from absl import flags
 
-from agrpo_jax import adhoc
-from agrpo_jax import build
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
+from agrpo_jax import data
 from agrpo_jax import errors
-from agrpo_jax import presets
-from agrpo_jax.evaluation import candidate
+from agrpo_jax import evaluate
+from agrpo_jax import settings as settings_lib
 from agrpo_jax.parallel import mesh as mesh_lib
-from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.port import model as model_lib
+from agrpo_jax.samplers import host
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
 
-flags.declare_key_flag("config")  # listed by --help although it is optional
-
-# Which flag changes which key of config.evaluate. Other commands have flags of
-# the same names; only one command runs in a process.
-_SETTINGS = {
-  name: define(name, None, text, allow_override=True)
-  for name, define, text in (
-    ("completion_length", flags.DEFINE_integer, "Tokens; default 256."),
-    ("block_length", flags.DEFINE_integer, "Tokens; default 32."),
-    ("num_denoise_steps", flags.DEFINE_integer, "In all; default 128."),
-    ("unmask_rule", flags.DEFINE_string, "random, confidence (default), ..."),
-    ("temperature", flags.DEFINE_float, "Default 0: the most probable token."),
-    ("top_k", flags.DEFINE_integer, "Default 0: off."),
-    ("top_p", flags.DEFINE_float, "Default 1: off."),
-  )
+# Which flag changes which key of config.evaluate.
+_SETTINGS: dict[str, tuple[Callable[..., Any], str]] = {
+  "completion_length": (flags.DEFINE_integer, "Tokens; default 256."),
+  "block_length": (flags.DEFINE_integer, "Tokens; default 32."),
+  "num_denoise_steps": (flags.DEFINE_integer, "In all; default 128."),
+  "unmask_rule": (
+    flags.DEFINE_string,
+    "random, confidence (default), entropy, threshold.",
+  ),
+  "threshold": (flags.DEFINE_float, "Of the unmask rule threshold."),
+  "temperature": (flags.DEFINE_float, "Default 0: the most probable token."),
+  "top_k": (flags.DEFINE_integer, "Default 0: off."),
+  "top_p": (flags.DEFINE_float, "Default 1: off."),
 }
-_MODEL = flags.DEFINE_string(
-  "model", "", "A checkpoint's folder or hub id.", allow_override=True
-)
-_SAMPLER = flags.DEFINE_string(
-  "sampler",
-  "config",
-  f"Settings by name: {', '.join(presets.PRESETS)}.",
-  allow_override=True,
-)
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", "", checkpoint_named.HELP, allow_override=True
-)
-_TOKENIZER = flags.DEFINE_string(
-  "tokenizer", "", "Another folder or hub id, or 'bytes'.", allow_override=True
-)
-_SEED = flags.DEFINE_integer(
-  "seed", None, "Of the draws; default 0.", allow_override=True
-)
-_NUM_COMPLETIONS = flags.DEFINE_integer(
-  "num_completions", 1, "Drawn side by side; more need a temperature."
-)
-_EXAMPLE = flags.DEFINE_integer(
-  "example", None, "A held-out problem of the config's task, from 0."
-)
-_PLAIN = flags.DEFINE_bool("plain", False, "Use no chat template.")
-_HTML = flags.DEFINE_string("html", "", "File to write the page to.")
-_ANIMATION = flags.DEFINE_bool(
-  "animation", True, "Redraw in the terminal; otherwise print a few frames."
-)
-_SECONDS = flags.DEFINE_float("seconds", 6.0, "Of animation, per completion.")
 
 
 def draw(
-  c: config_lib.ConfigDict,
+  s: settings_lib.Rl,
   *,
   prompt: str,
   example: int | None,
@@ -91,11 +59,11 @@ def draw(
   """Draws completions of one prompt.
 
   Args:
-    c: from `adhoc.config`.
+    s: the settings, of which `evaluate` says how to draw.
     prompt: the user's words; without effect when there is an example.
     example: index of a held-out problem, or None.
     num_completions: how many.
-    checkpoint: work directory of a run under this config, or "".
+    checkpoint: of a run that trained the model of `s`, or "".
     is_plain: the prompt alone, without chat template.
 
   Raises:
@@ -103,73 +71,81 @@ def draw(
   """
   if num_completions < 1:
     raise errors.UserError(f"{num_completions=} must be at least 1.")
-  has_chance = c.evaluate.temperature > 0 or c.evaluate.unmask_rule == "random"
-  if num_completions > 1 and not has_chance:
+  if num_completions > 1 and not s.evaluate.has_chance:
     raise errors.UserError(
       f"{num_completions=} would all be the same, since temperature=0 and "
-      f"unmask_rule={c.evaluate.unmask_rule!r} leave nothing to chance. Set "
-      "--temperature=0.8 to see several."
+      f"unmask_rule={s.evaluate.sampling.unmask_rule!r} leave nothing to "
+      "chance. Set --temperature=0.8 to see several."
     )
-  policy = candidate.policy(c, checkpoint)
-  tokenizer = policy.tokenizer
+  mesh = s.mesh.make()
+  model = model_lib.load_trained(s.model, s.lora, mesh, checkpoint)
+  tokenizer = model.tokenizer
   prompt_id = 0
   if example is not None:
-    found, ids = _held_out(c, policy, example)
-    prompt, prompt_id = found.messages[-1]["content"], found.id
+    found = _held_out(s, tokenizer, example)
+    ids, prompt_id = found.tokens, found.example.id
+    prompt = found.example.messages[-1]["content"]
   elif is_plain:
     ids = tokenizer.encode(prompt)
   else:
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
   if not ids:
     raise errors.UserError("The prompt is empty; write one in quotes.")
+  model.check_length(len(ids), s.evaluate)
   # One batch: as many rows as asked for, and those that fill the devices.
-  shards = mesh_lib.num_row_shards(policy.mesh)
-  c.evaluate.batch_size = -(-num_completions // shards) * shards
-  c.data.max_prompt_length = len(ids)
-  sampler = build.make_sampler(c, c.evaluate, policy)
+  shards = mesh_lib.num_row_shards(mesh)
+  batch_size = -(-num_completions // shards) * shards
+  sampler = host.Sampler(
+    model.bind,
+    dataclasses.replace(s.evaluate, batch_size=batch_size),
+    tokenizer,
+    mesh,
+    s.data.bucket,
+  )
   (rollout,) = sampler.sample(
-    policy.params,
-    policy.lora,
+    model.params,
+    model.lora,
     [ids] * num_completions,
-    jax.random.key(c.seed),
+    jax.random.key(s.seed),
     np.array(
       [(prompt_id, index) for index in range(num_completions)], np.uint32
     ),
   )
   return page_lib.Page(
-    title=f"{pathlib.PurePath(c.model.path).name}, step by step",
-    settings=_describe(c),
+    title=f"{pathlib.PurePath(s.model.path).name}, step by step",
+    settings=_describe(s),
     prompt=text_lib.visible(prompt),
     raw_prompt=text_lib.visible(tokenizer.decode_raw(ids)),
     completions=text_lib.completions(rollout, tokenizer, num_completions),
-    block_length=c.evaluate.block_length,
+    block_length=s.evaluate.sampling.block_length,
     eos_id=tokenizer.eos_id,
     eos_name=tokenizer.decode_raw([tokenizer.eos_id]),
   )
 
 
 def _held_out(
-  c: config_lib.ConfigDict, policy: build.Policy, example: int
-) -> tuple[Any, list[int]]:
-  if not (c.task.name or c.task.path):
+  s: settings_lib.Rl, tokenizer: data.Tokenizer, example: int
+) -> data.Prompt:
+  if not s.task:
     raise errors.UserError("--example needs a task: add --config=FILE.")
-  rows = build.held_out(c, policy.tokenizer)
-  if not 0 <= example < len(rows):
+  found = data.load_dataset(s.task, s.data, tokenizer, s.evaluate.split)
+  prompts = found.prompts[: s.evaluate.num_examples or None]
+  if not 0 <= example < len(prompts):
     raise errors.UserError(
-      f"--example={example} must be between 0 and {len(rows) - 1}."
+      f"--example={example} must be between 0 and {len(prompts) - 1}."
     )
-  return rows[example]
+  return prompts[example]
 
 
-def _describe(c: config_lib.ConfigDict) -> str:
-  e = c.evaluate
-  steps = f"{e.num_denoise_steps} denoising steps"
-  if e.threshold is not None:
-    steps = f"every token more probable than {e.threshold:g} unmasked at once"
+def _describe(s: settings_lib.Rl) -> str:
+  sampling = s.evaluate.sampling
+  steps = f"{sampling.num_denoise_steps} denoising steps"
+  if sampling.threshold is not None:
+    steps = f"every token more probable than {sampling.threshold:g} at once"
   return (
-    f"{e.completion_length} tokens in blocks of {e.block_length}, {steps}, "
-    f"unmask rule {e.unmask_rule}, temperature {e.temperature:g}, "
-    f"seed {c.seed}"
+    f"{sampling.completion_length} tokens in blocks of "
+    f"{sampling.block_length}, {steps}, unmask rule {sampling.unmask_rule}, "
+    f"temperature {sampling.temperature:g}, seed {s.seed}"
   )
 
 
@@ -198,35 +174,59 @@ def _write(page: page_lib.Page, path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+  asked = flags.FLAGS
   prompt = argv[1] if len(argv) > 1 else ""
-  if bool(prompt) == (_EXAMPLE.value is not None):
+  if bool(prompt) == (asked.example is not None):
     raise errors.UserError(
       "Give a prompt in quotes, or --example=N, and not both."
     )
-  if _HTML.value and not pathlib.Path(_HTML.value).absolute().parent.is_dir():
-    raise errors.UserError(f"--html={_HTML.value!r} is in no folder there is.")
-  c = adhoc.config(
-    command.CONFIG.value,
-    _MODEL.value,
-    _SAMPLER.value,
-    **{name: flag.value for name, flag in _SETTINGS.items()},
-  )
-  if _SEED.value is not None:
-    c.seed = _SEED.value
-  if _TOKENIZER.value:
-    c.model.tokenizer = _TOKENIZER.value
+  if asked.html and not pathlib.Path(asked.html).absolute().parent.is_dir():
+    raise errors.UserError(f"--html={asked.html!r} is in no folder there is.")
+  given = command.given_keys()
+  base = command.CONFIG.value
+  if base is None:
+    base = config_lib.rl()
+    base.workdir = "unused"  # nothing is written to it
+  c = base.copy_and_resolve_references()
+  for key, value in (("path", asked.model), ("tokenizer", asked.tokenizer)):
+    if value:
+      c.model[key] = value
+      given.add(f"model.{key}")
+  evaluate.use_run(c, asked.checkpoint, given)
+  config_lib.use_sampler(c, asked.sampler)
+  config_lib.set_evaluate(c, {name: asked[name].value for name in _SETTINGS})
+  if asked.seed is not None:
+    c.seed = asked.seed
   page = draw(
-    c,
+    settings_lib.drawing(c),
     prompt=prompt,
-    example=_EXAMPLE.value,
-    num_completions=_NUM_COMPLETIONS.value,
-    checkpoint=_CHECKPOINT.value,
-    is_plain=_PLAIN.value,
+    example=asked.example,
+    num_completions=asked.num_completions,
+    checkpoint=asked.checkpoint,
+    is_plain=asked.plain,
   )
-  _print(page, _ANIMATION.value, _SECONDS.value)
-  if _HTML.value:
-    _write(page, pathlib.Path(_HTML.value))
+  _print(page, asked.animation, asked.seconds)
+  if asked.html:
+    _write(page, pathlib.Path(asked.html))
 
 
 if __name__ == "__main__":
+  flags.declare_key_flag("config")  # listed by --help although it is optional
+  command.define_flags("model", "sampler", "checkpoint")
+  for _name, (_define, _meaning) in _SETTINGS.items():
+    _define(_name, None, _meaning)
+  flags.DEFINE_string("tokenizer", "", "Another folder or hub id, or 'bytes'.")
+  flags.DEFINE_integer("seed", None, "Of the draws; default 0.")
+  flags.DEFINE_integer(
+    "num_completions", 1, "Drawn side by side; more need a temperature."
+  )
+  flags.DEFINE_integer(
+    "example", None, "A held-out problem of the config's task, from 0."
+  )
+  flags.DEFINE_bool("plain", False, "Use no chat template.")
+  flags.DEFINE_string("html", "", "File to write the page to.")
+  flags.DEFINE_bool(
+    "animation", True, "Redraw in the terminal; otherwise print a few frames."
+  )
+  flags.DEFINE_float("seconds", 6.0, "Of animation, per completion.")
   command.main(main, num_words=1)

@@ -83,8 +83,7 @@ def test_the_log_reaches_the_disk_before_the_checkpoint_its_name(
 
   def fsync(number):
     path = c.workdir + "/metrics.jsonl"
-    is_there = os.path.exists(path)  # the config is written before
-    if is_there and os.path.samestat(os.fstat(number), os.stat(path)):
+    if os.path.samestat(os.fstat(number), os.stat(path)):
       lines = [record["train_step"] for record in metrics.read(path)]
       found.append((lines, reader.steps()))
 

@@ -1,0 +1,303 @@
+"""A network on a mesh, with its parameters and what reads and writes its text.
+
+Where the words meet: a `Source` says where a network comes from, a `Shape` what
+it computes, a `Model` is the network with its parameters, and `Model.bind`
+gives the function that samplers and objectives know (`types.Network`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agrpo_jax import errors
+from agrpo_jax import optimizer
+from agrpo_jax import types
+from agrpo_jax.models import base
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.models import tokens
+from agrpo_jax.models import transformer
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import split
+from agrpo_jax.port import model_folder
+from agrpo_jax.runs import checkpoint_meta
+from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.samplers import host
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A network with its parameters, and its tokenizer.
+
+  Attributes:
+    mesh: where it lives.
+    shape: the network's shape and compute settings.
+    params: its parameters: frozen when there are adapters.
+    lora: adapters, or None when all parameters are trained.
+    lora_settings: of the adapters, or None.
+    tokenizer: text <-> ids.
+    base_model: what the parameters were loaded from.
+  """
+
+  mesh: mesh_lib.Mesh
+  shape: base.Shape
+  params: types.Tree
+  lora: types.Tree | None
+  lora_settings: lora_lib.Lora | None
+  tokenizer: tokens.Tokenizer
+  base_model: checkpoint_meta.BaseModel | None
+
+  @property
+  def trainable(self) -> types.Tree:
+    return self.params if self.lora is None else self.lora
+
+  def bind(self, params: types.Tree, lora: types.Tree | None) -> types.Network:
+    """Returns the network bound to parameters and adapter."""
+    scale = self.lora_settings.scale if self.lora_settings else 1.0
+    rows = mesh_lib.rows(self.mesh) if self.mesh.size > 1 else None
+    return types.Network(
+      transformer.logits_fn(self.shape, params, lora, scale, rows),
+      split.top_k_of(self.mesh),
+    )
+
+  def initial_state(
+    self, transformation: optax.GradientTransformation
+  ) -> types.TrainState:
+    """Returns the state before the first train step, placed on the mesh."""
+    replicated = mesh_lib.replicated(self.mesh)
+    opt_state = jax.jit(
+      transformation.init, out_shardings=self.state_shardings(transformation)
+    )(self.trainable)
+    return types.TrainState(
+      train_step=jax.device_put(jnp.int32(0), replicated),
+      params=self.params,
+      lora=self.lora,
+      opt_state=opt_state,
+    )
+
+  def state_shardings(
+    self, transformation: optax.GradientTransformation
+  ) -> types.Tree:
+    """Returns where the arrays of the optimizer's state go."""
+    return optimizer.state_shardings(
+      transformation,
+      self.trainable,
+      jax.tree.map(lambda x: x.sharding, self.trainable),
+      mesh_lib.replicated(self.mesh),
+    )
+
+  def check_length(self, prompt_length: int, draw: host.Draw) -> None:
+    """Raises UserError when prompt and completion are too long together."""
+    check_length(self.shape, prompt_length, draw)
+
+
+def check_length(
+  shape: base.Shape, prompt_length: int, draw: host.Draw
+) -> None:
+  """Raises UserError when a sequence is longer than the network takes."""
+  completion_length = draw.sampling.completion_length
+  longest = prompt_length + completion_length
+  if longest > shape.max_length:
+    raise errors.UserError(
+      f"config.data.max_prompt_length={prompt_length} and "
+      f"completion_length={completion_length} make {longest} tokens, more "
+      f"than the model's {shape.max_length}; lower one of them."
+    )
+
+
+def load_model(
+  source: base.Source,
+  lora: lora_lib.Lora | None,
+  mesh: mesh_lib.Mesh,
+  *,
+  seed: int = 0,
+  is_trained: bool = True,
+) -> Model:
+  """Loads a network onto a mesh.
+
+  What is trained is float32; what is only read has the dtype it computes in.
+
+  Args:
+    source: where it comes from and how it is computed.
+    lora: fresh adapters beside it, or None.
+    mesh: where it goes.
+    seed: of the adapters.
+    is_trained: false if this run neither trains the parameters nor reads
+      trained ones from a checkpoint.
+
+  Raises:
+    UserError: naming everything that is wrong with the model's folder, the
+      mesh, or the adapter, before anything large is read if it shows by then.
+  """
+  if source.attention == "cudnn" and jax.default_backend() != "gpu":
+    raise errors.UserError(
+      "config.model.attention='cudnn' needs an NVIDIA GPU; here JAX computes "
+      f"on the {jax.default_backend()}. Set it to 'xla' or 'auto'."
+    )
+  shape = load_shape(source)
+  if lora is not None:
+    found = lora_lib.problems(lora, transformer.abstract_params(shape))
+    if found:
+      raise errors.UserError("; ".join(found) + ".")
+  tokenizer = model_folder.load_tokenizer(
+    source.tokenizer or source.path,
+    shape,
+    revision=None if source.tokenizer else source.revision or None,
+  )
+  _, params = model_folder.load(
+    source.path,
+    dtype="float32" if is_trained and lora is None else source.dtype,
+    shardings=lambda shape: _shardings(mesh, shape),
+    revision=source.revision or None,
+  )
+  adapters = None
+  if lora is not None:
+    init, places = _adapter(lora, shape, mesh)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    adapters = jax.jit(init, out_shardings=places)(key)
+  return Model(
+    mesh=mesh,
+    shape=shape,
+    params=params,
+    lora=adapters,
+    lora_settings=lora,
+    tokenizer=tokenizer,
+    base_model=checkpoint_meta.describe_base(
+      source.path, source.revision, params
+    ),
+  )
+
+
+def describe_model(
+  shape: base.Shape,
+  lora: lora_lib.Lora | None,
+  mesh: mesh_lib.Mesh,
+  tokenizer: tokens.Tokenizer,
+) -> Model:
+  """Returns what `load_model` would, with shapes and places but no memory."""
+  dtype = jnp.dtype("float32" if lora is None else shape.dtype)
+  adapters = None
+  if lora is not None:
+    init, places = _adapter(lora, shape, mesh)
+    adapters = placed(jax.eval_shape(init, jax.random.key(0)), places)
+  return Model(
+    mesh=mesh,
+    shape=shape,
+    params=placed(
+      transformer.abstract_params(shape, dtype), _shardings(mesh, shape)
+    ),
+    lora=adapters,
+    lora_settings=lora,
+    tokenizer=tokenizer,
+    base_model=None,
+  )
+
+
+def placed(tree: types.Tree, shardings: types.Tree) -> types.Tree:
+  """Returns the shapes of a tree of arrays, with places."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    tree,
+    shardings,
+  )
+
+
+def load_trained(
+  source: base.Source,
+  lora: lora_lib.Lora | None,
+  mesh: mesh_lib.Mesh,
+  checkpoint: str,
+) -> Model:
+  """Loads a model with what a run trained of it.
+
+  Args:
+    source: the run's, see `trained_by`.
+    lora: the run's.
+    mesh: where it goes; it need not be the run's.
+    checkpoint: WORKDIR (its newest), WORKDIR:best or WORKDIR:TRAIN_STEP; "" for
+      the model alone, without adapters.
+
+  Raises:
+    UserError: there is no such checkpoint, it cannot be read, or it was trained
+      from another base model.
+  """
+  if not checkpoint:
+    return load_model(source, None, mesh, is_trained=False)
+  reader, train_step = checkpoint_named.find(checkpoint)
+  model = load_model(source, lora, mesh)
+  found = reader.read(
+    {"trainable": model.trainable}, model.base_model, train_step
+  )
+  if found is None:
+    raise errors.UserError(
+      f"--checkpoint={checkpoint!r} holds no checkpoint any more."
+    )
+  part = "params" if model.lora is None else "lora"
+  return dataclasses.replace(model, **{part: found[0]["trainable"]})
+
+
+def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
+  """Reads which model a run trains, and its adapter's settings.
+
+  Args:
+    checkpoint: the run's work directory, with or without :best or :TRAIN_STEP.
+
+  Raises:
+    UserError: there is no such checkpoint, or the run's config.json is missing,
+      damaged, or of no run.
+  """
+  checkpoint_named.find(checkpoint)
+  raw = checkpoint_named.read_config(checkpoint)
+  try:
+    model, lora = raw["model"], raw["lora"]
+    path = model["path"]
+    if model.get("network"):  # SFT from random parameters, kept by the run
+      workdir, _ = checkpoint_named.split(checkpoint)
+      path = str(pathlib.Path(workdir).expanduser() / "initial")
+    names = [field.name for field in dataclasses.fields(base.Source)]
+    source = base.Source(**{name: model[name] for name in names})
+    return (
+      dataclasses.replace(source, path=path),
+      lora_lib.Lora(lora["rank"], lora["alpha"], tuple(lora["targets"]))
+      if lora["rank"]
+      else None,
+    )
+  except (KeyError, TypeError, AttributeError) as error:
+    raise errors.UserError(
+      f"The config.json of {checkpoint!r} is not that of a run of this "
+      f"package: {type(error).__name__}: {error}"
+    ) from error
+
+
+def load_shape(source: base.Source) -> base.Shape:
+  """Reads the shape of a network, with what its source says of computing."""
+  return model_folder.load_shape(
+    source.path,
+    revision=source.revision or None,
+    compute_dtype=source.dtype,
+    remat=source.remat,
+    attention=source.attention,
+  )
+
+
+def _shardings(mesh: mesh_lib.Mesh, shape: base.Shape) -> Any:
+  return mesh_lib.shardings(
+    mesh, transformer.logical_axes(shape), transformer.abstract_params(shape)
+  )
+
+
+def _adapter(
+  settings: lora_lib.Lora, shape: base.Shape, mesh: mesh_lib.Mesh
+) -> tuple[Any, Any]:
+  """(key) -> fresh adapters, and where on the mesh they go."""
+  init = functools.partial(
+    lora_lib.init, settings, transformer.abstract_params(shape)
+  )
+  axes = lora_lib.logical_axes(settings, transformer.logical_axes(shape))
+  return init, mesh_lib.shardings(
+    mesh, axes, jax.eval_shape(init, jax.random.key(0))
+  )

@@ -1,0 +1,493 @@
+"""A config as typed records, with everything that is wrong with it at once.
+
+The one place that reads a `ConfigDict`: what `config.py` and the command line
+made becomes frozen records, one per sub-tree, with the same names. Nothing is
+loaded, downloaded or compiled for it. A record's attribute has the meaning,
+unit and legal values that `config.py` gives the key of that name.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+from typing import TypeVar
+
+from agrpo_jax import config as config_lib
+from agrpo_jax import data
+from agrpo_jax import errors
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import objectives
+from agrpo_jax import optimizer as optimizer_lib
+from agrpo_jax import tasks
+from agrpo_jax import types
+from agrpo_jax.grading import pool
+from agrpo_jax.models import base as models
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.runs import run as run_lib
+from agrpo_jax.samplers import host
+from agrpo_jax.samplers import sampling as sampling_lib
+
+# What `jax.random.key` tells apart.
+_MAX_SEED = 2**32 - 1
+_MAX_TEMPERATURE = 100.0
+
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices per axis; -1 for what the others leave."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+  def make(self, devices: Any = None) -> mesh_lib.Mesh:
+    """Returns the mesh of the devices, of this run if None."""
+    return mesh_lib.make(self.data, self.fsdp, self.tensor, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grading:
+  """Worker processes of the grader."""
+
+  num_workers: int
+  timeout_seconds: float
+  memory_gib: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout(host.Draw):
+  """The completions of a train step: N prompts, G of each."""
+
+  num_prompts: int
+  group_size: int
+
+  @property
+  def num_rows(self) -> int:
+    return self.num_prompts * self.group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(host.Draw):
+  """How often, on what, and how a model is evaluated."""
+
+  every: int
+  split: str
+  num_examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What runs of every kind have.
+
+  Attributes:
+    workdir: folder of logs and checkpoints.
+    seed: all randomness of the run comes from it.
+    accept_changed_config: go on in a work directory of another config.
+    lora: adapters, or None to train all parameters.
+    as_json: the config as it is dumped with the run.
+    others: see the records.
+  """
+
+  workdir: str
+  seed: int
+  accept_changed_config: bool
+  model: models.Source
+  lora: lora_lib.Lora | None
+  mesh: Mesh
+  task: data.Task
+  data: data.Files
+  optimizer: optimizer_lib.Optimizer
+  train: run_lib.Train
+  wandb: run_lib.Wandb
+  as_json: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rl(Run):
+  """Reinforcement learning, `agrpo_jax.main`.
+
+  Attributes:
+    objective: what is visited, and the loss.
+    microbatch: units (visits that share what the policy computes once) per
+      forward and backward pass.
+    others: see the records.
+  """
+
+  rollout: Rollout
+  objective: objectives.Objective
+  microbatch: int
+  grading: Grading
+  evaluate: Evaluate
+
+  def start_grader(self) -> pool.Grader:
+    """Starts the worker processes that grade the task's completions."""
+    return pool.Grader(
+      self.task.name,
+      self.task.options,
+      self.task.reward_weights,
+      task_path=self.task.path or None,
+      **dataclasses.asdict(self.grading),
+    )
+
+  def make_learner(
+    self, bind: types.BindFn, vocabulary: host.Vocabulary, mesh: mesh_lib.Mesh
+  ) -> learner_lib.Learner:
+    """Returns the train step of these settings.
+
+    Args:
+      bind: binds the network to parameters and adapter.
+      vocabulary: the ids of [MASK] and EOS.
+      mesh: rows are split over it.
+
+    Raises:
+      UserError: a microbatch that does not divide over the mesh.
+    """
+    mesh_lib.check_rows(mesh, "config.objective.microbatch", self.microbatch)
+    return learner_lib.Learner(
+      bind=bind,
+      optimizer=optimizer_lib.make(self.optimizer),
+      sampling=self.rollout.sampling_for(vocabulary),
+      objective=self.objective,
+      group_size=self.rollout.group_size,
+      microbatch=self.microbatch,
+      policy=self.rollout.policy_for(vocabulary),
+      shard_rows=mesh_lib.shard_rows(mesh),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft(Run):
+  """Supervised fine-tuning, `agrpo_jax.sft`.
+
+  Attributes:
+    network: shape of a network to start from random parameters; empty where
+      `model.path` is given.
+    completion_length: tokens.
+    batch_size: demonstrations per train step.
+    microbatch: of them at once.
+    output: folder for the model that comes out, or "".
+    others: see `Run`.
+  """
+
+  network: Mapping[str, Any]
+  completion_length: int
+  batch_size: int
+  microbatch: int
+  output: str
+
+
+def rl(c: config_lib.ConfigDict) -> Rl:
+  """Returns the settings of reinforcement learning and evaluation.
+
+  Raises:
+    UserError: the config is of another kind of run, or has mistakes; all of
+      them are named.
+  """
+  _check_kind(c, "rl", "agrpo_jax.main", "agrpo_jax.sft")
+  problems = _Problems()
+  made = _rl(c, problems)
+  problems.raise_if_any()
+  return made
+
+
+def sft(c: config_lib.ConfigDict) -> Sft:
+  """Returns the settings of supervised fine-tuning.
+
+  Raises:
+    UserError: as for `rl`.
+  """
+  _check_kind(c, "sft", "agrpo_jax.sft", "agrpo_jax.main")
+  problems = _Problems()
+  made = _sft(c, problems)
+  problems.raise_if_any()
+  return made
+
+
+def drawing(c: config_lib.ConfigDict) -> Rl:
+  """Returns the settings of a command that only draws or scores completions.
+
+  It needs no task and no work directory, and nothing of how to train.
+
+  Raises:
+    UserError: as for `rl`.
+  """
+  _check_kind(c, "rl", "agrpo_jax.main", "agrpo_jax.sft")
+  problems = _Problems()
+  made = _rl(c, problems)
+  needed = ("model.", "mesh.", "evaluate.", "seed", "data.", "lora.")
+  problems[:] = [p for p in problems if p.startswith(needed)]
+  problems.raise_if_any()
+  return made
+
+
+def problems_of_rl(c: config_lib.ConfigDict) -> list[str]:
+  """Returns everything that is wrong with a config of `config.rl`."""
+  problems = _Problems()
+  _rl(c, problems)
+  return list(problems)
+
+
+def _check_kind(
+  c: config_lib.ConfigDict, kind: str, command: str, other: str
+) -> None:
+  found = c.get("kind")
+  if found != kind:
+    made_for = f", made for `python -m {other}`" if found else ""
+    raise errors.UserError(
+      f"This config is of kind {found!r}{made_for}; `python -m {command}` "
+      f"needs one of kind {kind!r}: a config file that starts from "
+      f"config.{kind}()."
+    )
+
+
+class _Problems(list):
+  """What is wrong, a line each."""
+
+  def want(self, is_fine: bool, key: str, value: Any, legal: str) -> bool:
+    if not is_fine:
+      self.append(f"{key}={value!r} must be {legal}")
+    return is_fine
+
+  def known(self, key: str, value: Any, choices: tuple[str, ...]) -> None:
+    self.want(value in choices, key, value, f"one of {', '.join(choices)}")
+
+  def at_least(
+    self, least: int, key: str, sub: config_lib.ConfigDict, *names: str
+  ) -> bool:
+    before = len(self)
+    for name in names:
+      value = sub[name]
+      self.want(value >= least, f"{key}.{name}", value, f"at least {least}")
+    return len(self) == before
+
+  def raise_if_any(self) -> None:
+    if self:
+      raise errors.UserError(
+        "The config has "
+        + (f"{len(self)} problems" if len(self) > 1 else "a problem")
+        + ":\n"
+        + "\n".join(f"  config.{problem}" for problem in self)
+      )
+
+
+def _record(record: type[R], sub: config_lib.ConfigDict, **given: Any) -> R:
+  """A dataclass from the keys of a sub-tree that are its fields."""
+  names = {field.name for field in dataclasses.fields(record)}  # type: ignore
+  return record(**{n: sub[n] for n in sub if n in names} | given)
+
+
+def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
+  """The attributes of `Run`; adds what is wrong with them."""
+  found.want(bool(c.workdir), "workdir", c.workdir, "the folder of this run")
+  found.want(0 <= c.seed <= _MAX_SEED, "seed", c.seed, f"from 0 to {_MAX_SEED}")
+  for name, choices in (
+    ("dtype", models.DTYPES),
+    ("remat", models.REMAT),
+    ("attention", models.ATTENTION),
+  ):
+    found.known(f"model.{name}", c.model[name], choices)
+  for axis in mesh_lib.AXES:
+    size = c.mesh[axis]
+    found.want(
+      size >= 1 or size == -1, f"mesh.{axis}", size, "a number of devices or -1"
+    )
+  task = _task(c, found)
+  found.at_least(1, "data", c.data, "max_prompt_length", "bucket")
+  for name in ("path", "test_path"):
+    found.want(
+      not c.data[name] or pathlib.Path(c.data[name]).expanduser().exists(),
+      f"data.{name}",
+      c.data[name],
+      "an existing file or folder",
+    )
+  found.at_least(1, "train", c.train, "num_steps", "checkpoint_every", "keep")
+  found.at_least(0, "train", c.train, "log_samples")
+  optimizer = optimizer_lib.Optimizer(
+    num_updates=num_updates, **c.optimizer.to_dict()
+  )
+  found += optimizer_lib.problems(optimizer)
+  found.want(
+    not c.wandb.project or importlib.util.find_spec("wandb") is not None,
+    "wandb.project",
+    c.wandb.project,
+    "empty, or the package installed: pip install 'agrpo_jax[wandb]'",
+  )
+  return dict(
+    workdir=c.workdir,
+    seed=c.seed,
+    accept_changed_config=c.accept_changed_config,
+    model=_record(models.Source, c.model),
+    lora=_lora(c, found),
+    mesh=_record(Mesh, c.mesh),
+    task=task,
+    data=_record(data.Files, c.data),
+    optimizer=optimizer,
+    train=_record(run_lib.Train, c.train),
+    wandb=_record(run_lib.Wandb, c.wandb),
+    as_json=json.loads(c.to_json()),
+  )
+
+
+def _lora(c: config_lib.ConfigDict, found: _Problems) -> lora_lib.Lora | None:
+  rank, alpha, targets = c.lora.rank, c.lora.alpha, tuple(c.lora.targets)
+  if rank == 0:
+    return None
+  wrong = lora_lib.setting_problems(rank, alpha, targets)
+  found += [f"lora.{problem}" for problem in wrong]
+  return None if wrong else lora_lib.Lora(rank, alpha, targets)
+
+
+def _task(c: config_lib.ConfigDict, found: _Problems) -> data.Task:
+  if c.kind == "rl" or not c.data.path:
+    found.want(
+      bool(c.task.name or c.task.path),
+      "task.name",
+      c.task.name,
+      "a task's name, or task.path the file of one",
+    )
+  if c.task.name and not c.task.path:
+    found.known("task.name", c.task.name, tasks.NAMES)
+  weights = c.task.get("reward_weights") or {}
+  weights = {part: w for part, w in weights.items() if w is not None}
+  for part, weight in weights.items():
+    found.want(
+      isinstance(weight, (int, float)) and math.isfinite(weight),
+      f"task.reward_weights.{part}",
+      weight,
+      "a finite number",
+    )
+  return data.Task(
+    name="" if c.task.path else c.task.name,
+    path=c.task.path,
+    options=config_lib.task_options(c),
+    reward_weights=weights,
+  )
+
+
+def _draw(
+  record: type[R],
+  key: str,
+  sub: config_lib.ConfigDict,
+  found: _Problems,
+) -> R:
+  sampling = _record(sampling_lib.Sampling, sub, mask_id=-1, eos_id=-1)
+  found += [f"{key}.{p}" for p in sampling_lib.problems(sampling)]
+  found.want(
+    sampling.temperature <= _MAX_TEMPERATURE,
+    f"{key}.temperature",
+    sampling.temperature,
+    f"at most {_MAX_TEMPERATURE:g}",
+  )
+  guidance = sub.get("guidance", 0.0)
+  found.want(
+    0 <= guidance < math.inf, f"{key}.guidance", guidance, "0 (off) or more"
+  )
+  found.at_least(1, key, sub, "batch_size")
+  return _record(record, sub, sampling=sampling, guidance=guidance)
+
+
+def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
+  found.want(bool(c.model.path), "model.path", "", "a model to train")
+  rollout = _draw(Rollout, "rollout", c.rollout, found)
+  sampling = rollout.sampling
+  found.want(
+    sampling.temperature > 0,
+    "rollout.temperature",
+    sampling.temperature,
+    "positive: without chance there is no policy gradient",
+  )
+  found.want(
+    sampling.unmask_rule != "threshold",
+    "rollout.unmask_rule",
+    sampling.unmask_rule,
+    "another: threshold is for evaluation",
+  )
+  if not sampling_lib.problems(sampling):
+    found.want(
+      sampling.block_length % sampling.steps_per_block == 0,
+      "rollout.num_denoise_steps",
+      sampling.num_denoise_steps,
+      f"such that its {sampling.steps_per_block} steps a block divide "
+      f"block_length={sampling.block_length}: training wants the same number "
+      "of tokens at every step",
+    )
+  found.at_least(1, "rollout", c.rollout, "num_prompts")
+  found.want(
+    rollout.group_size >= 2,
+    "rollout.group_size",
+    rollout.group_size,
+    "at least 2: a completion is compared with the rest of its group",
+  )
+  found.want(
+    rollout.batch_size < 1 or rollout.num_rows % rollout.batch_size == 0,
+    "rollout.batch_size",
+    rollout.batch_size,
+    f"a divisor of num_prompts * group_size = {rollout.num_rows}",
+  )
+  found.at_least(1, "objective", c.objective, "microbatch")
+  found.known("objective.name", c.objective.name, tuple(objectives.OBJECTIVES))
+  record = objectives.OBJECTIVES.get(c.objective.name, agrpo.Agrpo)
+  objective = _record(record, c.objective)
+  found += [f"objective.{p}" for p in objective.problems(sampling)]
+  evaluate = _draw(Evaluate, "evaluate", c.evaluate, found)
+  found.at_least(0, "evaluate", c.evaluate, "every", "num_examples")
+  found.at_least(0, "train", c.train, "keep_best")
+  found.at_least(1, "grading", c.grading, "num_workers")
+  for name in ("timeout_seconds", "memory_gib"):
+    value = c.grading[name]
+    found.want(0 < value < math.inf, f"grading.{name}", value, "positive")
+  num_updates = c.train.num_steps * objective.updates_per_batch
+  return Rl(
+    **_run(c, found, num_updates),
+    rollout=rollout,
+    objective=objective,
+    microbatch=c.objective.microbatch,
+    grading=_record(Grading, c.grading),
+    evaluate=evaluate,
+  )
+
+
+def _sft(c: config_lib.ConfigDict, found: _Problems) -> Sft:
+  network = c.model.network.to_dict()
+  found.want(
+    bool(c.model.path) != bool(network),
+    "model.path",
+    c.model.path,
+    "set, or model.network for random parameters, and not both",
+  )
+  sub = c.sft
+  if found.at_least(
+    1, "sft", sub, "completion_length", "batch_size", "microbatch"
+  ):
+    found.want(
+      sub.batch_size % sub.microbatch == 0,
+      "sft.microbatch",
+      sub.microbatch,
+      f"a divisor of batch_size={sub.batch_size}",
+    )
+  found.want(
+    not sub.output or _can_write(pathlib.Path(sub.output).expanduser()),
+    "sft.output",
+    sub.output,
+    "a folder that can be made or written",
+  )
+  return Sft(
+    **_run(c, found, c.train.num_steps),
+    network=network,
+    **sub.to_dict(),
+  )
+
+
+def _can_write(folder: pathlib.Path) -> bool:
+  """Whether files can be written to a folder; makes nothing."""
+  while not folder.exists():
+    folder = folder.parent
+  return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
