@@ -40,6 +40,9 @@ class _Worker:
         return self._exchange(json.dumps(request).encode() + b"\n")
       except OSError:
         return {"error": self._end()}
+      except BaseException:
+        self._end()  # else the next request would read this one's reply
+        raise
 
   def _start(self) -> None:
     root = str(pathlib.Path(__file__).parents[2])
