@@ -64,9 +64,8 @@ def main(
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
-    # What --help lists beside a command's own flags.
     for name in (*required, *_PROCESSES):
-      flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
+      _list_in_help(name)
     try:
       rest = flags.FLAGS(argv)
       missing = [name for name in required if flags.FLAGS[name].value is None]
@@ -157,7 +156,12 @@ def define_flags(*names: str) -> None:
   for name in names:
     default = "config" if name == "sampler" else ""
     flags.DEFINE_string(name, default, _SHARED[name])
-    flags.declare_key_flag(name)
+    _list_in_help(name)
+
+
+def _list_in_help(name: str) -> None:
+  """Has --help list a flag that is not defined in the command's own module."""
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def given_keys() -> set[str]:
