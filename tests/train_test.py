@@ -10,16 +10,16 @@ import pytest
 
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import evaluate
+from agrpo_jax import settings
 from agrpo_jax import sft
 from agrpo_jax import train
-from agrpo_jax.evaluation import accuracy
 from agrpo_jax.runs import checkpoint_read
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import run as run_lib
 from fixtures import recordings
 from fixtures import runs
 
-any_reward = runs.any_reward
 patient = runs.patient
 
 
@@ -28,13 +28,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_killed_run_goes_on_bit_equal(
-  tmp_path, monkeypatch, any_reward, rank
-):
-  whole = runs.small(tmp_path / "whole")
+def test_a_killed_run_goes_on_bit_equal(tmp_path, monkeypatch, rank):
+  whole = runs.varied(tmp_path / "whole")
   whole.lora.rank = rank
-  train.train(whole)
-  broken = runs.small(tmp_path / "broken")
+  runs.train(whole)
+  broken = runs.varied(tmp_path / "broken")
   broken.lora.rank = rank
   finish_step = run_lib.Run.finish_step
 
@@ -46,9 +44,9 @@ def test_a_killed_run_goes_on_bit_equal(
 
   monkeypatch.setattr(run_lib.Run, "finish_step", kill_in_step_2)
   with pytest.raises(Killed):
-    train.train(broken)
+    runs.train(broken)
   monkeypatch.setattr(run_lib.Run, "finish_step", finish_step)
-  train.train(broken)
+  runs.train(broken)
   assert [step for step, *_ in runs.losses(broken)] == [0, 1, 2, 3]
   assert runs.losses(broken) == runs.losses(whole)
   assert runs.losses(whole)[1][2] > 0
@@ -58,25 +56,23 @@ def test_a_killed_run_goes_on_bit_equal(
   samples = metrics.read(pathlib.Path(broken.workdir) / "samples.jsonl")
   assert [s["train_step"] for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3]
   # A run that is complete does nothing more.
-  train.train(broken)
+  runs.train(broken)
   assert len(runs.losses(broken)) == 4
 
 
 def test_a_changed_config_is_refused_with_the_difference(tmp_path):
   c = runs.small(tmp_path)
-  with run_lib.start(c):
-    pass
+  runs.begin(c)
   c.optimizer.learning_rate = 5e-3
   c.wandb.name = "another"  # how to log may change
-  with pytest.raises(errors.UserError) as error, run_lib.start(c):
-    pass
+  with pytest.raises(errors.UserError) as error:
+    runs.begin(c)
   assert "config.optimizer.learning_rate: 0.001 before, 0.005 now" in str(
     error.value
   )
   assert "wandb" not in str(error.value)
   c.accept_changed_config = True
-  with run_lib.start(c):
-    pass
+  runs.begin(c)
 
 
 def test_not_finite_stops_before_saving(tmp_path, monkeypatch):
@@ -90,31 +86,31 @@ def test_not_finite_stops_before_saving(tmp_path, monkeypatch):
 
   monkeypatch.setattr(train, "reward_scalars", blow_up)
   with pytest.raises(FloatingPointError, match=r"train step 2 .*reward=nan"):
-    train.train(c)
+    runs.train(c)
   # the state after train step 0
   assert checkpoint_read.Reader(c.workdir).latest_step == 1
 
 
-def test_evaluation_of_model_and_checkpoint(tmp_path, any_reward):
-  c = runs.small(tmp_path)
-  c.train.num_steps = 1
+def test_evaluation_of_model_and_checkpoint(tmp_path):
+  c = runs.varied(tmp_path)
+  c.train.num_steps = 3
   output = tmp_path / "records.jsonl"
-  before = accuracy.run(c, "", str(output))
+  before = evaluate.run(settings.rl(c), "", str(output))
   assert len(before.records) == 5
   lines = [json.loads(line) for line in output.read_text().splitlines()]
   assert [line["id"] for line in lines] == [r["id"] for r in before.records]
   assert np.isfinite(before.standard_error)
   with pytest.raises(errors.UserError, match="not a work directory"):
-    accuracy.run(c, str(tmp_path / "nowhere"), "")
-  train.train(c)
-  after = accuracy.run(c, c.workdir, "")
+    evaluate.run(settings.rl(c), str(tmp_path / "nowhere"), "")
+  runs.train(c)
+  after = evaluate.run(settings.rl(c), c.workdir, "")
   texts = [
     [r["completion"] for r in result.records] for result in (before, after)
   ]
   assert texts[0] != texts[1]
   # The batch size is without effect.
   c.evaluate.batch_size = 3
-  again = accuracy.run(c, c.workdir, "")
+  again = evaluate.run(settings.rl(c), c.workdir, "")
   assert [r["completion"] for r in again.records] == texts[1]
 
 
@@ -136,7 +132,7 @@ def test_sft_learns_from_a_file_and_exports(tmp_path):
   )
   c.optimizer.update(learning_rate=1e-2, schedule="constant", warmup_steps=1)
   c.train.update(num_steps=30, checkpoint_every=30)
-  sft.fine_tune(c)
+  sft.fine_tune(settings.sft(c))
   log = list(metrics.read(tmp_path / "run/metrics.jsonl"))
   rates = [record["learning_rate"] for record in log]
   np.testing.assert_allclose(rates, [5e-3] + [1e-2] * 29)

@@ -300,6 +300,9 @@ def _check_config(settings: Settings, file: pathlib.Path) -> None:
   now = dict(settings.as_json)
   for key in _FREE_KEYS:
     before[key] = now[key]
+  # That a model is the same is told by its contents, when it is loaded.
+  places = {key: now["model"][key] for key in ("path", "revision")}
+  before["model"] = {**before.get("model", {}), **places}
   changes = files.differences(before, now, "config")
   if changes:
     raise errors.UserError(

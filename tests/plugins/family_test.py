@@ -11,7 +11,6 @@ import safetensors.numpy
 
 from agrpo_jax import errors
 from agrpo_jax import models
-from agrpo_jax import train
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
@@ -207,7 +206,7 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank):
   c.model.path = str(folder)
   c.lora.rank = rank
   c.train.num_steps = 3
-  train.train(c)
+  runs.train(c)
   log = [*metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl")]
   assert len(log) == 3
   assert any(record["grad_norm"] > 0 for record in log)

@@ -10,7 +10,6 @@ import pytest
 import safetensors.numpy
 
 from agrpo_jax import errors
-from agrpo_jax import train
 from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import metrics
 from fixtures import runs
@@ -25,7 +24,7 @@ def finished(request, tmp_path_factory):
   c.model.path = str(folder / "base")
   c.lora.rank = request.param
   c.train.num_steps = 1
-  train.train(c)
+  runs.train(c)
   return c
 
 
@@ -43,11 +42,22 @@ def num_train_steps(c):
   return len([*metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl")])
 
 
+def test_it_may_move_without_a_word(going_on, tmp_path):
+  moved = shutil.copytree(going_on.model.path, tmp_path / "moved")
+  going_on.model.path = f"{moved}/"
+  going_on.accept_changed_config = False
+  with pytest.raises(errors.UserError) as caught:
+    runs.train(going_on)
+  # Only that the run goes on for longer is asked about.
+  assert "num_steps" in str(caught.value)
+  assert "model" not in str(caught.value)
+
+
 def test_it_may_move_and_be_computed_in_another_dtype(going_on, tmp_path):
   moved = shutil.copytree(going_on.model.path, tmp_path / "moved")
   going_on.model.path = f"{moved}/"
   going_on.model.dtype = "bfloat16"
-  train.train(going_on)
+  runs.train(going_on)
   assert num_train_steps(going_on) == 2
 
 
@@ -61,7 +71,7 @@ def test_another_model_is_refused_and_both_are_named(going_on, tmp_path, dtype):
   going_on.model.path = str(other)
   going_on.model.dtype = dtype
   with pytest.raises(errors.UserError) as caught:
-    train.train(going_on)
+    runs.train(going_on)
   assert repr(base) in str(caught.value) and repr(str(other)) in str(
     caught.value
   )

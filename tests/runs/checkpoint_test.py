@@ -171,9 +171,8 @@ def test_busy_while_a_checkpoint_is_being_written(tmp_path):
     go_on.wait(timeout=30)
     seen.extend(checkpoint_read.Reader(tmp_path).steps())
 
-  with checkpoint.Checkpoints(
-    tmp_path, before_commit=before_commit
-  ) as checkpoints:
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.before_commit = before_commit
     assert not checkpoints.is_busy
     checkpoints.save(_state(1), META)
     assert checkpoints.is_busy

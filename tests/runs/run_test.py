@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from agrpo_jax import errors
+from agrpo_jax import settings
 from agrpo_jax import types
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint_read
@@ -21,8 +22,8 @@ def state(train_step):
 
 def run_steps(c, accuracies=()) -> list[int]:
   """Train steps that do nothing; which of them have a checkpoint then."""
-  with run_lib.start(c) as run:
-    run.restore(state(0), {})
+  with run_lib.claim(settings.rl(c)) as claimed:
+    run, _ = claimed.begin(state(0), None)
     for train_step in range(run.first_step, c.train.num_steps):
       scalars = {"loss": 0.0}
       if train_step < len(accuracies):

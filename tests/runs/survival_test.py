@@ -14,12 +14,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from agrpo_jax import errors
-from agrpo_jax import train
 from agrpo_jax.runs import metrics
 from fixtures import commands
 from fixtures import runs
 
-any_reward = runs.any_reward
 patient = runs.patient
 
 
@@ -57,7 +55,7 @@ def biggest_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def test_a_save_without_room_stops_the_run_which_can_go_on(
-  tmp_path, monkeypatch, any_reward, patient
+  tmp_path, monkeypatch, patient
 ):
   def save(self, train_step, *args, **kwargs):
     if train_step == 4:
@@ -71,16 +69,16 @@ def test_a_save_without_room_stops_the_run_which_can_go_on(
   manager = ocp.CheckpointManager
   original = manager.save
   monkeypatch.setattr(manager, "save", save)
-  c = runs.small(tmp_path)
+  c = runs.varied(tmp_path)
   c.train.update(num_steps=5, checkpoint_every=2)
   with pytest.raises(errors.UserError) as error:
-    train.train(c)
+    runs.train(c)
   assert c.workdir in str(error.value)
   assert "No space left on device" in str(error.value)
   assert "Make room" in str(error.value)
   assert checkpoints(c) == ["2"]
   monkeypatch.setattr(manager, "save", original)
-  train.train(c)
+  runs.train(c)
   assert [step for step, *_ in runs.losses(c)] == list(range(5))
   assert checkpoints(c) == ["2", "4", "5"]
 
@@ -120,15 +118,13 @@ def test_a_log_without_room_stops_the_run(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics, "_write_line", write_line)
   c = runs.small(tmp_path)
   with pytest.raises(errors.UserError, match="No space left on device"):
-    train.train(c)
+    runs.train(c)
 
 
-def test_a_damaged_checkpoint_costs_its_steps_alone(
-  tmp_path, any_reward, patient, caplog
-):
-  c = runs.small(tmp_path)
+def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path, patient, caplog):
+  c = runs.varied(tmp_path)
   c.train.num_steps = 3
-  train.train(c)
+  runs.train(c)
   expected, samples = runs.losses(c), sample_lines(c)
   backup = tmp_path / "backup"
   shutil.copytree(c.workdir, backup)
@@ -143,7 +139,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(
       data[len(data) // 2] ^= 1
     file.write_bytes(data)
     caplog.clear()
-    train.train(c)
+    runs.train(c)
     assert "checkpoints/3 is unreadable" in caplog.text
     assert "Restored train step 2 instead" in caplog.text
     # The lines of the lost step were dropped and are written again.
