@@ -1,6 +1,5 @@
 """Writes what a run trained as a folder that PyTorch's libraries load."""
 
-import dataclasses
 import functools
 import pathlib
 import shutil
@@ -16,60 +15,11 @@ from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
 from agrpo_jax.port import hub
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import checkpoint_named
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-  """The model of a run, as the run's config.json names it.
-
-  Attributes:
-    path: the base model's folder or hub id.
-    revision: of the base model on the hub, or None.
-    dtype: that the run computes in.
-    tokenizer: folder or hub id, or "bytes".
-    lora: settings of the adapter, or None where all parameters are trained.
-  """
-
-  path: str
-  revision: str | None
-  dtype: str
-  tokenizer: str
-  lora: lora_lib.Lora | None
-
-  @classmethod
-  def of(cls, checkpoint: str) -> "Trained":
-    """Reads it from the work directory that a checkpoint's name names.
-
-    Raises:
-      UserError: there is no such checkpoint, or the run's config.json is
-        missing, damaged, or of no run.
-    """
-    checkpoint_named.find(checkpoint)  # refuses what is no checkpoint
-    raw = checkpoint_named.read_config(checkpoint)
-    try:
-      model, lora = raw["model"], raw["lora"]
-      path = model["path"]
-      if model.get("network"):  # SFT from random parameters, kept by the run
-        workdir, _ = checkpoint_named.split(checkpoint)
-        path = str(pathlib.Path(workdir).expanduser() / "initial")
-      return cls(
-        path=path,
-        revision=model["revision"] or None,
-        dtype=model["dtype"],
-        tokenizer=model["tokenizer"] or path,
-        lora=lora_lib.Lora(lora["rank"], lora["alpha"], tuple(lora["targets"]))
-        if lora["rank"]
-        else None,
-      )
-    except (KeyError, TypeError, AttributeError) as error:
-      raise errors.UserError(
-        f"The config.json of {checkpoint!r} is not that of a run of this "
-        f"package: {type(error).__name__}: {error}"
-      ) from error
 
 
 def merged(
@@ -95,21 +45,21 @@ def merged(
       or another one, the folder cannot be written, or float16 cannot hold the
       weights.
   """
-  trained = Trained.of(checkpoint)
-  folder = _base_folder(checkpoint, trained, hub.CHECKPOINT)
+  source, lora = model_lib.trained_by(checkpoint)
+  folder = _base_folder(checkpoint, source, hub.CHECKPOINT)
   dtype = dtype or model_folder.stored_dtype(folder)
-  if trained.lora is None:
+  if lora is None:
     shape = model_folder.load_shape(str(folder))
     params = _read(checkpoint, transformer.abstract_params(shape))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   else:
     # In the run's dtype: the adapter was trained on these very values.
-    shape, params = model_folder.load(folder, dtype=trained.dtype)
+    shape, params = model_folder.load(folder, dtype=source.dtype)
     base_model = checkpoint_meta.describe_base(
-      trained.path, trained.revision or "", params
+      source.path, source.revision, params
     )
-    adapter = _read(checkpoint, _abstract(trained.lora, shape), base_model)
-    params = lora_lib.merge(params, adapter, trained.lora.scale, dtype)
+    adapter = _read(checkpoint, _abstract(lora, shape), base_model)
+    params = lora_lib.merge(params, adapter, lora.scale, dtype)
   if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
     raise errors.UserError(
       f"The trained weights do not fit into {dtype}; give another --dtype."
@@ -117,8 +67,8 @@ def merged(
   model_folder.save(
     to, shape, params, source=folder, max_shard_bytes=max_shard_bytes
   )
-  if trained.tokenizer != trained.path:
-    _copy_tokenizer(trained, to)
+  if source.tokenizer:
+    _copy_tokenizer(source, to)
   return lora_lib.count(params)
 
 
@@ -136,26 +86,26 @@ def adapter(checkpoint: str, to: pathlib.Path) -> int:
     UserError: there is no such checkpoint, the run trained no adapter, or the
       folder cannot be written.
   """
-  trained = Trained.of(checkpoint)
-  if trained.lora is None:
+  source, lora = model_lib.trained_by(checkpoint)
+  if lora is None:
     raise errors.UserError(
       f"The run of --checkpoint={checkpoint!r} trained all parameters, so it "
       "has no adapter; leave out --adapter to write its weights."
     )
   shape = model_folder.load_shape(
-    str(_base_folder(checkpoint, trained, hub.ALL_BUT_WEIGHTS))
+    str(_base_folder(checkpoint, source, hub.ALL_BUT_WEIGHTS))
   )
-  tree = _read(checkpoint, _abstract(trained.lora, shape))
-  peft.save(to, shape, tree, trained.lora, base_model=trained.path)
-  _copy_tokenizer(trained, to)
+  tree = _read(checkpoint, _abstract(lora, shape))
+  peft.save(to, shape, tree, lora, base_model=source.path)
+  _copy_tokenizer(source, to)
   return lora_lib.count(tree)
 
 
 def _base_folder(
-  checkpoint: str, trained: Trained, patterns: Sequence[str]
+  checkpoint: str, source: base.Source, patterns: Sequence[str]
 ) -> pathlib.Path:
   try:
-    return hub.folder(trained.path, patterns, trained.revision)
+    return hub.folder(source.path, patterns, source.revision or None)
   except errors.UserError as error:
     raise errors.UserError(
       f"The base model of --checkpoint={checkpoint!r} is not to be found: "
@@ -189,12 +139,12 @@ def _abstract(settings: lora_lib.Lora, shape: base.Shape) -> types.Tree:
   return tree
 
 
-def _copy_tokenizer(trained: Trained, to: pathlib.Path) -> None:
+def _copy_tokenizer(source: base.Source, to: pathlib.Path) -> None:
   """Copies the files of the run's tokenizer, unless that has none."""
-  if trained.tokenizer == "bytes":
+  if source.tokenizer == "bytes":
     return
-  revision = trained.revision if trained.tokenizer == trained.path else None
-  folder = hub.folder(trained.tokenizer, hub.TOKENIZER, revision)
+  revision = None if source.tokenizer else source.revision or None
+  folder = hub.folder(source.tokenizer or source.path, hub.TOKENIZER, revision)
   for pattern in hub.TOKENIZER:
     for file in sorted(folder.glob(pattern)):
       if file.is_file():

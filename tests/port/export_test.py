@@ -14,9 +14,10 @@ import safetensors.numpy
 
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import evaluate
+from agrpo_jax import settings
 from agrpo_jax import sft
 from agrpo_jax import train
-from agrpo_jax.evaluation import accuracy
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import export
 from agrpo_jax.port import model_folder
@@ -41,7 +42,7 @@ def run(request, tmp_path_factory):
   c.train.update(num_steps=NUM_STEPS, checkpoint_every=1, keep=NUM_STEPS)
   c.evaluate.update(every=0, num_examples=32, batch_size=32)
   c.grading.num_workers = 1
-  train.train(c)
+  train.train(settings.rl(c))
   return c
 
 
@@ -57,7 +58,8 @@ def command(*args):
 
 def completions(c, checkpoint=""):
   return [
-    record["completion"] for record in accuracy.run(c, checkpoint, "").records
+    record["completion"]
+    for record in evaluate.run(settings.rl(c), checkpoint).records
   ]
 
 
@@ -215,7 +217,7 @@ def test_a_run_from_random_parameters(tmp_path):
   )
   c.optimizer.update(schedule="constant", warmup_steps=0)
   c.train.num_steps = 1
-  sft.fine_tune(c)
+  sft.fine_tune(settings.sft(c))
   done = command(
     f"--checkpoint={c.workdir}",
     f"--to={tmp_path / 'again'}",
