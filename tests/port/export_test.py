@@ -17,13 +17,13 @@ from agrpo_jax import errors
 from agrpo_jax import evaluate
 from agrpo_jax import settings
 from agrpo_jax import sft
-from agrpo_jax import train
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import export
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.runs import checkpoint_read
 from fixtures import recordings
+from fixtures import runs
 
 NUM_STEPS = 3
 
@@ -42,7 +42,7 @@ def run(request, tmp_path_factory):
   c.train.update(num_steps=NUM_STEPS, checkpoint_every=1, keep=NUM_STEPS)
   c.evaluate.update(every=0, num_examples=32, batch_size=32)
   c.grading.num_workers = 1
-  train.train(settings.rl(c))
+  runs.train(c)
   return c
 
 
