@@ -20,6 +20,7 @@ from absl import logging
 
 from agrpo_jax import errors
 from agrpo_jax import tasks
+from agrpo_jax.policies import row as row_lib
 from agrpo_jax.tasks import base
 from agrpo_jax.tasks import contract
 from agrpo_jax.tasks import files
@@ -268,27 +269,6 @@ def load_dataset(
   )
 
 
-def pack(
-  rows: Sequence[Sequence[int]], multiple: int, pad_id: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-  """Puts rows of token ids into one array.
-
-  Returns:
-    tokens_BxP int32, right-padded with `pad_id`, P the longest row rounded up
-    to a multiple of `multiple` (and at least that); and length_B int32, the
-    length of each row.
-  """
-  if multiple < 1:
-    raise ValueError(f"{multiple=} must be at least 1.")
-  length_B = np.array([len(row) for row in rows], dtype=np.int32)
-  longest = max(1, int(length_B.max(initial=0)))
-  width = -(-longest // multiple) * multiple
-  tokens_BxP = np.full((len(rows), width), pad_id, dtype=np.int32)
-  for index, row in enumerate(rows):
-    tokens_BxP[index, : len(row)] = row
-  return tokens_BxP, length_B
-
-
 CompletionFn = Callable[[tasks.Example, random.Random], str]
 
 
@@ -385,5 +365,7 @@ class Demonstrations:
           f"{self._completion_length}; raise that, or leave it out."
         )
       completion_BxC[row, : len(ids)] = ids
-    tokens_BxP, length_B = pack([one.tokens for one in rows], self._bucket)
+    tokens_BxP, length_B = row_lib.pack(
+      [one.tokens for one in rows], self._bucket
+    )
     return tokens_BxP, length_B, completion_BxC

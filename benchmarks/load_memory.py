@@ -26,11 +26,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+from agrpo_jax import models
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes as processes_lib
+from agrpo_jax.port import arrays
 from agrpo_jax.port import files as files_lib
-from agrpo_jax.port import layout
 from agrpo_jax.port import model_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -77,10 +78,10 @@ def generate(folder: pathlib.Path, gigabytes: float) -> None:
     files.append(name)
     shard.clear()
 
-  table = layout.table(config)
+  table = arrays.table(config, models.family_of(config))
   entries = jax.tree.leaves(table)
   sizes = {n: e.stored_shape for e in entries for n in e.names}
-  for name in layout.ordered(table):
+  for name in arrays.ordered(table):
     bits = rng.integers(0x3C00, 0x3D00, sizes[name], np.uint16)
     shard[name] = bits.view(ml_dtypes.bfloat16)
     if sum(x.nbytes for x in shard.values()) >= _SHARD_BYTES:

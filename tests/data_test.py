@@ -6,6 +6,7 @@ import pytest
 from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import tasks
+from agrpo_jax.policies import row as row_lib
 
 
 class _OneIdPerCharacter:
@@ -85,7 +86,7 @@ def test_too_few_examples_is_a_user_error():
 
 
 def test_pack_pads_on_the_right_to_a_multiple():
-  tokens_BxP, length_B = data.pack([[1, 2, 3], [4]], multiple=4, pad_id=9)
+  tokens_BxP, length_B = row_lib.pack([[1, 2, 3], [4]], multiple=4, pad_id=9)
   np.testing.assert_array_equal(tokens_BxP, [[1, 2, 3, 9], [4, 9, 9, 9]])
   np.testing.assert_array_equal(length_B, [3, 1])
   assert tokens_BxP.dtype == length_B.dtype == np.int32
@@ -96,10 +97,10 @@ def test_pack_pads_on_the_right_to_a_multiple():
   [(4, 4, 4), (5, 4, 8), (1, 16, 16), (0, 8, 8), (7, 1, 7)],
 )
 def test_pack_width(longest, multiple, width):
-  tokens_BxP, _ = data.pack([[1] * longest, []], multiple)
+  tokens_BxP, _ = row_lib.pack([[1] * longest, []], multiple)
   assert tokens_BxP.shape == (2, width)
 
 
 def test_pack_refuses_an_impossible_multiple():
   with pytest.raises(ValueError, match="multiple=0"):
-    data.pack([[1]], 0)
+    row_lib.pack([[1]], 0)

@@ -154,13 +154,22 @@ def test_every_wrong_setting_is_reported_at_once():
   with pytest.raises(errors.UserError) as caught:
     optimizer.make(settings)
   message = str(caught.value)
-  for name in ("learning_rate", "warmup_steps", "b1", "b2", "eps"):
+  for name in ("learning_rate", "b1", "b2", "eps"):
     assert f"optimizer.{name}=" in message
-  assert "optimizer.weight_decay=-0.1: must be 0 or more" in message
-  assert "optimizer.clip_norm=0.0: must be positive" in message
+  assert "optimizer.weight_decay=-0.1 must be in [0, 100]" in message
+  assert "optimizer.clip_norm=0.0 must be positive" in message
   wrong = dataclasses.replace(SETTINGS, schedule="linear", warmup_steps=-1)
-  with pytest.raises(errors.UserError, match="'linear': must be constant or"):
+  with pytest.raises(errors.UserError, match="'linear' must be constant or"):
     optimizer.make(wrong)
+
+
+def test_a_warm_up_before_a_decay_takes_at_most_half_of_the_run():
+  settings = optimizer.Optimizer(
+    learning_rate=0.1, warmup_steps=5, schedule="cosine", num_updates=4
+  )
+  rate = optimizer.schedule(settings)
+  expected = [0.1 / 3, 0.2 / 3, 0.1, 0.05]
+  np.testing.assert_allclose([rate(u) for u in range(4)], expected, rtol=1e-6)
 
 
 def test_bfloat16_parameters_are_refused():

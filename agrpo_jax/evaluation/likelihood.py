@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
+from agrpo_jax.policies import row as row_lib
 from agrpo_jax.port import model as model_lib
 
 
@@ -47,8 +47,8 @@ class Scorer:
     """
     self._num_draws, self._batch_size = num_draws, batch_size
     self._model, self._ids, self._seed = model, list(ids), seed
-    prompt_BxP, prompt_length_B = data.pack(prompts, bucket)
-    completion_BxC, length_B = data.pack(completions, bucket)
+    prompt_BxP, prompt_length_B = row_lib.pack(prompts, bucket)
+    completion_BxC, length_B = row_lib.pack(completions, bucket)
     mesh_lib.check_rows(model.mesh, "config.evaluate.batch_size", batch_size)
     longest = int((prompt_length_B + length_B).max(initial=0))
     if length_B.min(initial=1) < 1:

@@ -28,7 +28,6 @@ import jax
 import numpy as np
 
 from agrpo_jax import config as config_lib
-from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import settings as settings_lib
 from agrpo_jax.evaluation import likelihood
@@ -37,6 +36,7 @@ from agrpo_jax.lm_eval import harness
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
+from agrpo_jax.policies import row as row_lib
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import progress
 from agrpo_jax.samplers import host
@@ -262,7 +262,7 @@ class Adapter:
     """`greedy.match` of each pair, batch by batch."""
     size = self._settings.evaluate.batch_size
     bucket = self._settings.data.bucket
-    columns = (*data.pack(prompts, bucket), *data.pack(rest, bucket))
+    columns = (*row_lib.pack(prompts, bucket), *row_lib.pack(rest, bucket))
     rows = mesh_lib.rows(self._model.mesh)
     for start in range(0, len(rest), size):
       row = np.minimum(np.arange(start, start + size), len(rest) - 1)

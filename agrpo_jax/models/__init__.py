@@ -11,6 +11,11 @@ from agrpo_jax.models import llada
 FAMILIES: dict[str, base.Family] = {"llada": llada.FAMILY}
 
 
+def family_of(shape: base.Shape) -> base.Family:
+  """Returns the family of a network."""
+  return FAMILIES[shape.model_type]
+
+
 def read_shape(raw: Any, **switches: str) -> base.Shape:
   """Reads the contents of a `config.json` of any family.
 
@@ -38,7 +43,7 @@ def read_shape(raw: Any, **switches: str) -> base.Shape:
 
 def write_shape(shape: base.Shape) -> dict[str, Any]:
   """A config.json of the network's family."""
-  return FAMILIES[shape.model_type].write(shape)
+  return family_of(shape).write(shape)
 
 
 def vocabulary(shape: base.Shape) -> base.Vocabulary:
@@ -48,5 +53,5 @@ def vocabulary(shape: base.Shape) -> base.Vocabulary:
     mask_id=shape.mask_id,
     eos_id=shape.eos_id,
     pad_id=shape.pad_id,
-    end_of_turn=FAMILIES[shape.model_type].end_of_turn,
+    end_of_turn=family_of(shape).end_of_turn,
   )

@@ -4,8 +4,11 @@ There is never padding between prompt and completion: it would stretch the
 rotary distances between them.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agrpo_jax import types
 
@@ -55,3 +58,24 @@ def logits_at(
     prompt_length_B + length_B,
     prompt_length_B[:, None] + offset_BxW,
   )
+
+
+def pack(
+  rows: Sequence[Sequence[int]], multiple: int, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Puts rows of token ids into one array.
+
+  Returns:
+    tokens_BxP int32, right-padded with `pad_id`, P the longest row rounded up
+    to a multiple of `multiple` (and at least that); and length_B int32, the
+    length of each row.
+  """
+  if multiple < 1:
+    raise ValueError(f"{multiple=} must be at least 1.")
+  length_B = np.array([len(row) for row in rows], dtype=np.int32)
+  longest = max(1, int(length_B.max(initial=0)))
+  width = -(-longest // multiple) * multiple
+  tokens_BxP = np.full((len(rows), width), pad_id, dtype=np.int32)
+  for index, row in enumerate(rows):
+    tokens_BxP[index, : len(row)] = row
+  return tokens_BxP, length_B

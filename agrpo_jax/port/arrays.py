@@ -1,9 +1,10 @@
 """Tensors of a checkpoint <-> arrays of our parameters.
 
-Ours are stacked over layers and transposed; they are read part by part, as
-the devices that hold them ask.
+`table` says which tensors an array is. Ours are stacked over layers and
+transposed; they are read part by part, as the devices that hold them ask.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from agrpo_jax import types
+from agrpo_jax.models import base
+from agrpo_jax.models import parameters
 from agrpo_jax.port import files
-from agrpo_jax.port import layout
 
 DTYPES: dict[str, Any] = {
   "F32": jnp.float32,
@@ -29,6 +31,77 @@ _EXPONENT: dict[str, Any] = {
 }
 # Rows moved at once when a matrix is transposed: both sides stay in cache.
 _TRANSPOSE_ROWS = 32
+
+
+# Our array -> its name within the original's module. Kernels are stored
+# [out, in] there and [in, out] here.
+_ARRAYS = {
+  "kernel": "weight",
+  "bias": "bias",
+  "scale": "weight",
+  "table": "weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """The place of one of our arrays in a checkpoint.
+
+  Attributes:
+    names: the tensors; more than one (or `stacked`) are the layers in order.
+    spec: our shape and axes.
+    stacked: whether our array has a leading axis of layers.
+    transposed: whether the tensors are our kernel transposed.
+  """
+
+  names: tuple[str, ...]
+  spec: parameters.Spec
+  stacked: bool
+  transposed: bool
+
+  @property
+  def stored_shape(self) -> tuple[int, ...]:
+    """Shape of each tensor in the checkpoint."""
+    shape = self.spec.shape[1:] if self.stacked else self.spec.shape
+    return shape[::-1] if self.transposed else shape
+
+
+def table(shape: base.Shape, family: base.Family) -> types.Tree:
+  """Returns the parameters' tree with an `Entry` per array."""
+
+  def entry(key_path: Any, spec: parameters.Spec) -> Entry:
+    path = tuple(key.key for key in key_path)
+    layers: list[int | None] = [None]
+    if path[0] == "layers":
+      layers = list(range(shape.num_layers - 1))
+    elif path[0] == "last_layer":
+      layers = [shape.num_layers - 1]
+    suffix = _ARRAYS[path[-1]]
+    return Entry(
+      names=tuple(
+        f"{family.module_name(path[:-1], layer)}.{suffix}" for layer in layers
+      ),
+      spec=spec,
+      stacked=path[0] == "layers",
+      transposed=path[-1] == "kernel",
+    )
+
+  return jax.tree_util.tree_map_with_path(
+    entry,
+    parameters.specs(shape),
+    is_leaf=lambda node: isinstance(node, parameters.Spec),
+  )
+
+
+def ordered(table: types.Tree) -> list[str]:
+  """The tensors as the network uses them: embedding, layers, the rest."""
+  groups = {"embed": 0, "layers": 1, "last_layer": 2}
+  keyed = [
+    (groups.get(key_path[0].key, 3), layer, name)
+    for key_path, entry in jax.tree_util.tree_leaves_with_path(table)
+    for layer, name in enumerate(entry.names)
+  ]
+  return [name for _, _, name in sorted(keyed)]
 
 
 def misfits(tensors: files.Tensors, table: types.Tree, dtype: Any) -> list[str]:
@@ -76,7 +149,7 @@ def check_finite(
 
 def place(
   tensors: files.Tensors,
-  entry: layout.Entry,
+  entry: Entry,
   sharding: jax.sharding.Sharding | None,
   dtype: Any,
   problems: list[str],
@@ -104,7 +177,7 @@ def place(
 
 def _read_part(
   tensors: files.Tensors,
-  entry: layout.Entry,
+  entry: Entry,
   bounds: tuple[tuple[int, int, int], ...],
   dtype: Any,
   problems: list[str],
@@ -144,7 +217,7 @@ def _transpose(x: np.ndarray, target: np.ndarray) -> None:
     target[:, rows] = x[rows].T
 
 
-def stored(array: jax.Array, entry: layout.Entry, layer: int) -> np.ndarray:
+def stored(array: jax.Array, entry: Entry, layer: int) -> np.ndarray:
   """The tensor that a checkpoint stores for (a layer of) one of our arrays."""
   one = array[layer] if entry.stacked else array
   if isinstance(one, jax.Array) and not one.is_fully_addressable:

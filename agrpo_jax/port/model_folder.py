@@ -1,5 +1,6 @@
 """Loads and saves model folders in the layout of Hugging Face."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from agrpo_jax.models import tokens
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
 from agrpo_jax.port import hub
-from agrpo_jax.port import layout
 from agrpo_jax.port import write
 
+# Either key may say how transformers loads the weights.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes
 
 Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
@@ -68,7 +70,7 @@ def load(
       f"folder holds only {len(tensors.names())} tensors. Correct config.json, "
       "or download the checkpoint again."
     )
-  table = layout.table(shape)
+  table = arrays.table(shape, models.family_of(shape))
   problems = arrays.misfits(tensors, table, dtype)
   if problems:
     for name in sorted(tensors.names()):
@@ -172,9 +174,9 @@ def save(
   origin = None
   if source is not None:
     origin = hub.folder(str(source), hub.ALL_BUT_WEIGHTS)
-  where: dict[str, tuple[jax.Array, layout.Entry, int]] = {}
+  where: dict[str, tuple[jax.Array, arrays.Entry, int]] = {}
 
-  def locate(entry: layout.Entry, array: jax.Array) -> None:
+  def locate(entry: arrays.Entry, array: jax.Array) -> None:
     if array.shape != entry.spec.shape:
       raise ValueError(
         f"{entry.names[0]}: {array.shape=}, expected {entry.spec.shape}"
@@ -182,7 +184,7 @@ def save(
     for layer, name in enumerate(entry.names):
       where[name] = (array, entry, layer)
 
-  table = layout.table(shape)
+  table = arrays.table(shape, models.family_of(shape))
   jax.tree.map(locate, table, params)
   sizes = {
     name: math.prod(entry.stored_shape) * array.dtype.itemsize
@@ -191,11 +193,45 @@ def save(
   dtypes = [str(array.dtype) for array, _, _ in where.values()]
   write.write(
     pathlib.Path(path),
-    sizes={name: sizes[name] for name in layout.ordered(table)},
+    sizes={name: sizes[name] for name in arrays.ordered(table)},
     read=lambda name: arrays.stored(*where[name]),
-    config=write.config_text(
+    config=_config_text(
       shape, origin, max(sorted(set(dtypes)), key=dtypes.count)
     ),
     source=origin,
     max_shard_bytes=max_shard_bytes,
   )
+
+
+def _config_text(
+  shape: base.Shape, source: pathlib.Path | None, dtype: str
+) -> str:
+  """The contents of `config.json`.
+
+  Args:
+    shape: of the network.
+    source: the folder whose config.json is kept as it is, but for the dtype;
+      None, or a folder without one: it is written anew.
+    dtype: of (most of) the tensors.
+
+  Raises:
+    UserError: if the source's config.json describes another network.
+  """
+  if source is None or not (source / files.CONFIG).exists():
+    return write.json_text(models.write_shape(shape) | {"dtype": dtype})
+  text = (source / files.CONFIG).read_text(encoding="utf-8")
+  raw = folder_lib.read_json(source / files.CONFIG)
+  theirs = dataclasses.asdict(models.read_shape(raw))
+  ours = dataclasses.asdict(shape)
+  differ = [
+    f"{name} {theirs[name]!r} there, {ours[name]!r} here"
+    for name in ours
+    if name not in base.SWITCHES and theirs[name] != ours[name]
+  ]
+  if differ:
+    raise errors.UserError(
+      f"{source} is the checkpoint of another network: {'; '.join(differ)}. "
+      "Name the checkpoint that these parameters came from."
+    )
+  stale = [key for key in _DTYPE_KEYS if raw.get(key) not in (None, dtype)]
+  return write.json_text(raw | dict.fromkeys(stale, dtype)) if stale else text

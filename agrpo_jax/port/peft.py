@@ -18,13 +18,13 @@ import numpy as np
 import safetensors
 
 from agrpo_jax import errors
+from agrpo_jax import models
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
-from agrpo_jax.port import layout
 from agrpo_jax.port import write
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +46,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 # (path of the module in our tree, its kernel in the table).
-Slot = tuple[tuple[str, ...], layout.Entry]
+Slot = tuple[tuple[str, ...], arrays.Entry]
 
 
 def save(
@@ -166,7 +166,7 @@ def _slots(shape: base.Shape) -> dict[str, list[Slot]]:
   """Our target -> the modules that it adapts."""
   slots: dict[str, list[Slot]] = {}
   for key_path, entry in jax.tree_util.tree_leaves_with_path(
-    layout.table(shape)
+    arrays.table(shape, models.family_of(shape))
   ):
     *path, array = (key.key for key in key_path)
     if array == "kernel":

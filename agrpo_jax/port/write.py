@@ -1,6 +1,5 @@
 """Writes a folder of safetensors in the layout that transformers uses."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,17 +13,12 @@ import numpy as np
 import safetensors.numpy
 
 from agrpo_jax import errors
-from agrpo_jax import models
-from agrpo_jax.models import base
-from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.port import files
 
 _PARTIAL = ".partial"
 # Copied from the source: tokenizer, generation settings, modelling code.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 _NOT_COPIED = (files.CONFIG, files.INDEX)
-# Either key may say how transformers loads the weights.
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def refuse_weights(folder: pathlib.Path) -> None:
@@ -40,40 +34,6 @@ def refuse_weights(folder: pathlib.Path) -> None:
       f"{folder} already holds weights ({', '.join(weights)}). Give another "
       "folder, or remove them first."
     )
-
-
-def config_text(
-  shape: base.Shape, source: pathlib.Path | None, dtype: str
-) -> str:
-  """The contents of `config.json`.
-
-  Args:
-    shape: of the network.
-    source: the folder whose config.json is kept as it is, but for the dtype;
-      None, or a folder without one: it is written anew.
-    dtype: of (most of) the tensors.
-
-  Raises:
-    UserError: if the source's config.json describes another network.
-  """
-  if source is None or not (source / files.CONFIG).exists():
-    return _json(models.write_shape(shape) | {"dtype": dtype})
-  text = (source / files.CONFIG).read_text(encoding="utf-8")
-  raw = folder_lib.read_json(source / files.CONFIG)
-  theirs = dataclasses.asdict(models.read_shape(raw))
-  ours = dataclasses.asdict(shape)
-  differ = [
-    f"{name} {theirs[name]!r} there, {ours[name]!r} here"
-    for name in ours
-    if name not in base.SWITCHES and theirs[name] != ours[name]
-  ]
-  if differ:
-    raise errors.UserError(
-      f"{source} is the checkpoint of another network: {'; '.join(differ)}. "
-      "Name the checkpoint that these parameters came from."
-    )
-  stale = [key for key in _DTYPE_KEYS if raw.get(key) not in (None, dtype)]
-  return _json(raw | dict.fromkeys(stale, dtype)) if stale else text
 
 
 def write(
@@ -169,7 +129,7 @@ def _finish(
       "metadata": {"total_size": sum(sizes.values())},
       "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / files.INDEX).write_text(_json(index), encoding="utf-8")
+    (folder / files.INDEX).write_text(json_text(index), encoding="utf-8")
   (folder / files.CONFIG).write_text(config, encoding="utf-8")
   if source is None or source.resolve() == folder.resolve():
     return
@@ -179,5 +139,5 @@ def _finish(
         shutil.copyfile(found, folder / found.name)
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
   return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -8,12 +8,12 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from agrpo_jax import data
 from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
 from agrpo_jax.policies import guided
 from agrpo_jax.policies import plain
+from agrpo_jax.policies import row as row_lib
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -130,7 +130,7 @@ class Sampler:
     works while the host decodes and grades. The last batch is filled up with
     repetitions of the last prompt: the caller takes what it asked for.
     """
-    tokens_BxP, length_B = data.pack(prompts, self._bucket)
+    tokens_BxP, length_B = row_lib.pack(prompts, self._bucket)
     ahead = None
     for start in range(first, len(prompts), self.batch_size):
       row = np.arange(start, start + self.batch_size)

@@ -35,7 +35,6 @@ from collections.abc import Sequence
 
 from agrpo_jax import errors
 from agrpo_jax.tasks import base
-from agrpo_jax.tasks import contract
 
 Example = base.Example
 
@@ -87,5 +86,5 @@ def _from_file(path: pathlib.Path) -> types.ModuleType:
     raise errors.UserError(
       f"task file {str(path)!r} failed to load: {type(error).__name__}: {error}"
     ) from error
-  contract.check_functions(module)
+  base.check_functions(module)
   return module

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
+import types
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -11,6 +13,16 @@ from typing import Any
 
 from agrpo_jax import errors
 
+# The functions of a task: what each is called with, by position and by name.
+_CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+  "examples": (("split",), ("path", "options")),
+  "reward_weights": (("options",), ()),
+  "reward": (("completion", "fields", "options"), ()),
+  "grade": (("completion", "fields", "options"), ()),
+  "answer": (("completion", "fields", "options"), ()),
+  "demonstration": (("example", "rng", "options"), ()),
+}
+REQUIRED = ("examples", "reward_weights", "reward", "grade")
 SPLITS = ("train", "test")
 
 
@@ -138,3 +150,33 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest.update(json.dumps(example.fields, sort_keys=True).encode())
     digest.update(b"\n")
   return digest.hexdigest()[:16]
+
+
+def check_functions(task: types.ModuleType) -> None:
+  """Checks that a task has the functions of one, and that they can be called.
+
+  Raises:
+    UserError: naming those that are missing or take other arguments.
+  """
+  problems = [
+    f"{name} is missing" for name in REQUIRED if not hasattr(task, name)
+  ]
+  for name, (by_place, by_name) in _CALLS.items():
+    if not hasattr(task, name):
+      continue
+    function = getattr(task, name)
+    try:
+      inspect.signature(function).bind(*by_place, **dict.fromkeys(by_name))
+    except (TypeError, ValueError) as error:  # what no function is, too
+      call = ", ".join([*by_place, *(f"{one}=..." for one in by_name)])
+      problems.append(f"{name} cannot be called as {name}({call}): {error}")
+  if problems:
+    raise mistake(
+      task, "; ".join(problems), f"A task has {', '.join(REQUIRED)}."
+    )
+
+
+def mistake(task: types.ModuleType, what: str, remedy: str) -> errors.UserError:
+  """Returns the error of a task file that its author has to mend."""
+  title = getattr(task, "NAME", None) or task.__file__
+  return errors.UserError(f"task {title!r}: {what}. {remedy}")

@@ -5,7 +5,6 @@ wrong thing without a word. Its mistakes are the user's to mend, so they end the
 run, with a message that says what was returned and what should be.
 """
 
-import inspect
 import json
 import math
 import numbers
@@ -20,42 +19,8 @@ from typing import Any
 from agrpo_jax import errors
 from agrpo_jax.tasks import base
 
-# The functions of a task: what each is called with, by position and by name.
-_CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-  "examples": (("split",), ("path", "options")),
-  "reward_weights": (("options",), ()),
-  "reward": (("completion", "fields", "options"), ()),
-  "grade": (("completion", "fields", "options"), ()),
-  "answer": (("completion", "fields", "options"), ()),
-  "demonstration": (("example", "rng", "options"), ()),
-}
-REQUIRED = ("examples", "reward_weights", "reward", "grade")
 MAX_ID = 2**32 - 1  # random keys are folded from unsigned 32-bit integers
 _MAX_SHOWN = 5  # problems of the examples, in one message
-
-
-def check_functions(task: types.ModuleType) -> None:
-  """Checks that a task has the functions of one, and that they can be called.
-
-  Raises:
-    UserError: naming those that are missing or take other arguments.
-  """
-  problems = [
-    f"{name} is missing" for name in REQUIRED if not hasattr(task, name)
-  ]
-  for name, (by_place, by_name) in _CALLS.items():
-    if not hasattr(task, name):
-      continue
-    function = getattr(task, name)
-    try:
-      inspect.signature(function).bind(*by_place, **dict.fromkeys(by_name))
-    except (TypeError, ValueError) as error:  # what no function is, too
-      call = ", ".join([*by_place, *(f"{one}=..." for one in by_name)])
-      problems.append(f"{name} cannot be called as {name}({call}): {error}")
-  if problems:
-    raise _mistake(
-      task, "; ".join(problems), f"A task has {', '.join(REQUIRED)}."
-    )
 
 
 def examples(
@@ -74,7 +39,7 @@ def examples(
   """
   found = task.examples(split, path=path, options=options)
   if not isinstance(found, Sequence):
-    raise _mistake(
+    raise base.mistake(
       task,
       f"examples({split!r}) gave a {type(found).__name__}",
       "It must return a list of tasks.Example.",
@@ -84,7 +49,7 @@ def examples(
     shown = problems[:_MAX_SHOWN]
     if len(problems) > len(shown):
       shown.append(f"and {len(problems) - len(shown)} more problems")
-    raise _mistake(
+    raise base.mistake(
       task,
       f"examples({split!r}): {'; '.join(shown)}",
       f"Each id is a whole number from 0 to {MAX_ID}, unique in its split; "
@@ -187,7 +152,7 @@ def parts(
   floats = _numbers(task, "reward", given)
   names = list(names)
   if set(floats) != set(names):
-    raise _mistake(
+    raise base.mistake(
       task,
       f"reward gave the parts {_listed(floats)}, and reward_weights names "
       f"{_listed(names)}",
@@ -206,7 +171,7 @@ def grades(task: types.ModuleType, given: object) -> dict[str, float]:
   """
   floats = _numbers(task, "grade", given)
   if "accuracy" not in floats:
-    raise _mistake(
+    raise base.mistake(
       task,
       f"grade gave {_listed(floats)}",
       'One of its verdicts must be "accuracy", in [0, 1].',
@@ -214,7 +179,7 @@ def grades(task: types.ModuleType, given: object) -> dict[str, float]:
   accuracy = floats["accuracy"]
   # A mean of ones may be off by a rounding; not finite is a failed grading.
   if math.isfinite(accuracy) and not -1e-9 <= accuracy <= 1 + 1e-9:
-    raise _mistake(
+    raise base.mistake(
       task,
       f"grade gave accuracy={accuracy}",
       "It must be in [0, 1]. Other scales can have other names beside it.",
@@ -235,7 +200,7 @@ def demonstration(
   """
   text = task.demonstration(example, rng, options)
   if not base.is_text(text):
-    raise _mistake(
+    raise base.mistake(
       task,
       f"demonstration gave {text!r:.80} for the example with id={example.id}",
       "It must return text.",
@@ -249,7 +214,7 @@ def _numbers(
   """Returns a dict from names to numbers with floats for values."""
   remedy = "It must be a dict from names to numbers."
   if not isinstance(values, Mapping):
-    raise _mistake(task, f"{function} gave {values!r:.80}", remedy)
+    raise base.mistake(task, f"{function} gave {values!r:.80}", remedy)
   floats: dict[str, float] = {}
   for name, value in values.items():
     try:
@@ -257,7 +222,7 @@ def _numbers(
         raise TypeError  # float() would read text as well
       floats[name] = float(value)
     except (TypeError, ValueError) as error:
-      raise _mistake(
+      raise base.mistake(
         task, f"{function} gave {name!r}: {value!r:.80}", remedy
       ) from error
   return floats
@@ -265,10 +230,3 @@ def _numbers(
 
 def _listed(names: Iterable[str]) -> str:
   return ", ".join(map(repr, names)) or "none"
-
-
-def _mistake(
-  task: types.ModuleType, what: str, remedy: str
-) -> errors.UserError:
-  title = getattr(task, "NAME", None) or task.__file__
-  return errors.UserError(f"task {title!r}: {what}. {remedy}")

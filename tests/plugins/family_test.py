@@ -14,7 +14,7 @@ from agrpo_jax import models
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
-from agrpo_jax.port import layout
+from agrpo_jax.port import arrays
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.runs import metrics
@@ -105,8 +105,8 @@ def folder(tmp_path):
     ours = params["last_layer"]
     if layer == 0:
       ours = jax.tree.map(lambda x: x[0], params["layers"])
-    for module, arrays in ours.items():
-      (x,) = arrays.values()
+    for module, ours_of in ours.items():
+      (x,) = ours_of.values()
       tensors[f"model.layers.{layer}.{_MODULES[module]}.weight"] = x.T
   safetensors.numpy.save_file(
     {name: np.ascontiguousarray(x) for name, x in tensors.items()},
@@ -129,7 +129,7 @@ def test_its_folder_is_loaded_and_saved_byte_equal(folder, tmp_path):
 
 def test_shards_hold_the_tensors_in_the_order_of_the_network(folder):
   shape = model_folder.load_shape(str(folder))
-  names = layout.ordered(layout.table(shape))
+  names = arrays.ordered(arrays.table(shape, models.family_of(shape)))
   assert names[0] == "model.embed_tokens.weight"
   assert names[-2:] == ["lm_head.weight", "model.norm.weight"]
   assert [name.split(".")[2] for name in names[1:-2]] == ["0"] * 9 + ["1"] * 9

@@ -14,7 +14,6 @@ from agrpo_jax import errors
 from agrpo_jax import tasks
 from agrpo_jax.grading import pool
 from agrpo_jax.tasks import base
-from agrpo_jax.tasks import contract
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _DEFAULTS = {"count": 3, "share": 0.5, "name": "a", "flag": True}
@@ -23,7 +22,7 @@ _DEFAULTS = {"count": 3, "share": 0.5, "name": "a", "flag": True}
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_built_in_tasks_have_every_function(name):
   task = tasks.get(name)
-  contract.check_functions(task)
+  base.check_functions(task)
   weights = task.reward_weights({})
   assert all(isinstance(weight, float) for weight in weights.values())
 
