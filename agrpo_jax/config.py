@@ -108,6 +108,20 @@ def use_task(c: ConfigDict, name: str, **options: Any) -> None:
   c.task.defaults = {**tasks.get(name).DEFAULTS, **options}
 
 
+def use_objective(c: ConfigDict, name: str, **settings: Any) -> None:
+  """Sets another objective than AGRPO, with those of its settings that differ.
+
+  Args:
+    c: changed in place.
+    name: a name in `objectives.OBJECTIVES`.
+    **settings: fields of the objective's dataclass; the others keep the
+      defaults that they have there.
+  """
+  microbatch = c.objective.microbatch
+  c.objective = _free()
+  c.objective.update(name=name, microbatch=microbatch, **settings)
+
+
 def task_options(c: ConfigDict) -> dict[str, Any]:
   """Returns the options that the task of `c` is given."""
   defaults = {} if c.task.path else c.task.defaults.to_dict()

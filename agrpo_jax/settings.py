@@ -435,6 +435,13 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
   found.at_least(1, "objective", c.objective, "microbatch")
   found.known("objective.name", c.objective.name, tuple(objectives.OBJECTIVES))
   record = objectives.OBJECTIVES.get(c.objective.name, agrpo.Agrpo)
+  fields = {field.name for field in dataclasses.fields(record)}  # type: ignore
+  found += [
+    f"objective.{key} is no setting of the objective {c.objective.name!r}, "
+    f"which has {', '.join(sorted(fields))}; config.use_objective sets another"
+    for key in c.objective
+    if key not in fields | {"name", "microbatch"}
+  ]
   objective = _record(record, c.objective)
   found += [f"objective.{p}" for p in objective.problems(sampling)]
   evaluate = _draw(Evaluate, "evaluate", c.evaluate, found)

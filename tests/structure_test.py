@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check."""
 
 import ast
+import functools
 import importlib
 import pathlib
 import re
@@ -100,6 +101,19 @@ def test_no_import_cycles():
     assert free, f"these import in a circle: {sorted(left)}"
     for name in free:
       del left[name]
+
+
+MAX_CHAIN = 8  # modules from the ground to a command
+
+
+def test_no_chain_of_imports_is_long():
+  @functools.cache
+  def chain(name: str) -> tuple[str, ...]:
+    below = [chain(imported) for imported in sorted(_own_imports(name))]
+    return (*max(below, key=len, default=()), name)
+
+  longest = max((chain(name) for name in TREES), key=len)
+  assert len(longest) <= MAX_CHAIN, " <- ".join(reversed(longest))
 
 
 def test_the_estimator_knows_no_network():

@@ -30,10 +30,9 @@ class BaseModel:
   Attributes:
     path: the folder or hub id it was loaded from; it may move.
     revision: on the hub.
-    dtype: that its parameters were loaded in; "" in records of old runs.
+    dtype: that its parameters were loaded in.
     checksums: a number per array, of the values as loaded.
-    rounded: the same of the values rounded to bfloat16; empty in records of
-      old runs.
+    rounded: the same of the values rounded to bfloat16.
   """
 
   path: str
@@ -44,13 +43,24 @@ class BaseModel:
 
   @classmethod
   def from_json(cls, raw: Mapping[str, Any]) -> "BaseModel":
-    return cls(
-      path=raw["path"],
-      revision=raw["revision"],
-      dtype=raw.get("dtype", ""),
-      checksums=tuple(raw["checksums"]),
-      rounded=tuple(raw.get("rounded", ())),
-    )
+    """Reads the record of a checkpoint.
+
+    Raises:
+      UserError: it is not what this version of the package writes.
+    """
+    try:
+      return cls(
+        path=raw["path"],
+        revision=raw["revision"],
+        dtype=raw["dtype"],
+        checksums=tuple(raw["checksums"]),
+        rounded=tuple(raw["rounded"]),
+      )
+    except KeyError as error:
+      raise errors.UserError(
+        f"The checkpoint's record of its base model lacks {error}: another "
+        "version of agrpo_jax made it. Read it with that version."
+      ) from error
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self) | {
@@ -59,21 +69,20 @@ class BaseModel:
     }
 
   def is_same(self, other: "BaseModel") -> bool:
-    """True if both hold the same values, wherever they lie.
+    """Returns whether both hold the same values, wherever they lie.
 
     Values loaded in two dtypes are compared after rounding to bfloat16. This
     misses a change that rounding hides: less than one part in 256 of a value.
     Both comparisons add up words, so they miss values that trade places.
     """
-    if self.dtype == other.dtype or not (self.rounded and other.rounded):
+    if self.dtype == other.dtype:
       return self.checksums == other.checksums
     return self.rounded == other.rounded
 
   def __str__(self) -> str:
     revision = f" at revision {self.revision!r}" if self.revision else ""
     contents = hashlib.sha256(repr(self.checksums).encode()).hexdigest()[:8]
-    dtype = f"{self.dtype}, " if self.dtype else ""
-    return f"{self.path!r}{revision} ({dtype}contents {contents})"
+    return f"{self.path!r}{revision} ({self.dtype}, contents {contents})"
 
 
 def describe_base(path: str, revision: str, params: types.Tree) -> BaseModel:

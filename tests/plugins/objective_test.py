@@ -6,13 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
+from agrpo_jax import config as config_lib
+from agrpo_jax import errors
 from agrpo_jax import learner as learner_lib
+from agrpo_jax import objectives
 from agrpo_jax import types
 from agrpo_jax.objectives import base
+from agrpo_jax.runs import metrics
 from agrpo_jax.samplers import noise
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
+from fixtures import runs
 from fixtures import states
 
 V, C = 3, 4  # tokens 0 (EOS), 1, 2; 3 is [MASK]
@@ -52,7 +58,9 @@ class Reinforce:
 
   def score(self, logits_WxV, row, visit, sampling, top_k):
     logprob_WxV = jax.nn.log_softmax(logits_WxV)
-    logprob_W = logprob_WxV[jnp.arange(C), row.completion]
+    logprob_W = jnp.take_along_axis(
+      logprob_WxV, row.completion[:, None], axis=1
+    )[:, 0]
     return base.Factors(logprob=logprob_W, is_factor=visit.is_masked)
 
   def loss(self, policy, behaviour, reference, advantage_G, visits, rows):
@@ -136,3 +144,19 @@ def test_its_gradient_is_that_of_its_formula():
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(after.params - table, expected, atol=1e-6)
   assert int(metrics["draws/pairs"]) == num_rows * 2
+
+
+def test_a_run_uses_it_by_name(tmp_path, monkeypatch):
+  monkeypatch.setitem(objectives.OBJECTIVES, "reinforce", Reinforce)
+  c = runs.varied(tmp_path)
+  config_lib.use_objective(c, "reinforce", num_masks=3)
+  c.train.num_steps = 2
+  runs.train(c)
+  log = [*metrics.read(tmp_path / "run" / "metrics.jsonl")]
+  # A group without spread teaches nothing; the others visit three masks a row.
+  pairs = [record["draws/pairs"] for record in log]
+  assert max(pairs) > 0
+  assert [pair % 3 for pair in pairs] == [0, 0]
+  c.objective.num_mc_steps = 4
+  with pytest.raises(errors.UserError, match=r"num_mc_steps is no setting of"):
+    runs.train(c)

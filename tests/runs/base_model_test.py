@@ -103,14 +103,11 @@ def test_of_two_dtypes_the_rounded_values_are_compared():
   assert not of(close, "float32").is_same(of(VALUES, "float32"))
 
 
-def test_records_written_before_there_was_a_dtype():
-  """Such a record holds the checksums of the values as loaded, no more."""
+def test_a_record_of_another_version_is_refused():
   model = of(VALUES, "float32")
   old = {"path": "x", "revision": "", "checksums": list(model.checksums)}
-  assert checkpoint_meta.BaseModel.from_json(old).is_same(model)
-  assert not checkpoint_meta.BaseModel.from_json(old).is_same(
-    of(VALUES, "bfloat16")
-  )
+  with pytest.raises(errors.UserError, match=r"lacks 'dtype'.*version"):
+    checkpoint_meta.BaseModel.from_json(old)
 
 
 def test_rounding_is_that_of_loading():
