@@ -158,7 +158,8 @@ def rl() -> ConfigDict:
   o.num_mc_steps = 24  # M denoising steps drawn per completion
   o.step_rule = "entropy"  # uniform or entropy
   o.stratified = "row"  # row, batch, none
-  o.steps = "executed"  # executed, or content: up to the last non-EOS token
+  # Those that are visited: executed, or content: up to the last non-EOS token.
+  o.visited_steps = "executed"
   o.normalize = "sum"  # sum or mean over steps
   o.likelihood = "exact"  # exact or product (matters for rule confidence)
   o.baseline = "leave_one_out"  # or group_mean
@@ -217,7 +218,7 @@ def paper(c: ConfigDict) -> None:
     likelihood="product",
     step_rule="entropy",
     stratified="batch",
-    steps="content",
+    visited_steps="content",
     normalize="mean",
     baseline="group_mean",
     kl_estimator="k3_ratio",

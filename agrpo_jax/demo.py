@@ -39,7 +39,7 @@ def run(s: settings_lib.Rl) -> None:
   after = evaluate.run(s, s.workdir, "")
   picture = pathlib.Path(s.workdir) / "curves.png"
   if processes.is_main():
-    draw(pathlib.Path(s.workdir) / "metrics.jsonl", before, picture)
+    plot(pathlib.Path(s.workdir) / "metrics.jsonl", before, picture)
   gain = 100 * (after.accuracy - before.accuracy)
   rows = [
     ("", "solved", "cells right"),
@@ -64,7 +64,7 @@ def percent(result: statistics.Result) -> str:
   return f"{100 * result.accuracy:.1f} % ± {error:.1f}"
 
 
-def draw(
+def plot(
   log: pathlib.Path, before: statistics.Result, picture: pathlib.Path
 ) -> None:
   """Reward and accuracy over train steps, held-out accuracy with errors."""

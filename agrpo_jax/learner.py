@@ -140,7 +140,7 @@ class Learner:
       "entropy": rollout.entropy.sum() / jnp.maximum(carries_BxC.sum(), 1),
       "frac_reward_zero_std": (advantage_NxG == 0).all(axis=1).mean(),
       "draws/pairs": norms["num_units"].sum(),
-      "completions/mean_denoise_steps": rollout.num_steps.mean(),
+      "completions/mean_denoise_steps": rollout.num_executed_steps.mean(),
     }
     if objective.has_reference:
       metrics["kl"] = terms.kl.sum() / num_factors

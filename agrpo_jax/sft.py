@@ -50,14 +50,14 @@ class Batch(flax.struct.PyTreeNode):
     length: int32 [B], their lengths.
     completion: int32 [B, C], filled up with EOS.
     is_masked: bool [B, C], hidden from the network.
-    ratio: float32 [B], the mask ratio t of each row.
+    mask_ratio: float32 [B], the mask ratio t of each row.
   """
 
   tokens: jax.Array
   length: jax.Array
   completion: jax.Array
   is_masked: jax.Array
-  ratio: jax.Array
+  mask_ratio: jax.Array
 
 
 def noise(
@@ -76,9 +76,9 @@ def noise(
   uniform_B = (
     stratum_B + jax.random.uniform(ratio_key, (num_rows,))
   ) / num_rows
-  ratio_B = _MIN_MASK_RATIO + (1 - _MIN_MASK_RATIO) * uniform_B
+  mask_ratio_B = _MIN_MASK_RATIO + (1 - _MIN_MASK_RATIO) * uniform_B
   uniform_BxC = jax.random.uniform(mask_key, (num_rows, num_tokens))
-  return uniform_BxC < ratio_B[:, None], ratio_B
+  return uniform_BxC < mask_ratio_B[:, None], mask_ratio_B
 
 
 def loss(network: types.Network, batch: Batch, mask_id: int) -> jax.Array:
@@ -108,7 +108,9 @@ def loss(network: types.Network, batch: Batch, mask_id: int) -> jax.Array:
   cross_entropy_BxC = optax.softmax_cross_entropy_with_integer_labels(
     logits_BxCxV, batch.completion
   )
-  return (cross_entropy_BxC * batch.is_masked / batch.ratio[:, None]).mean()
+  return (
+    cross_entropy_BxC * batch.is_masked / batch.mask_ratio[:, None]
+  ).mean()
 
 
 def make_train_step(
@@ -139,7 +141,7 @@ def make_train_step(
     )
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     total, _ = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), parts)
-    num_parts = batch.ratio.shape[0] // microbatch
+    num_parts = batch.mask_ratio.shape[0] // microbatch
     value, gradient = jax.tree.map(lambda x: x / num_parts, total)
     updates, opt_state = transformation.update(
       gradient, state.opt_state, state.trainable
@@ -185,13 +187,13 @@ def fine_tune(s: settings_lib.Sft) -> None:
       clock = progress.Clock()
       tokens_BxP, length_B, completion_BxC = demonstrations.batch(train_step)
       key = jax.random.fold_in(jax.random.key(s.seed), train_step)
-      is_masked_BxC, ratio_B = noise(key, *completion_BxC.shape)
+      is_masked_BxC, mask_ratio_B = noise(key, *completion_BxC.shape)
       batch = Batch(
         tokens=jnp.asarray(tokens_BxP),
         length=jnp.asarray(length_B),
         completion=jnp.asarray(completion_BxC),
         is_masked=is_masked_BxC,
-        ratio=ratio_B,
+        mask_ratio=mask_ratio_B,
       )
       state, learned = learn(
         state, jax.device_put(batch, mesh_lib.rows(model.mesh))

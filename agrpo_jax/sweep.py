@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
     if processes.is_main():
       table.write_csv(output / "sweep.csv", rows)
   if processes.is_main():
-    table.draw(rows, output / "sweep.png")
+    table.plot(rows, output / "sweep.png")
     print(f"{output / 'sweep.csv'}\n{output / 'sweep.png'}")
 
 

@@ -88,7 +88,7 @@ class Rollout(flax.struct.PyTreeNode):
     order_logprob: float32 [B, K], log-probability that, of the masked positions
       of the block, just these came first, given their tokens (0 under rules
       that do not look at the draws).
-    num_steps: int32 [B], denoising steps that the row executed.
+    num_executed_steps: int32 [B], denoising steps that the row executed.
   """
 
   prompt: jax.Array
@@ -99,7 +99,7 @@ class Rollout(flax.struct.PyTreeNode):
   entropy: jax.Array
   support: jax.Array | None
   order_logprob: jax.Array
-  num_steps: jax.Array
+  num_executed_steps: jax.Array
 
 
 class TrainState(flax.struct.PyTreeNode):

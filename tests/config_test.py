@@ -28,7 +28,11 @@ def test_variants_of_gsm8k_hold(arg):
 
 def test_defaults_are_the_exact_estimator():
   o = config_lib.rl().objective
-  assert (o.likelihood, o.steps, o.normalize) == ("exact", "executed", "sum")
+  assert (o.likelihood, o.visited_steps, o.normalize) == (
+    "exact",
+    "executed",
+    "sum",
+  )
   assert (o.baseline, o.updates_per_batch) == ("leave_one_out", 1)
 
 
@@ -36,7 +40,11 @@ def test_the_paper_preset_sets_every_switch_to_the_released_value():
   c = config_lib.rl()
   config_lib.paper(c)
   o = c.objective
-  assert (o.likelihood, o.steps, o.normalize) == ("product", "content", "mean")
+  assert (o.likelihood, o.visited_steps, o.normalize) == (
+    "product",
+    "content",
+    "mean",
+  )
   assert (o.baseline, o.stratified) == ("group_mean", "batch")
   assert (o.kl_estimator, c.rollout.top_p_rule) == ("k3_ratio", "drop")
 

@@ -192,7 +192,7 @@ def test_a_completion_does_not_depend_on_its_batch():
     ),
     learner.sampling,
   )
-  for field in ("completion", "unmask_step", "support", "num_steps"):
+  for field in ("completion", "unmask_step", "support", "num_executed_steps"):
     np.testing.assert_array_equal(
       getattr(alone, field), getattr(rollout, field)[order]
     )

@@ -92,7 +92,7 @@ def evaluate(
     pending = shares.submit(rollout, batch, tokenizer, grader)
     if ahead is not None:
       keep(*ahead)
-    num_steps_B = processes.to_host(rollout.num_steps)
+    num_steps_B = processes.to_host(rollout.num_executed_steps)
     ahead = _records(batch, pending, num_steps_B, tokenizer.eos_id), pending
   if ahead is not None:
     keep(*ahead)

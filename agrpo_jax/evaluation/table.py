@@ -121,7 +121,7 @@ def curves(
   return found
 
 
-def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
   """Draws accuracy against denoising steps, a line per model, rule, length.
 
   Args:

@@ -17,7 +17,7 @@ from agrpo_jax import types
 
 STEP_RULES = ("uniform", "entropy")
 STRATA = ("row", "batch", "none")
-STEPS = ("executed", "content")
+VISITED_STEPS = ("executed", "content")
 NORMALIZE = ("sum", "mean")
 
 # Released AGRPO's floor of a step's entropy, in nats: a step whose
@@ -36,8 +36,9 @@ class McSteps:
     stratified: `row`: one uniform in each of M equal slices of [0, 1) for every
       completion; `batch`: one in each of B * M slices, shuffled over the batch
       (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
-    steps: `executed`: every denoising step that ran; `content`: those up to
-      the last that unmasked a token other than EOS (released AGRPO), none in a
+    visited_steps: `executed`: every denoising step that ran; `content`: those
+      up to the last that unmasked a token other than EOS (released AGRPO), none
+      in a
       completion that is all EOS.
     normalize: `sum`: estimates the sum over those steps; `mean`: the mean
       (released AGRPO), a length-normalised objective.
@@ -46,7 +47,7 @@ class McSteps:
   num_mc_steps: int = 24
   step_rule: str = "uniform"
   stratified: str = "row"
-  steps: str = "executed"
+  visited_steps: str = "executed"
   normalize: str = "sum"
 
 
@@ -58,7 +59,7 @@ def problems(settings: McSteps) -> list[str]:
   for name, known in (
     ("step_rule", STEP_RULES),
     ("stratified", STRATA),
-    ("steps", STEPS),
+    ("visited_steps", VISITED_STEPS),
     ("normalize", NORMALIZE),
   ):
     value = getattr(settings, name)
@@ -85,8 +86,8 @@ def num_visitable(
   rollout: types.Rollout, settings: McSteps, eos_id: int
 ) -> jax.Array:
   """int32 [B]: the estimator visits steps 0 to this, exclusive."""
-  if settings.steps == "executed":
-    return rollout.num_steps
+  if settings.visited_steps == "executed":
+    return rollout.num_executed_steps
   is_content_BxC = rollout.completion != eos_id
   return jnp.where(is_content_BxC, rollout.unmask_step + 1, 0).max(axis=1)
 
@@ -197,7 +198,7 @@ def draw(
     rollout: B completions.
     uniform_BxM: float32 [B, M] in [0, 1), see `uniforms`.
     settings: the proposal.
-    eos_id: read under `steps="content"`.
+    eos_id: read under `visited_steps="content"`.
   """
   chex.assert_rank(uniform_BxM, 2)
   num_denoise_steps = rollout.order_logprob.shape[1]

@@ -39,7 +39,7 @@ class _Row(flax.struct.PyTreeNode):
   entropy: jax.Array
   support: jax.Array | None
   order_logprob: jax.Array
-  num_steps: jax.Array
+  num_executed_steps: jax.Array
   block: jax.Array  # int32, the active block
   block_step: jax.Array  # int32, denoising steps since it began
   denoise_step: jax.Array  # int32, the next step's index
@@ -165,7 +165,7 @@ def sample_rollout(
     entropy=row_B.entropy,
     support=row_B.support,
     order_logprob=row_B.order_logprob,
-    num_steps=row_B.num_steps,
+    num_executed_steps=row_B.num_executed_steps,
   )
 
 
@@ -180,7 +180,7 @@ def _start(
     entropy=jnp.zeros((num_tokens,)),
     support=support_CxS,
     order_logprob=jnp.zeros((num_steps,)),
-    num_steps=jnp.int32(0),
+    num_executed_steps=jnp.int32(0),
     block=jnp.int32(0),
     block_step=jnp.int32(0),
     denoise_step=jnp.int32(0),
@@ -307,7 +307,9 @@ def _unmask_row(
     entropy=write(row.entropy, drawn.entropy),
     support=jax.tree.map(write, row.support, drawn.support),  # or None
     order_logprob=order_logprob_K,
-    num_steps=jnp.where(row.is_done, row.num_steps, row.denoise_step + 1),
+    num_executed_steps=jnp.where(
+      row.is_done, row.num_executed_steps, row.denoise_step + 1
+    ),
   )
   return _move_on(row, sampling)
 

@@ -137,7 +137,7 @@ def completions(
     found.append(
       Completion(
         pieces=tuple(_pieces(row_tokens, tokenizer)),
-        num_steps=int(rollout.num_steps[row]),
+        num_steps=int(rollout.num_executed_steps[row]),
         text=tokenizer.decode([token.id for token in row_tokens]),
       )
     )

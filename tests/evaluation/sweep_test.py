@@ -212,7 +212,7 @@ def test_csv_and_picture(tmp_path):
     found = list(csv.DictReader(file))
   assert [line["accuracy"] for line in found] == ["0.7", "0.5", "0.25", "0.5"]
   assert found[0]["accuracy_tolerant"] == ""
-  table.draw(ROWS, tmp_path / "sweep.png")
+  table.plot(ROWS, tmp_path / "sweep.png")
   assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

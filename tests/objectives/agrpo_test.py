@@ -50,7 +50,7 @@ def recorded_rollout():
     entropy=jnp.asarray(arrays["old_per_token_entropies"]),
     support=jnp.asarray(np.where(ids < 96, ids, -1), jnp.int32),
     order_logprob=jnp.zeros((8, sampling.max_steps)),
-    num_steps=jnp.asarray(num_steps, jnp.int32),
+    num_executed_steps=jnp.asarray(num_steps, jnp.int32),
   )
   return rollout, arrays, config, params, sampling
 
@@ -86,7 +86,7 @@ def test_equals_the_released_loss(name, microbatch):
     num_mc_steps=meta["mc_samples"],
     step_rule=meta["importance_sampling"],
     stratified="batch" if meta["low_discrepancy"] else "none",
-    steps="content",
+    visited_steps="content",
     normalize="mean",
     baseline="group_mean",
     clip_low=meta["epsilon_low"],
@@ -171,7 +171,7 @@ def test_every_step_once_is_the_exact_gradient(normalize):
   rollout, recorded, config, params, sampling = recorded_rollout()
   settings = agrpo.Agrpo(
     num_mc_steps=8,
-    steps="content",
+    visited_steps="content",
     normalize=normalize,
     baseline="group_mean",
   )

@@ -220,7 +220,7 @@ def enumerated(s: sampling_lib.Sampling):
     entropy=jnp.asarray(column("entropy", 0.0), jnp.float32),
     support=support,
     order_logprob=jnp.zeros((num_rows, s.num_denoise_steps)),
-    num_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
+    num_executed_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
   )
   return value, gradient, records, prob
 
@@ -406,7 +406,7 @@ def test_released_switches_estimate_another_objective():
   """`content` steps drop real ones, `mean` divides by their number."""
   s = make_sampling(unmask_rule="random", **TOYS["blocks"])
   _, gradient, _, _ = enumerated(s)
-  for change in (dict(steps="content"), dict(normalize="mean")):
+  for change in (dict(visited_steps="content"), dict(normalize="mean")):
     estimate = expected_estimate(s, agrpo.Agrpo(num_mc_steps=1, **change))
     assert error(estimate, gradient) > 0.05
 
@@ -481,7 +481,7 @@ def test_rollouts_follow_the_enumerated_law(rule):
 
   place = {name: i for i, name in enumerate(names(records))}
   index = np.array([place[name] for name in names(rollout)])  # none unheard of
-  for field in ("logprob", "entropy", "num_steps"):
+  for field in ("logprob", "entropy", "num_executed_steps"):
     np.testing.assert_allclose(
       getattr(rollout, field), getattr(records, field)[index], atol=1e-5
     )

@@ -20,7 +20,7 @@ def rollout(completion, unmask_step, entropy, num_denoise_steps, num_steps):
     entropy=jnp.asarray(entropy, jnp.float32),
     support=None,
     order_logprob=jnp.zeros((completion.shape[0], num_denoise_steps)),
-    num_steps=jnp.asarray(num_steps, jnp.int32),
+    num_executed_steps=jnp.asarray(num_steps, jnp.int32),
   )
 
 
@@ -42,7 +42,7 @@ def settings(**changes):
 def test_which_steps_can_be_visited():
   executed = mc_steps.num_visitable(ROWS, settings(), 0)
   assert executed.tolist() == [4, 2, 2]
-  content = mc_steps.num_visitable(ROWS, settings(steps="content"), 0)
+  content = mc_steps.num_visitable(ROWS, settings(visited_steps="content"), 0)
   assert content.tolist() == [3, 1, 0]
 
 
@@ -59,7 +59,7 @@ def test_entropy_proposal_by_hand():
 
 
 @pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
-@pytest.mark.parametrize("steps", mc_steps.STEPS)
+@pytest.mark.parametrize("steps", mc_steps.VISITED_STEPS)
 def test_weights_undo_the_proposal(step_rule, steps):
   chosen = settings(step_rule=step_rule, steps=steps)
   for row, visitable in enumerate(mc_steps.num_visitable(ROWS, chosen, 0)):

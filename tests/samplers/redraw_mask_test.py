@@ -124,7 +124,9 @@ def test_fast_dllm_as_released_but_bounded(threshold):
   np.testing.assert_array_equal(
     rollout.completion, [ids for ids, _ in expected]
   )
-  np.testing.assert_array_equal(rollout.num_steps, [n for _, n in expected])
+  np.testing.assert_array_equal(
+    rollout.num_executed_steps, [n for _, n in expected]
+  )
 
 
 def test_ours_takes_mask_for_a_token():

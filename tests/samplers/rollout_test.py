@@ -58,7 +58,7 @@ def test_equals_the_released_rollout(name):
     # prompt is EOS, or when the prompt is shorter than a block. Ours looks at
     # completions only; rows that this did not touch must agree.
     rows = rows[np.asarray(meta["row_removed_at_block"]) > 0]
-    assert (np.asarray(rollout.num_steps) > 0).all()
+    assert (np.asarray(rollout.num_executed_steps) > 0).all()
   ours = jax.tree.map(lambda x: np.asarray(x)[rows], rollout)
   recorded = {key: value[rows] for key, value in golden.items()}
 
@@ -72,7 +72,7 @@ def test_equals_the_released_rollout(name):
   block = np.arange(num_tokens) // sampling.block_length
   np.testing.assert_array_equal(carries, block[None] < removed[:, None])
   np.testing.assert_array_equal(
-    np.where(carries, ours.unmask_step, ours.num_steps[:, None]),
+    np.where(carries, ours.unmask_step, ours.num_executed_steps[:, None]),
     recorded["unmask_steps"],
   )
   np.testing.assert_allclose(ours.logprob, recorded["token_logps"], atol=2e-4)
@@ -121,4 +121,4 @@ def test_equals_the_original_llada_sampler(name):
   if "unmask_call" in golden:
     np.testing.assert_array_equal(rollout.unmask_step, golden["unmask_call"])
   if "nfe" in golden:
-    np.testing.assert_array_equal(rollout.num_steps, golden["nfe"])
+    np.testing.assert_array_equal(rollout.num_executed_steps, golden["nfe"])
