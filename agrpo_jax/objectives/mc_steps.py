@@ -38,8 +38,7 @@ class McSteps:
       (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
     visited_steps: `executed`: every denoising step that ran; `content`: those
       up to the last that unmasked a token other than EOS (released AGRPO), none
-      in a
-      completion that is all EOS.
+      in a completion that is all EOS.
     normalize: `sum`: estimates the sum over those steps; `mean`: the mean
       (released AGRPO), a length-normalised objective.
   """

@@ -61,7 +61,7 @@ def test_entropy_proposal_by_hand():
 @pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
 @pytest.mark.parametrize("steps", mc_steps.VISITED_STEPS)
 def test_weights_undo_the_proposal(step_rule, steps):
-  chosen = settings(step_rule=step_rule, steps=steps)
+  chosen = settings(step_rule=step_rule, visited_steps=steps)
   for row, visitable in enumerate(mc_steps.num_visitable(ROWS, chosen, 0)):
     prob = mc_steps.step_prob(
       ROWS.entropy[row], ROWS.unmask_step[row], visitable, chosen, 4
@@ -74,7 +74,7 @@ def test_weights_undo_the_proposal(step_rule, steps):
     np.testing.assert_allclose(drawn.weight * prob[drawn.step], 1.0, rtol=1e-6)
     assert int(drawn.step.max()) < visitable
     mean = mc_steps.steps_at(
-      uniform, prob, visitable, settings(normalize="mean", steps=steps)
+      uniform, prob, visitable, settings(normalize="mean", visited_steps=steps)
     )
     np.testing.assert_allclose(
       mean.weight * prob[mean.step] * visitable, 1.0, rtol=1e-6
