@@ -46,8 +46,8 @@ class Cell:
 
   Attributes:
     model: a name for tables.
-    settings: of the evaluation; None where the config has mistakes.
-    problems: the mistakes.
+    settings: of the evaluation; None where these have mistakes.
+    problems: what is wrong with them, or with the checkpoint.
     label: the values of the axes.
     checkpoint: a run's work directory, or "".
     output: folder of its records.
@@ -102,18 +102,22 @@ def cells(
     for values in grid:
       one = c.copy_and_resolve_references()
       one.model.path = path
-      evaluate.use_run(one, checkpoint, given)
+      problems = []
+      try:
+        evaluate.use_run(one, checkpoint, given)
+      except errors.UserError as error:
+        problems.append(str(error))
       one.evaluate.update(dict(zip(table.AXES, values, strict=True)))
       length, steps, rule, temperature = values
       folder = f"length{length}-steps{steps}-{rule}-temperature{temperature:g}"
       folder = str(pathlib.Path(output) / "cells" / name / folder)
-      problems = settings_lib.problems_of_rl(one)
+      wrong = [f"config.{p}" for p in settings_lib.problems_of_rl(one)]
       label = ", ".join(f"{axis}={one.evaluate[axis]}" for axis in table.AXES)
       found[-1].append(
         Cell(
           model=name,
-          settings=None if problems else settings_lib.rl(one),
-          problems=tuple(problems),
+          settings=None if wrong else settings_lib.rl(one),
+          problems=(*problems, *wrong),
           label=label,
           checkpoint=checkpoint,
           output=folder,
@@ -172,7 +176,7 @@ def _check(
   load_shape = functools.cache(model_lib.load_shape)
   for cell in every:
     for problem in cell.problems:
-      found[f"config.{problem}"].append(cell)
+      found[problem].append(cell)
     if cell.settings is None:
       continue
     s = cell.settings

@@ -3,23 +3,28 @@
 import pytest
 
 from agrpo_jax import config as config_lib
-from agrpo_jax import config_check
 from agrpo_jax import errors
+from agrpo_jax import settings
 from agrpo_jax.objectives import agrpo
 from fixtures import recordings
 
 CONFIGS = sorted(path.stem for path in recordings.CONFIGS.glob("*.py"))
 
 
+def check(c):
+  """Raises UserError for what is wrong with a config of either kind."""
+  {"rl": settings.rl, "sft": settings.sft}[c.kind](c)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_hold(name):
-  config_check.check(recordings.config(name))
+  check(recordings.config(name))
 
 
 @pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "v5p"])
 def test_variants_of_gsm8k_hold(arg):
   c = recordings.config("gsm8k", arg)
-  config_check.check(c)
+  check(c)
   is_exact = c.objective.normalize == "sum"
   assert is_exact == ("exact" in arg)
   if "v5e" in arg:
@@ -63,7 +68,7 @@ def test_all_problems_at_once_by_their_full_names():
   c.sft.microbatch = 3
   c.optimizer.b1 = 1.5
   with pytest.raises(errors.UserError) as error:
-    config_check.check(c)
+    check(c)
   for part in (
     "config.workdir",
     "config.model.path='also'",
@@ -96,3 +101,39 @@ def test_a_misspelt_key_is_an_error(make):
   c = make()
   with pytest.raises(AttributeError, match="learning_rate"):
     c.optimizer.learning_rat = 1.0
+
+
+def sudoku() -> config_lib.ConfigDict:
+  c = config_lib.rl()
+  c.workdir = c.model.path = "x"
+  config_lib.use_task(c, "sudoku")
+  return c
+
+
+@pytest.mark.parametrize("name", config_lib.SAMPLERS)
+def test_every_sampler_holds(name):
+  c = sudoku()
+  config_lib.use_sampler(c, name)
+  assert settings.problems_of_rl(c) == []
+
+
+def test_a_sampler_sets_what_is_not_kept():
+  c = sudoku()
+  c.evaluate.temperature = 0.7
+  c.evaluate.num_denoise_steps = 16
+  config_lib.use_sampler(c, "config")
+  assert c.evaluate.num_denoise_steps == 16
+  config_lib.use_sampler(
+    c, "fast_dllm", keep=["temperature", "num_denoise_steps"]
+  )
+  assert c.evaluate.temperature == 0.7
+  assert c.evaluate.num_denoise_steps == 16
+  assert c.evaluate.threshold == 0.9
+  config_lib.use_sampler(c, "llada")
+  assert c.evaluate.threshold is None
+  assert c.evaluate.temperature == 0.0
+
+
+def test_an_unknown_sampler_is_refused():
+  with pytest.raises(errors.UserError, match=r"'dream' is unknown.*fast_dllm"):
+    config_lib.use_sampler(sudoku(), "dream")

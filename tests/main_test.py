@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from agrpo_jax import build
 from agrpo_jax import config as config_lib
+from agrpo_jax import data
 from agrpo_jax import errors
+from agrpo_jax import settings
 from agrpo_jax import train
-from agrpo_jax.runs import run as run_lib
+from agrpo_jax.port import model_folder
 from fixtures import recordings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,7 +102,7 @@ def debug_config(tmp_path, **changes) -> config_lib.ConfigDict:
 
 def refused(c: config_lib.ConfigDict) -> str:
   with pytest.raises(errors.UserError) as error:
-    train.train(c)
+    train.train(settings.rl(c))
   return str(error.value)
 
 
@@ -230,13 +231,7 @@ def test_broken_checkpoints(tmp_path, change, parts):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
   c = debug_config(tmp_path)
-  with run_lib.start(c) as run:
-    policy = build.policy(c)
-    learner = build.make_learner(c, policy)
-    state = run.restore(
-      build.init_state(policy, learner.optimizer), policy.base_model
-    )
-    run.finish_step(state.replace(train_step=state.train_step + 1), 1, {})
+  train.train(settings.rl(c))
   folder = broken_model(tmp_path, edit(**{NORM: np.full(64, 0.5, np.float32)}))
   c.model.path = str(folder)
   c.accept_changed_config = True
@@ -246,8 +241,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_long_prompts_are_skipped_and_counted(tmp_path):
   c = debug_config(tmp_path, **{"data.max_prompt_length": 600})
-  policy_tokens = build.policy(c).tokenizer
-  dataset = build.dataset(c, policy_tokens, "train")
+  s = settings.rl(c)
+  shape = model_folder.load_shape(s.model.path)
+  tokenizer = model_folder.load_tokenizer("bytes", shape)
+  dataset = data.load_dataset(s.task, s.data, tokenizer, "train")
   assert dataset.num_skipped > 0
   assert dataset.num_skipped + len(dataset) == 12
   assert dataset.longest <= 600

@@ -9,15 +9,14 @@ import sys
 import time
 
 import pytest
+import safetensors
 
 import agrpo_jax
 from agrpo_jax import command as command_lib
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import evaluate
-from agrpo_jax import presets
-from agrpo_jax.evaluation import accuracy
-from agrpo_jax.evaluation import candidate
+from agrpo_jax import settings
 from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
 
@@ -55,10 +54,14 @@ def config(batch_size: int = 3) -> config_lib.ConfigDict:
   return c
 
 
+def run(c: config_lib.ConfigDict, *args, **kwargs) -> statistics.Result:
+  return evaluate.run(settings.rl(c), *args, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def whole() -> statistics.Result:
   """Two completions per puzzle, in memory."""
-  return accuracy.run(config(), num_samples=2)
+  return run(config(), num_samples=2)
 
 
 def examples(output: pathlib.Path) -> list[bytes]:
@@ -85,7 +88,7 @@ def test_what_a_record_holds(whole):
 
 
 def test_batch_size_and_number_of_samples_are_without_effect(whole):
-  one = accuracy.run(config(batch_size=5), num_samples=1)
+  one = run(config(batch_size=5), num_samples=1)
   assert one.records == whole.records[::2]
 
 
@@ -103,10 +106,10 @@ def test_stopped_and_continued_is_the_same(whole, tmp_path, monkeypatch):
   append = records.Records.append
   monkeypatch.setattr(records.Records, "append", stop)
   with pytest.raises(KeyboardInterrupt):
-    accuracy.run(config(), "", str(tmp_path), num_samples=2)
+    run(config(), "", str(tmp_path), num_samples=2)
   assert len(examples(tmp_path)) == 7
   calls[:] = [0, 0]
-  accuracy.run(config(batch_size=4), "", str(tmp_path), num_samples=2)
+  run(config(batch_size=4), "", str(tmp_path), num_samples=2)
   assert calls[2:] == [4, 4]  # the other eight, once each
   result = json.loads((tmp_path / "result.json").read_text())
   assert [json.loads(line) for line in examples(tmp_path)] == whole.records
@@ -114,14 +117,17 @@ def test_stopped_and_continued_is_the_same(whole, tmp_path, monkeypatch):
   assert result["num_problems"] == NUM_EXAMPLES
 
   # Complete: no model is loaded any more.
-  monkeypatch.setattr(candidate, "policy", None)
-  again = accuracy.run(config(), "", str(tmp_path), num_samples=2)
+  def nothing(path, *args, **kwargs):
+    raise AssertionError(f"{path} is loaded")
+
+  monkeypatch.setattr(safetensors, "safe_open", nothing)
+  again = run(config(), "", str(tmp_path), num_samples=2)
   assert again.records == whole.records
   # A setting that changes completions is refused, one that does not is not.
   c = config(batch_size=1)
   c.evaluate.temperature = 0.5
   with pytest.raises(errors.UserError) as error:
-    accuracy.run(c, "", str(tmp_path), num_samples=3)
+    run(c, "", str(tmp_path), num_samples=3)
   message = str(error.value)
   assert "config.evaluate.temperature: 1.0 before, 0.5 now" in message
   assert "num_samples: 2 before, 3 now" in message
@@ -132,7 +138,7 @@ def test_records_of_something_else_are_not_continued(tmp_path):
   file = tmp_path / "examples.jsonl"
   file.write_text('{"id": 5, "index": 0}\n')
   with pytest.raises(errors.UserError, match="not the first ones"):
-    accuracy.run(config(), "", str(tmp_path))
+    run(config(), "", str(tmp_path))
 
 
 def command(*flags: str) -> list[str]:
@@ -182,9 +188,9 @@ def test_kill_9_and_the_same_command_again(tmp_path):
   # As if nothing had happened, in one process and another batch size.
   c = CONFIG.get_config()
   c.task.options.num_examples = 60
-  presets.apply(c, "agrpo")
+  config_lib.use_sampler(c, "agrpo")
   c.evaluate.update(completion_length=16, block_length=16, num_denoise_steps=16)
-  whole = accuracy.run(c)
+  whole = run(c)
   assert [json.loads(line) for line in after] == whole.records
 
 
@@ -238,18 +244,22 @@ def changed(**changes) -> config_lib.ConfigDict:
 )
 def test_mistakes_of_the_user(c, arguments, message):
   with pytest.raises(errors.UserError, match=message):
-    accuracy.run(c, **arguments)
+    run(c, **arguments)
 
 
 def test_the_mesh_is_without_effect(run_in_subprocess, whole):
   script = f"""
-    import sys
-    sys.path.insert(0, {str(ROOT / "tests/evaluation")!r})
-    import evaluate_test, json
-    from agrpo_jax.evaluation import accuracy
-    c = evaluate_test.config(batch_size=8)
+    import json
+    from agrpo_jax import config as config_lib
+    from agrpo_jax import evaluate
+    from agrpo_jax import settings
+    c = config_lib.rl()
+    c.update_from_flattened_dict(
+      json.loads({json.dumps(config(batch_size=8).to_json())})
+    )
     c.mesh.fsdp, c.mesh.tensor = 2, 2
-    print(json.dumps(accuracy.run(c, num_samples=2).records))
+    result = evaluate.run(settings.rl(c), num_samples=2)
+    print(json.dumps(result.records))
   """
   lines = run_in_subprocess(script, devices=4).splitlines()
   assert json.loads(lines[-1]) == whole.records

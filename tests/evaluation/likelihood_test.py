@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 import agrpo_jax
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import likelihood
+from agrpo_jax import settings
 from agrpo_jax import types
-from agrpo_jax.evaluation import candidate
 from agrpo_jax.evaluation import records
 from agrpo_jax.objectives import elbo
 
@@ -191,7 +192,7 @@ def test_batch_size_and_interruption_are_without_effect(
 ):
   output = str(tmp_path / "out")
   c = config()
-  whole = likelihood.run(c, pairs, num_draws=6)
+  whole = likelihood.run(settings.rl(c), pairs, num_draws=6)
   assert [line["num_tokens"] for line in whole] == [16, 1, 3]
   assert all(line["log_likelihood"] < 0 for line in whole)
   # The solution of a puzzle is likelier per token than half an answer.
@@ -206,25 +207,31 @@ def test_batch_size_and_interruption_are_without_effect(
   append = records.Records.append
   monkeypatch.setattr(records.Records, "append", stop)
   with pytest.raises(KeyboardInterrupt):
-    likelihood.run(c, pairs, "", output, num_draws=6)
+    likelihood.run(settings.rl(c), pairs, "", output, num_draws=6)
   monkeypatch.setattr(records.Records, "append", append)
   assert len(records.Records(output).done) == 1
-  assert likelihood.run(c, pairs, "", output, num_draws=6) == [
+  assert likelihood.run(settings.rl(c), pairs, "", output, num_draws=6) == [
     {**line, **{k: pytest.approx(line[k], rel=1e-5) for k in ROUNDED}}
     for line in whole
   ]
+
   # Complete: nothing is loaded any more.
-  monkeypatch.setattr(candidate, "policy", None)
-  assert len(likelihood.run(c, pairs, "", output, num_draws=6)) == 3
+  def nothing(path, *args, **kwargs):
+    raise AssertionError(f"{path} is loaded")
+
+  monkeypatch.setattr(safetensors, "safe_open", nothing)
+  assert (
+    len(likelihood.run(settings.rl(c), pairs, "", output, num_draws=6)) == 3
+  )
   with pytest.raises(errors.UserError, match="num_draws: 6 before, 7 now"):
-    likelihood.run(c, pairs, "", output, num_draws=7)
+    likelihood.run(settings.rl(c), pairs, "", output, num_draws=7)
 
 
 ROUNDED = ("log_likelihood", "standard_error")
 
 
 def test_demonstrations_of_the_task():
-  done = likelihood.run(config(), num_draws=1)
+  done = likelihood.run(settings.rl(config()), num_draws=1)
   assert len(done) == 3
   assert {len(line["completion"]) for line in done} == {16}
   assert done[0]["standard_error"] is None
@@ -237,16 +244,16 @@ def test_demonstrations_of_the_task():
 def test_mistakes_of_the_user(tmp_path):
   c = config()
   with pytest.raises(errors.UserError, match=r"--pairs=.* does not exist"):
-    likelihood.run(c, str(tmp_path / "nothing.jsonl"))
+    likelihood.run(settings.rl(c), str(tmp_path / "nothing.jsonl"))
   with pytest.raises(errors.UserError, match="--num_draws=0"):
-    likelihood.run(c, num_draws=0)
+    likelihood.run(settings.rl(c), num_draws=0)
   file = tmp_path / "pairs.jsonl"
   file.write_text('{"prompt": "1", "completion": ""}\n')
   with pytest.raises(errors.UserError, match="without tokens"):
-    likelihood.run(c, str(file))
+    likelihood.run(settings.rl(c), str(file))
   file.write_text(json.dumps({"prompt": "1", "completion": "1" * 5000}))
   with pytest.raises(errors.UserError, match=r"50\d\d tokens, more .* 4096"):
-    likelihood.run(c, str(file))
+    likelihood.run(settings.rl(c), str(file))
   file.write_text('{"question": "1"}\n')
   with pytest.raises(errors.UserError, match=r"pairs\.jsonl, line 1"):
-    likelihood.run(c, str(file))
+    likelihood.run(settings.rl(c), str(file))

@@ -9,6 +9,7 @@ import pytest
 
 from agrpo_jax import errors
 from agrpo_jax.evaluation import records
+from agrpo_jax.runs import files
 
 SETTINGS = {"config": {"seed": 0, "evaluate": {"top_p": 1.0}}, "num_samples": 1}
 LINES = [{"id": 0, "grades": {"accuracy": 1 / 3}}, {"id": 1, "grades": {}}]
@@ -95,6 +96,7 @@ def test_a_killed_evaluation_keeps_nobody_out(tmp_path):
   script = """
 import sys, time
 from agrpo_jax.evaluation import records
+from agrpo_jax.runs import files
 with records.start(sys.argv[1], {}):
   print("writing", flush=True)
   time.sleep(60)
@@ -122,8 +124,8 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_differences():
-  assert records.differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
-  assert records.differences({"a": {"b": 1}}, {"c": 2}) == [
+  assert files.differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+  assert files.differences({"a": {"b": 1}}, {"c": 2}) == [
     "a: {'b': 1} before, None now",
     "c: None before, 2 now",
   ]

@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import safetensors
 
 import agrpo_jax
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import sweep
 from agrpo_jax.evaluation import accuracy
-from agrpo_jax.evaluation import candidate
 from agrpo_jax.evaluation import table
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,10 +40,10 @@ def test_every_combination_is_a_cell(tmp_path):
   (group,) = sweep.cells(config(), [], [], axes, str(tmp_path))
   found = [
     (
-      cell.config.evaluate.completion_length,
-      cell.config.evaluate.num_denoise_steps,
-      cell.config.evaluate.unmask_rule,
-      cell.config.evaluate.temperature,
+      cell.settings.evaluate.sampling.completion_length,
+      cell.settings.evaluate.sampling.num_denoise_steps,
+      cell.settings.evaluate.sampling.unmask_rule,
+      cell.settings.evaluate.sampling.temperature,
     )
     for cell in group
   ]
@@ -67,13 +67,12 @@ def test_models_have_names_of_their_own(tmp_path):
     "runs_one",
   ]
   assert groups[2][0].checkpoint == "runs/one"
-  assert groups[2][0].config.model.path == str(MODEL)
+  assert groups[2][0].settings.model.path == str(MODEL)
   groups = sweep.cells(config(), ["a/x", "b/y"], [], {}, str(tmp_path))
   assert [group[0].model for group in groups] == ["x", "y"]
 
 
-def test_all_that_is_wrong_at_once(tmp_path, monkeypatch):
-  monkeypatch.setattr(candidate, "policy", None)
+def test_all_that_is_wrong_at_once(tmp_path):
   axes = {
     "completion_length": [16, 40, 5008],
     "unmask_rule": ["confidence", "greedy"],
@@ -88,7 +87,7 @@ def test_all_that_is_wrong_at_once(tmp_path, monkeypatch):
   assert message.startswith("Nothing was run.")
   for part in (
     "completion_length=40 is not a multiple of block_length=16\n  (in 12 of 36",
-    "'greedy' is not one of random, confidence, entropy\n  (in 18 of 36 cells",
+    "'greedy' is not one of random, confidence, entropy, threshold\n  (in 18 of 36 cells",
     "temperature=-1.0 is negative\n  (in 18 of 36 cells; the first is tiny-sud",
     "make 5072 tokens, more than the model's 4096; lower one of them.",
     "./nowhere",
@@ -103,12 +102,12 @@ def test_done_once_and_continued_cell_by_cell(tmp_path, monkeypatch):
   shutil.copytree(MODEL, other)
   loads = []
 
-  def load(c, checkpoint):
-    loads.append(c.model.path)
-    return policy(c, checkpoint)
+  def opened(path, *args, **kwargs):
+    loads.append(str(path.parent))
+    return safe_open(path, *args, **kwargs)
 
-  policy = candidate.policy
-  monkeypatch.setattr(candidate, "policy", load)
+  safe_open = safetensors.safe_open
+  monkeypatch.setattr(safetensors, "safe_open", opened)
   axes = {"num_denoise_steps": [1, 2]}
   output = tmp_path / "sweep"
   grid = sweep.cells(config(), [str(MODEL), str(other)], [], axes, str(output))
@@ -120,7 +119,7 @@ def test_done_once_and_continued_cell_by_cell(tmp_path, monkeypatch):
   with pytest.raises(TypeError):
     next(rows)
   monkeypatch.undo()
-  monkeypatch.setattr(candidate, "policy", load)
+  monkeypatch.setattr(safetensors, "safe_open", opened)
   assert loads == [str(MODEL)]
 
   rows = list(sweep.run(grid))

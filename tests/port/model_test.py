@@ -1,4 +1,4 @@
-"""Tests of agrpo_jax.candidate: which checkpoint of a run is meant."""
+"""A model with what a run trained: which checkpoint is meant."""
 
 import dataclasses
 import shutil
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from agrpo_jax import build
 from agrpo_jax import errors
 from agrpo_jax import optimizer
-from agrpo_jax.evaluation import candidate
+from agrpo_jax import settings
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint
 from fixtures import runs
 
@@ -21,29 +21,35 @@ def c(tmp_path_factory):
   """A config whose work directory has three checkpoints, the second best."""
   c = runs.small(tmp_path_factory.mktemp("runs"))
   c.lora.rank = 2
-  policy = build.policy(c)
-  state = build.init_state(
-    policy, optimizer.make(optimizer.Optimizer(learning_rate=0.1))
+  s = settings.rl(c)
+  model = model_lib.load_model(s.model, s.lora, s.mesh.make())
+  state = model.initial_state(
+    optimizer.make(optimizer.Optimizer(learning_rate=0.1))
   )
   with checkpoint.Checkpoints(c.workdir, keep=3) as checkpoints:
     for train_step, accuracy in ((1, 0.1), (2, 0.3), (3, 0.2)):
       state = dataclasses.replace(
-        state, train_step=jnp.int32(train_step), lora=filled(policy, train_step)
+        state, train_step=jnp.int32(train_step), lora=filled(model, train_step)
       )
       checkpoints.save(state, {}, accuracy=accuracy)
   return c
 
 
-def filled(policy, value):
-  return jax.tree.map(lambda x: jnp.full_like(x, value), policy.lora)
+def filled(model, value):
+  return jax.tree.map(lambda x: jnp.full_like(x, value), model.lora)
+
+
+def load(c, checkpoint):
+  s = settings.rl(c)
+  return model_lib.load_trained(s.model, s.lora, s.mesh.make(), checkpoint)
 
 
 @pytest.mark.parametrize(
   "which,train_step", [("", 3), (":best", 2), (":1", 1), (":3", 3)]
 )
 def test_which_checkpoint(c, which, train_step):
-  policy = candidate.policy(c, c.workdir + which)
-  chex.assert_trees_all_equal(policy.lora, filled(policy, train_step))
+  model = load(c, c.workdir + which)
+  chex.assert_trees_all_equal(model.lora, filled(model, train_step))
 
 
 def test_a_damaged_best_is_told_with_the_others(c, tmp_path):
@@ -51,5 +57,13 @@ def test_a_damaged_best_is_told_with_the_others(c, tmp_path):
   for path in (damaged / "checkpoints/2/trainable").rglob("d/*"):
     path.write_bytes(b"")
   with pytest.raises(errors.UserError, match="checkpoints/2' is damaged") as e:
-    candidate.policy(c, f"{damaged}:best")
+    load(c, f"{damaged}:best")
   assert "train steps [3, 2, 1]" in str(e.value)
+
+
+def test_cudnn_is_refused_where_there_is_no_gpu(c):
+  other = c.copy_and_resolve_references()
+  other.model.attention = "cudnn"
+  other.model.path = "nowhere"  # nothing is looked for before
+  with pytest.raises(errors.UserError, match=r"'cudnn' needs an NVIDIA GPU"):
+    load(other, "")
