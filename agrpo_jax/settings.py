@@ -192,7 +192,8 @@ def rl(c: config_lib.ConfigDict) -> Rl:
       them are named.
   """
   _check_kind(c, "rl", "agrpo_jax.main", "agrpo_jax.sft")
-  problems = _Problems()
+  problems = _Problems(_type_problems(c, config_lib.rl()))
+  problems.raise_if_any()  # nothing else can be said of a value of no number
   made = _rl(c, problems)
   problems.raise_if_any()
   return made
@@ -205,7 +206,8 @@ def sft(c: config_lib.ConfigDict) -> Sft:
     UserError: as for `rl`.
   """
   _check_kind(c, "sft", "agrpo_jax.sft", "agrpo_jax.main")
-  problems = _Problems()
+  problems = _Problems(_type_problems(c, config_lib.sft()))
+  problems.raise_if_any()
   made = _sft(c, problems)
   problems.raise_if_any()
   return made
@@ -220,7 +222,8 @@ def drawing(c: config_lib.ConfigDict) -> Rl:
     UserError: as for `rl`.
   """
   _check_kind(c, "rl", "agrpo_jax.main", "agrpo_jax.sft")
-  problems = _Problems()
+  problems = _Problems(_type_problems(c, config_lib.rl()))
+  problems.raise_if_any()
   made = _rl(c, problems)
   needed = ("model.", "mesh.", "evaluate.", "seed", "data.", "lora.")
   problems[:] = [p for p in problems if p.startswith(needed)]
@@ -228,11 +231,14 @@ def drawing(c: config_lib.ConfigDict) -> Rl:
   return made
 
 
-def problems_of_rl(c: config_lib.ConfigDict) -> list[str]:
-  """Returns everything that is wrong with a config of `config.rl`."""
+def inspect(c: config_lib.ConfigDict) -> tuple[Rl, list[str]]:
+  """Returns the settings of a config of `config.rl`, and what is wrong.
+
+  For those who tell of the mistakes of several configs together.
+  """
   problems = _Problems()
-  _rl(c, problems)
-  return list(problems)
+  made = _rl(c, problems)
+  return made, [f"config.{problem}" for problem in problems]
 
 
 def _check_kind(
@@ -276,6 +282,43 @@ class _Problems(list):
         + ":\n"
         + "\n".join(f"  config.{problem}" for problem in self)
       )
+
+
+# Sub-trees whose keys are those of a task, a network, or an objective.
+_FREE = ("options", "defaults", "reward_weights", "network", "objective")
+
+
+def _type_problems(
+  c: config_lib.ConfigDict, default: config_lib.ConfigDict, prefix: str = ""
+) -> list[str]:
+  """What is missing, unknown, or of another type than the default."""
+  found = [f"{prefix}{key} is unknown" for key in c if key not in default]
+  for key, usual in default.items():
+    name = prefix + key
+    if key not in c:
+      found.append(f"{name} is missing")
+    elif isinstance(usual, config_lib.ConfigDict):
+      if not isinstance(c[key], config_lib.ConfigDict):
+        found.append(f"{name}={c[key]!r} must be a group of keys")
+      elif key not in _FREE:
+        found += _type_problems(c[key], usual, f"{name}.")
+    elif not _is_like(c[key], usual):
+      kind = "number" if usual is None else type(usual).__name__
+      found.append(f"{name}={c[key]!r} must be of type {kind}")
+  return found
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+  """Whether a value has the type of the default; numbers may be whole."""
+  if isinstance(usual, bool) or isinstance(value, bool):
+    return isinstance(usual, bool) and isinstance(value, bool)
+  if usual is None:  # an optional number
+    return value is None or isinstance(value, (int, float))
+  if isinstance(usual, float):
+    return isinstance(value, (int, float))
+  if isinstance(usual, (tuple, list)):
+    return isinstance(value, (tuple, list))
+  return isinstance(value, type(usual))
 
 
 def _record(record: type[R], sub: config_lib.ConfigDict, **given: Any) -> R:

@@ -12,6 +12,7 @@ rest: this is how the model learns to stop (arXiv:2502.09992, section 2.3).
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,9 +168,12 @@ def fine_tune(s: settings_lib.Sft) -> None:
   with run_lib.claim(s) as claimed:
     source = s.model
     if s.network:
-      source = dataclasses.replace(
-        source, path=str(scratch(s, claimed.folder / "initial"))
-      )
+      initial, shape = claimed.folder / "initial", initial_shape(s.network)
+      # What a start that was refused later has left is made anew.
+      if processes.is_main() and not claimed.has_begun:
+        make_initial(shape, s.seed, initial)
+      processes.exchange(None)  # the others read it when it is all there
+      source = dataclasses.replace(source, path=str(initial))
     mesh = s.mesh.make()
     mesh_lib.check_rows(mesh, "config.sft.microbatch", s.microbatch)
     model = model_lib.load_model(source, s.lora, mesh, seed=s.seed)
@@ -236,29 +240,37 @@ def load_demonstrations(
   )
 
 
-def scratch(s: settings_lib.Sft, folder: pathlib.Path) -> pathlib.Path:
-  """A checkpoint of random parameters and the byte tokenizer; made once."""
-  if processes.is_main() and not (folder / "config.json").exists():
-    vocab = tokens.write_byte_tokenizer(folder)
-    asked = dict(s.network)
-    defaults: dict[str, Any] = dict(
-      model_type="llada",
-      embedding_size=vocab["vocab_size"],
-      num_kv_heads=asked.get("num_heads"),
-      rope_theta=500_000.0,
-      norm_eps=1e-5,
-      qkv_bias=False,
-      tied_head=False,
-      max_length=4096,
-    )
-    try:
-      network = base.Shape(**(vocab | defaults | asked))
-    except TypeError as error:
-      raise errors.UserError(f"config.model.network: {error}") from error
-    params = transformer.init(network, jax.random.key(s.seed))
-    model_folder.save(folder, network, params)
-  processes.exchange(None)  # the others read it when it is all there
-  return folder
+def initial_shape(network: Mapping[str, Any]) -> base.Shape:
+  """Returns the shape of a network to start from random parameters.
+
+  Args:
+    network: `config.model.network`; what it leaves out is small LLaDA's.
+
+  Raises:
+    UserError: fields that a shape lacks, or values that cannot be.
+  """
+  vocab = tokens.byte_network_settings()
+  defaults: dict[str, Any] = dict(
+    model_type="llada",
+    embedding_size=vocab["vocab_size"],
+    num_kv_heads=network.get("num_heads"),
+    rope_theta=500_000.0,
+    norm_eps=1e-5,
+    qkv_bias=False,
+    tied_head=False,
+    max_length=4096,
+  )
+  try:
+    return base.Shape(**(vocab | defaults | dict(network)))
+  except TypeError as error:
+    raise errors.UserError(f"config.model.network: {error}") from error
+
+
+def make_initial(shape: base.Shape, seed: int, folder: pathlib.Path) -> None:
+  """Writes a model of random parameters and the byte tokenizer."""
+  tokens.write_byte_tokenizer(folder)
+  params = transformer.init(shape, jax.random.key(seed))
+  model_folder.save(folder, shape, params)
 
 
 def export(

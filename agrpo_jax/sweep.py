@@ -46,7 +46,7 @@ class Cell:
 
   Attributes:
     model: a name for tables.
-    settings: of the evaluation; None where these have mistakes.
+    settings: of the evaluation.
     problems: what is wrong with them, or with the checkpoint.
     label: the values of the axes.
     checkpoint: a run's work directory, or "".
@@ -54,7 +54,7 @@ class Cell:
   """
 
   model: str
-  settings: settings_lib.Rl | None
+  settings: settings_lib.Rl
   problems: tuple[str, ...]
   label: str
   checkpoint: str
@@ -111,12 +111,12 @@ def cells(
       length, steps, rule, temperature = values
       folder = f"length{length}-steps{steps}-{rule}-temperature{temperature:g}"
       folder = str(pathlib.Path(output) / "cells" / name / folder)
-      wrong = [f"config.{p}" for p in settings_lib.problems_of_rl(one)]
+      settings, wrong = settings_lib.inspect(one)
       label = ", ".join(f"{axis}={one.evaluate[axis]}" for axis in table.AXES)
       found[-1].append(
         Cell(
           model=name,
-          settings=None if wrong else settings_lib.rl(one),
+          settings=settings,
           problems=(*problems, *wrong),
           label=label,
           checkpoint=checkpoint,
@@ -136,14 +136,14 @@ def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
     UserError: everything that is wrong with any cell, before the first runs.
   """
   examples, asked = _check([cell for group in models for cell in group])
-  first = _settings(models[0][0])
+  first = models[0][0].settings
   provenance = tasks.provenance(first.task.load(), examples)
   print(f"problems: {provenance}", flush=True)
   with first.start_grader() as grader:
     for group in models:
       model = None
       for cell in group:
-        s = _settings(cell)
+        s = cell.settings
         result = accuracy.finished(cell.output, asked[cell.output], 1)
         if result is None:
           if model is None:
@@ -156,12 +156,6 @@ def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
         yield table.row(
           cell.model, dataclasses.asdict(s.evaluate.sampling), result
         )
-
-
-def _settings(cell: Cell) -> settings_lib.Rl:
-  if cell.settings is None:
-    raise ValueError(f"{cell} has problems: {cell.problems}")
-  return cell.settings
 
 
 def _check(
@@ -177,8 +171,6 @@ def _check(
   for cell in every:
     for problem in cell.problems:
       found[problem].append(cell)
-    if cell.settings is None:
-      continue
     s = cell.settings
     try:
       mesh_lib.check_rows(
@@ -192,11 +184,11 @@ def _check(
   examples: list[tasks.Example] = []
   asked = {}
   if not found:
-    first = _settings(every[0])
+    first = every[0].settings
     examples = data.load_examples(first.task, first.data, first.evaluate.split)
     for cell in every:
       asked[cell.output] = evaluate.record_settings(
-        _settings(cell), examples, cell.checkpoint, 1
+        cell.settings, examples, cell.checkpoint, 1
       )
       try:
         accuracy.finished(cell.output, asked[cell.output], 1)

@@ -114,7 +114,7 @@ def sudoku() -> config_lib.ConfigDict:
 def test_every_sampler_holds(name):
   c = sudoku()
   config_lib.use_sampler(c, name)
-  assert settings.problems_of_rl(c) == []
+  assert settings.inspect(c)[1] == []
 
 
 def test_a_sampler_sets_what_is_not_kept():

@@ -18,6 +18,7 @@ from agrpo_jax.models import tokens_bytes
 from agrpo_jax.models import tokens_fast
 
 write_byte_tokenizer = tokens_bytes.write
+byte_network_settings = tokens_bytes.network_settings
 
 
 class Tokenizer(Protocol):

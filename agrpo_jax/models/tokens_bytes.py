@@ -106,12 +106,22 @@ class ByteTokenizer:
     return bytes(self._byte_of[one] for one in ids).decode("utf-8", "replace")
 
 
+def network_settings() -> dict[str, int]:
+  """Returns the fields of a network's shape that follow from the tokenizer."""
+  vocab = _make().get_vocab()
+  return {
+    "vocab_size": len(vocab),
+    "mask_id": vocab[MASK],
+    "eos_id": vocab[EOS],
+    "pad_id": vocab[EOS],
+  }
+
+
 def write(folder: str | pathlib.Path) -> dict[str, int]:
   """Writes the tokenizer's files into a folder, made if need be.
 
   Returns:
-    The settings of a network that follow from it: `vocab_size`, `mask_id`,
-    `eos_id`, `pad_id`.
+    See `network_settings`.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +143,7 @@ def write(folder: str | pathlib.Path) -> dict[str, int]:
     },
   )
   _write_json(folder / "special_tokens_map.json", named)
-  vocab = tokenizer.get_vocab()
-  return {
-    "vocab_size": len(vocab),
-    "mask_id": vocab[MASK],
-    "eos_id": vocab[EOS],
-    "pad_id": vocab[EOS],
-  }
+  return network_settings()
 
 
 def _make() -> tokenizers.Tokenizer:

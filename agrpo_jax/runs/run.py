@@ -95,6 +95,11 @@ class Claim:
     if processes.is_main():
       _check_config(settings, folder / "config.json")
 
+  @property
+  def has_begun(self) -> bool:
+    """Whether the directory holds a run, to be continued."""
+    return (self.folder / "config.json").exists()
+
   def begin(
     self, state: types.TrainState, base_model: checkpoint_meta.BaseModel | None
   ) -> tuple["Run", types.TrainState]:

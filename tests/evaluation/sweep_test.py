@@ -87,7 +87,7 @@ def test_all_that_is_wrong_at_once(tmp_path):
   assert message.startswith("Nothing was run.")
   for part in (
     "completion_length=40 is not a multiple of block_length=16\n  (in 12 of 36",
-    "'greedy' is not one of random, confidence, entropy, threshold\n  (in 18 of 36 cells",
+    "'greedy' is not one of random, confidence, entropy, threshold\n  (in 18",
     "temperature=-1.0 is negative\n  (in 18 of 36 cells; the first is tiny-sud",
     "make 5072 tokens, more than the model's 4096; lower one of them.",
     "./nowhere",
