@@ -1,61 +1,36 @@
 """Evaluations of the bundled model: kept, stopped, continued, compared."""
 
-import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import safetensors
 
-import agrpo_jax
 from agrpo_jax import command as command_lib
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import evaluate
 from agrpo_jax import settings
-from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
+from fixtures import recordings
+from fixtures import sudoku
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
 NUM_EXAMPLES = 7
 
 
-def module_at(file: pathlib.Path):
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-CONFIG = module_at(ROOT / "configs" / "sudoku_tiny.py")
-
-
 def config(batch_size: int = 3) -> config_lib.ConfigDict:
-  c = config_lib.rl()
-  c.workdir = "unused"
-  c.model.path = str(MODEL)
-  c.model.dtype = "float32"
-  config_lib.use_task(c, "sudoku", protocol="bare", num_examples=NUM_EXAMPLES)
-  c.data.max_prompt_length = 64
-  c.data.bucket = 8
-  c.grading.num_workers = 1
-  c.evaluate.update(
-    completion_length=16,
-    block_length=8,
-    num_denoise_steps=4,
-    batch_size=batch_size,
-    temperature=1.0,
+  return sudoku.config(
+    NUM_EXAMPLES, block_length=8, batch_size=batch_size, temperature=1.0
   )
-  return c
 
 
-def run(c: config_lib.ConfigDict, *args, **kwargs) -> statistics.Result:
-  return evaluate.run(settings.rl(c), *args, **kwargs)
+def run(c: config_lib.ConfigDict, *arguments, **options) -> statistics.Result:
+  return evaluate.run(settings.rl(c), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,42 +67,37 @@ def test_batch_size_and_number_of_samples_are_without_effect(whole):
   assert one.records == whole.records[::2]
 
 
-def test_stopped_and_continued_is_the_same(whole, tmp_path, monkeypatch):
-  calls = []
-
-  def stop(self, lines, seconds):
-    append(self, lines, seconds)
-    calls.append(len(lines))
-    if len(calls) == 2:
-      with (tmp_path / "examples.jsonl").open("a") as file:
-        file.write('{"id": 3, "ind')  # what a kill can leave
-      raise KeyboardInterrupt
-
-  append = records.Records.append
-  monkeypatch.setattr(records.Records, "append", stop)
-  with pytest.raises(KeyboardInterrupt):
-    run(config(), "", str(tmp_path), num_samples=2)
-  assert len(examples(tmp_path)) == 7
-  calls[:] = [0, 0]
-  run(config(batch_size=4), "", str(tmp_path), num_samples=2)
-  assert calls[2:] == [4, 4]  # the other eight, once each
-  result = json.loads((tmp_path / "result.json").read_text())
-  assert [json.loads(line) for line in examples(tmp_path)] == whole.records
+def test_stopped_and_continued_is_the_same(whole, tmp_path):
+  output = tmp_path / "out"
+  c = config()
+  model = sudoku.use_copy(c, tmp_path / "model")
+  run(c, "", str(output), num_samples=2)
+  sudoku.cut(output, num_records=7)
+  # Whether a completion was drawn again would show.
+  file = output / "examples.jsonl"
+  file.write_text(file.read_text().replace('"reward": ', '"reward": 1'))
+  kept = examples(output)[:7]
+  c.evaluate.batch_size = 4
+  run(c, "", str(output), num_samples=2)
+  assert examples(output)[:7] == kept
+  found = [json.loads(line) for line in examples(output)]
+  assert found[7:] == whole.records[7:]
+  timing = (output / "timing.jsonl").read_text().splitlines()
+  sizes = [json.loads(line)["num_records"] for line in timing]
+  assert sizes == [3, 3, 3, 3, 2, 4, 3]  # the other seven, once each
+  result = json.loads((output / "result.json").read_text())
   assert result["accuracy"] == whole.accuracy
   assert result["num_problems"] == NUM_EXAMPLES
 
   # Complete: no model is loaded any more.
-  def nothing(path, *args, **kwargs):
-    raise AssertionError(f"{path} is loaded")
-
-  monkeypatch.setattr(safetensors, "safe_open", nothing)
-  again = run(config(), "", str(tmp_path), num_samples=2)
-  assert again.records == whole.records
+  shutil.rmtree(model)
+  again = run(c, "", str(output), num_samples=2)
+  assert again.records == found
   # A setting that changes completions is refused, one that does not is not.
-  c = config(batch_size=1)
+  c.evaluate.batch_size = 1
   c.evaluate.temperature = 0.5
   with pytest.raises(errors.UserError) as error:
-    run(c, "", str(tmp_path), num_samples=3)
+    run(c, "", str(output), num_samples=3)
   message = str(error.value)
   assert "config.evaluate.temperature: 1.0 before, 0.5 now" in message
   assert "num_samples: 2 before, 3 now" in message
@@ -155,7 +125,7 @@ def command(*flags: str) -> list[str]:
 def test_kill_9_and_the_same_command_again(tmp_path):
   """With the real process, the real signal and the command's flags."""
   flags = [
-    f"--model={MODEL}",
+    f"--model={sudoku.MODEL}",
     "--sampler=agrpo",
     "--config.evaluate.completion_length=16",
     "--config.evaluate.block_length=16",
@@ -186,7 +156,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
   after = examples(broken)
   assert after[: len(before)] == before
   # As if nothing had happened, in one process and another batch size.
-  c = CONFIG.get_config()
+  c = recordings.config("sudoku_tiny")
   c.task.options.num_examples = 60
   config_lib.use_sampler(c, "agrpo")
   c.evaluate.update(completion_length=16, block_length=16, num_denoise_steps=16)
@@ -249,17 +219,16 @@ def test_mistakes_of_the_user(c, arguments, message):
 
 def test_the_mesh_is_without_effect(run_in_subprocess, whole):
   script = f"""
-    import json
-    from agrpo_jax import config as config_lib
+    import json, sys
+    sys.path.insert(0, {str(ROOT / "tests")!r})
     from agrpo_jax import evaluate
     from agrpo_jax import settings
-    c = config_lib.rl()
-    c.update_from_flattened_dict(
-      json.loads({json.dumps(config(batch_size=8).to_json())})
+    from fixtures import sudoku
+    c = sudoku.config(
+      {NUM_EXAMPLES}, block_length=8, batch_size=8, temperature=1.0
     )
     c.mesh.fsdp, c.mesh.tensor = 2, 2
-    result = evaluate.run(settings.rl(c), num_samples=2)
-    print(json.dumps(result.records))
+    print(json.dumps(evaluate.run(settings.rl(c), num_samples=2).records))
   """
   lines = run_in_subprocess(script, devices=4).splitlines()
   assert json.loads(lines[-1]) == whole.records

@@ -3,24 +3,21 @@
 import itertools
 import json
 import math
-import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
 
-import agrpo_jax
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import likelihood
 from agrpo_jax import settings
 from agrpo_jax import types
-from agrpo_jax.evaluation import records
 from agrpo_jax.objectives import elbo
+from fixtures import sudoku
 
-MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
 V, MASK = 2, 2  # tokens 0 and 1; 2 is [MASK]
 C = 3
 
@@ -164,14 +161,11 @@ def test_draws_reach_the_bound():
 
 
 def config() -> config_lib.ConfigDict:
-  c = config_lib.rl()
-  c.workdir = "unused"
-  c.model.path = str(MODEL)
-  c.model.dtype = "float32"
-  config_lib.use_task(c, "sudoku", protocol="bare", num_examples=3)
-  c.data.bucket = 8
-  c.evaluate.batch_size = 4
-  return c
+  return sudoku.config(num_examples=3)
+
+
+def run(c: config_lib.ConfigDict, *arguments, **options):
+  return likelihood.run(settings.rl(c), *arguments, **options)
 
 
 @pytest.fixture
@@ -187,51 +181,37 @@ def pairs(tmp_path) -> str:
   return str(file)
 
 
-def test_batch_size_and_interruption_are_without_effect(
-  pairs, tmp_path, monkeypatch
-):
-  output = str(tmp_path / "out")
+def test_batch_size_and_interruption_are_without_effect(pairs, tmp_path):
+  output = tmp_path / "out"
   c = config()
-  whole = likelihood.run(settings.rl(c), pairs, num_draws=6)
+  model = sudoku.use_copy(c, tmp_path / "model")
+  whole = run(c, pairs, "", str(output), num_draws=6)
   assert [line["num_tokens"] for line in whole] == [16, 1, 3]
   assert all(line["log_likelihood"] < 0 for line in whole)
   # The solution of a puzzle is likelier per token than half an answer.
   assert whole[0]["log_likelihood"] / 16 > whole[2]["log_likelihood"] / 3
 
   c.evaluate.batch_size = 5
-
-  def stop(self, lines, seconds):
-    append(self, lines, seconds)
-    raise KeyboardInterrupt
-
-  append = records.Records.append
-  monkeypatch.setattr(records.Records, "append", stop)
-  with pytest.raises(KeyboardInterrupt):
-    likelihood.run(settings.rl(c), pairs, "", output, num_draws=6)
-  monkeypatch.setattr(records.Records, "append", append)
-  assert len(records.Records(output).done) == 1
-  assert likelihood.run(settings.rl(c), pairs, "", output, num_draws=6) == [
+  sudoku.cut(output, num_records=1)
+  kept = (output / "examples.jsonl").read_bytes().splitlines()[0]
+  assert run(c, pairs, "", str(output), num_draws=6) == [
     {**line, **{k: pytest.approx(line[k], rel=1e-5) for k in ROUNDED}}
     for line in whole
   ]
-
+  lines = (output / "examples.jsonl").read_bytes().splitlines()
+  assert (lines[0], len(lines)) == (kept, 3)
   # Complete: nothing is loaded any more.
-  def nothing(path, *args, **kwargs):
-    raise AssertionError(f"{path} is loaded")
-
-  monkeypatch.setattr(safetensors, "safe_open", nothing)
-  assert (
-    len(likelihood.run(settings.rl(c), pairs, "", output, num_draws=6)) == 3
-  )
+  shutil.rmtree(model)
+  assert len(run(c, pairs, "", str(output), num_draws=6)) == 3
   with pytest.raises(errors.UserError, match="num_draws: 6 before, 7 now"):
-    likelihood.run(settings.rl(c), pairs, "", output, num_draws=7)
+    run(c, pairs, "", str(output), num_draws=7)
 
 
 ROUNDED = ("log_likelihood", "standard_error")
 
 
 def test_demonstrations_of_the_task():
-  done = likelihood.run(settings.rl(config()), num_draws=1)
+  done = run(config(), num_draws=1)
   assert len(done) == 3
   assert {len(line["completion"]) for line in done} == {16}
   assert done[0]["standard_error"] is None
@@ -244,16 +224,16 @@ def test_demonstrations_of_the_task():
 def test_mistakes_of_the_user(tmp_path):
   c = config()
   with pytest.raises(errors.UserError, match=r"--pairs=.* does not exist"):
-    likelihood.run(settings.rl(c), str(tmp_path / "nothing.jsonl"))
+    run(c, str(tmp_path / "nothing.jsonl"))
   with pytest.raises(errors.UserError, match="--num_draws=0"):
-    likelihood.run(settings.rl(c), num_draws=0)
+    run(c, num_draws=0)
   file = tmp_path / "pairs.jsonl"
   file.write_text('{"prompt": "1", "completion": ""}\n')
   with pytest.raises(errors.UserError, match="without tokens"):
-    likelihood.run(settings.rl(c), str(file))
+    run(c, str(file))
   file.write_text(json.dumps({"prompt": "1", "completion": "1" * 5000}))
   with pytest.raises(errors.UserError, match=r"50\d\d tokens, more .* 4096"):
-    likelihood.run(settings.rl(c), str(file))
+    run(c, str(file))
   file.write_text('{"question": "1"}\n')
   with pytest.raises(errors.UserError, match=r"pairs\.jsonl, line 1"):
-    likelihood.run(settings.rl(c), str(file))
+    run(c, str(file))
