@@ -7,32 +7,18 @@ import subprocess
 import sys
 
 import pytest
-import safetensors
 
-import agrpo_jax
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import sweep
-from agrpo_jax.evaluation import accuracy
 from agrpo_jax.evaluation import table
+from fixtures import sudoku
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
 
 
 def config() -> config_lib.ConfigDict:
-  c = config_lib.rl()
-  c.workdir = "unused"
-  c.model.path = str(MODEL)
-  c.model.dtype = "float32"
-  config_lib.use_task(c, "sudoku", protocol="bare", num_examples=4)
-  c.data.max_prompt_length = 64
-  c.data.bucket = 8
-  c.grading.num_workers = 1
-  c.evaluate.update(
-    completion_length=16, block_length=16, num_denoise_steps=4, batch_size=4
-  )
-  return c
+  return sudoku.config(num_examples=4)
 
 
 def test_every_combination_is_a_cell(tmp_path):
@@ -40,12 +26,12 @@ def test_every_combination_is_a_cell(tmp_path):
   (group,) = sweep.cells(config(), [], [], axes, str(tmp_path))
   found = [
     (
-      cell.settings.evaluate.sampling.completion_length,
-      cell.settings.evaluate.sampling.num_denoise_steps,
-      cell.settings.evaluate.sampling.unmask_rule,
-      cell.settings.evaluate.sampling.temperature,
+      sampling.completion_length,
+      sampling.num_denoise_steps,
+      sampling.unmask_rule,
+      sampling.temperature,
     )
-    for cell in group
+    for sampling in (cell.settings.evaluate.sampling for cell in group)
   ]
   assert found == [
     (16, 2, "confidence", 0.0),
@@ -67,19 +53,26 @@ def test_models_have_names_of_their_own(tmp_path):
     "runs_one",
   ]
   assert groups[2][0].checkpoint == "runs/one"
-  assert groups[2][0].settings.model.path == str(MODEL)
+  assert [group[0].settings.model.path for group in groups[:2]] == [
+    "a/model",
+    "b/model",
+  ]
   groups = sweep.cells(config(), ["a/x", "b/y"], [], {}, str(tmp_path))
   assert [group[0].model for group in groups] == ["x", "y"]
 
 
 def test_all_that_is_wrong_at_once(tmp_path):
+  # A model without weights, which cannot be loaded.
+  model, output = tmp_path / "tiny-sudoku", tmp_path / "output"
+  model.mkdir()
+  shutil.copy(sudoku.MODEL / "config.json", model)
   axes = {
     "completion_length": [16, 40, 5008],
     "unmask_rule": ["confidence", "greedy"],
     "temperature": [0.0, -1.0],
   }
   grid = sweep.cells(
-    config(), [str(MODEL), "./nowhere"], ["./no-run"], axes, str(tmp_path)
+    config(), [str(model), "./nowhere"], ["./no-run"], axes, str(output)
   )
   with pytest.raises(errors.UserError) as error:
     list(sweep.run(grid))
@@ -94,36 +87,39 @@ def test_all_that_is_wrong_at_once(tmp_path):
     "--checkpoint='./no-run' is not a work directory",
   ):
     assert part in message, part
-  assert not list(tmp_path.iterdir())
+  assert not output.exists()
 
 
-def test_done_once_and_continued_cell_by_cell(tmp_path, monkeypatch):
-  other = tmp_path / "other"
-  shutil.copytree(MODEL, other)
-  loads = []
-
-  def opened(path, *args, **kwargs):
-    loads.append(str(path.parent))
-    return safe_open(path, *args, **kwargs)
-
-  safe_open = safetensors.safe_open
-  monkeypatch.setattr(safetensors, "safe_open", opened)
+def test_done_once_and_continued_cell_by_cell(tmp_path):
+  models = [tmp_path / "tiny-sudoku", tmp_path / "other"]
+  for model in models:
+    shutil.copytree(sudoku.MODEL, model)
   axes = {"num_denoise_steps": [1, 2]}
   output = tmp_path / "sweep"
-  grid = sweep.cells(config(), [str(MODEL), str(other)], [], axes, str(output))
+  grid = sweep.cells(config(), [*map(str, models)], [], axes, str(output))
 
-  # Stopped within the second cell of four.
+  def hide(model, name="model.safetensors"):
+    (model / name).rename(model / "hidden")
+
+  def find(model, name="model.safetensors"):
+    (model / "hidden").rename(model / name)
+
+  # A model is loaded once, and the next one when its cells are due.
   rows = sweep.run(grid)
   first = next(rows)
-  monkeypatch.setattr(accuracy, "evaluate", None)
-  with pytest.raises(TypeError):
+  hide(models[0])
+  hide(models[1])
+  next(rows)
+  with pytest.raises(errors.UserError, match="other"):
     next(rows)
-  monkeypatch.undo()
-  monkeypatch.setattr(safetensors, "safe_open", opened)
-  assert loads == [str(MODEL)]
+  find(models[1])
 
+  # Stopped within the second cell of four.
+  sudoku.cut(pathlib.Path(grid[0][1].output), num_records=2)
+  with pytest.raises(errors.UserError, match="tiny-sudoku"):
+    list(sweep.run(grid))
+  find(models[0])
   rows = list(sweep.run(grid))
-  assert loads == [str(MODEL), str(MODEL), str(other)]
   assert rows[0] == first
   assert [row["model"] for row in rows] == ["tiny-sudoku"] * 2 + ["other"] * 2
   # The same weights in another folder.
@@ -132,11 +128,12 @@ def test_done_once_and_continued_cell_by_cell(tmp_path, monkeypatch):
     assert [mine[k] for k in figures] == [theirs[k] for k in figures]
   assert [row["mean_denoise_steps"] for row in rows] == [1, 2, 1, 2]
 
+  for model in models:
+    hide(model)
   assert list(sweep.run(grid)) == rows
-  assert len(loads) == 3
   c = config()
   c.seed = 1
-  grid = sweep.cells(c, [str(MODEL)], [], axes, str(output))
+  grid = sweep.cells(c, [str(models[0])], [], axes, str(output))
   with pytest.raises(errors.UserError) as error:
     list(sweep.run(grid))
   assert str(error.value).count("config.seed: 0 before, 1 now") == 2
