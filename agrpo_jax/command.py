@@ -75,14 +75,16 @@ def main(
       if any(word.lstrip("-") in _HELP for word in argv):
         sys.exit(0)  # absl's own code would be 1
       raise
-    except (AttributeError, KeyError) as error:
-      _fail(
-        f"A --config.KEY flag names a key that the config lacks: {error}. "
-        "The keys are in agrpo_jax/config.py and in the config file."
-      )
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-      # What goes wrong inside a config file comes with its whole traceback.
+    except flags.Error as error:
       _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
+    except Exception as error:
+      _fail(_config_mistake(error, argv))
+    file = _config_file(argv)
+    if file and CONFIG.value is None:
+      _fail(
+        f"get_config() of {file} returned nothing; it returns a config, which "
+        "starts from agrpo_jax.config.rl() or sft()."
+      )
     if missing:
       listed = ", ".join(f"--{name}=..." for name in missing)
       _fail(f"Missing: {listed} (--help says what they are).")
@@ -130,6 +132,38 @@ def main(
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
   sys.unraisablehook = _show_unraisable
   app.run(guarded, flags_parser=parse)
+
+
+def _config_file(argv: Sequence[str]) -> str:
+  """The file of --config=FILE or --config=FILE:VARIANT, or ""."""
+  for word in argv[1:]:
+    name, _, value = word.lstrip("-").partition("=")
+    if name == "config" and value:
+      return value if os.path.exists(value) else value.rpartition(":")[0]
+  return ""
+
+
+def _config_mistake(error: Exception, argv: Sequence[str]) -> str:
+  """Says what went wrong while the config file was read and changed."""
+  file = _config_file(argv)
+  if isinstance(error, SyntaxError) and error.filename == file:
+    return f"{file}, line {error.lineno}, is no Python: {error.msg}."
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame for frame in frames if frame.filename == file]
+  reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+  if own:
+    return f"{file}, line {own[-1].lineno}, failed: {reason}"
+  if "get_config" in str(error):
+    return (
+      f"{file} has no function get_config(); a config file has one, returning "
+      "a config, which starts from agrpo_jax.config.rl() or sft()."
+    )
+  if isinstance(error, (AttributeError, KeyError)):
+    return (
+      f"A --config.KEY flag names a key that the config lacks: {error}. The "
+      "keys are in agrpo_jax/config.py and in the config file."
+    )
+  return f"Cannot use the flags: {reason}"
 
 
 def _show_unraisable(unraisable: Any) -> None:

@@ -72,6 +72,7 @@ class Checkpoints:
     )
     directory = self._reader.directory
     try:
+      directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(directory, options=options)
     except OSError as error:
       raise errors.UserError(
