@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from agrpo_jax import errors
+from agrpo_jax import settings
 from agrpo_jax.models import lora
 from agrpo_jax.models import transformer
 from agrpo_jax.plan import __main__ as plan
@@ -17,7 +18,9 @@ from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import hlo
 from agrpo_jax.plan import programs
+from agrpo_jax.port import model_folder
 from configs import gsm8k
+from fixtures import sudoku
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -290,16 +293,16 @@ def test_a_libtpu_of_another_jax_is_told_which_one_belongs(
 
 
 def test_llada_has_its_eight_billion_parameters():
-  network = programs.network_of(gsm8k.get_config())
-  assert lora.count(transformer.abstract_params(network)) == 8_015_581_184
-  assert network.dtype == "bfloat16"
+  shape = programs.read_shape(settings.rl(gsm8k.get_config()).model)
+  assert lora.count(transformer.abstract_params(shape)) == 8_015_581_184
+  assert shape.dtype == "bfloat16"
 
 
 def test_a_model_of_unknown_shape_is_refused():
   c = gsm8k.get_config()
   c.model.path = "someone/else"
   with pytest.raises(errors.UserError, match="LLaDA-8B-Instruct"):
-    programs.network_of(c)
+    programs.read_shape(settings.rl(c).model)
 
 
 def _program(**fields):
@@ -327,15 +330,16 @@ def test_memory_traffic_of_cpu_code_says_nothing_about_gpus():
 def test_the_run_as_a_whole():
   c = gsm8k.get_config()
   c.train.num_steps = 600
+  s = settings.rl(c)
   chip = chips.CHIPS["v5e"]
-  text = plan.summary(c, [_program(), _program()], chip, num_devices=32)
+  text = plan.summary(s, [_program(), _program()], chip, num_devices=32)
   # 2 programs x 2 runs x 3 s of compute; x 600 = 2 hours on 32 chips.
   assert "It fits. At the roofline 12.0 s a train step" in text
   assert "in 2.0 hours, 64 chip-hours" in text
   two_a_chip = chips.CHIPS["tpu7x"]
-  text = plan.summary(c, [_program()], two_a_chip, num_devices=8)
+  text = plan.summary(s, [_program()], two_a_chip, num_devices=8)
   assert "NOT" not in text
-  text = plan.summary(c, [_program(refusal="no")], chip, num_devices=32)
+  text = plan.summary(s, [_program(refusal="no")], chip, num_devices=32)
   assert text.strip() == "IT DOES NOT FIT."
   assert "Used 20G of 15G" in plan.describe(
     _program(refusal="Used 20G of 15G"), chip
@@ -364,26 +368,34 @@ class _FakePlanner:
   def __init__(self, gib=1):
     self.gib = gib
 
-  def rollout(self, c):
-    return _program(arguments=self.gib * c.rollout.batch_size * 2**30 // 4)
+  def rollout(self, s):
+    return _program(arguments=self.gib * s.rollout.batch_size * 2**30 // 4)
 
-  def update(self, c):
-    return _program(arguments=self.gib * c.objective.microbatch * 2**30 // 4)
+  def update(self, s):
+    return _program(arguments=self.gib * s.microbatch * 2**30 // 4)
+
+  def units_per_update(self, s):
+    return s.rollout.num_rows * s.objective.num_mc_steps
 
 
 def test_the_search_sets_what_fits(capsys):
   c = gsm8k.get_config()
-  plan.fit(c, _FakePlanner(), chips.CHIPS["v5e"])
-  assert (c.rollout.batch_size, c.objective.microbatch) == (32, 32)
+  s = plan.fit(settings.rl(c), _FakePlanner(), chips.CHIPS["v5e"])
+  assert (s.rollout.batch_size, s.microbatch) == (32, 32)
   assert "objective.microbatch=64 does not fit" in capsys.readouterr().out
   c.rollout.num_prompts = 5  # 40 rows: 32 does not divide them
-  plan.fit(c, _FakePlanner(), chips.CHIPS["v5e"])
-  assert c.rollout.batch_size == 8
+  c.rollout.batch_size = 4
+  s = plan.fit(settings.rl(c), _FakePlanner(), chips.CHIPS["v5e"])
+  assert s.rollout.batch_size == 8
 
 
 def test_the_search_says_when_nothing_fits():
   with pytest.raises(errors.UserError, match=r"rollout\.batch_size=4 fits"):
-    plan.fit(gsm8k.get_config(), _FakePlanner(gib=20), chips.CHIPS["v5e"])
+    plan.fit(
+      settings.rl(gsm8k.get_config()),
+      _FakePlanner(gib=20),
+      chips.CHIPS["v5e"],
+    )
 
 
 def _command(*arguments):
@@ -414,10 +426,8 @@ def test_a_whole_plan_on_eight_virtual_devices():
   assert "prompts of 64 tokens" in out
   # No device computes what another does: 8 rows of 64 + 24 tokens, logits at
   # 3 positions, 8 denoising steps, shared by 8 devices.
-  network = programs.model_folder.load_shape(
-    str(ROOT / "agrpo_jax/assets/tiny-sudoku")
-  )
-  flops = 8 * transformer.forward_flops(network, 64 + 24, 3)
+  shape = model_folder.load_shape(str(sudoku.MODEL))
+  flops = 8 * transformer.forward_flops(shape, 64 + 24, 3)
   printed = float(out.split("FLOPs")[1].split()[0])
   assert printed == pytest.approx(flops, rel=0.02)
   assert "update: 1 a train step, outer loop 2 times" in out
