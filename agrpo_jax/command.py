@@ -200,6 +200,8 @@ def _list_in_help(name: str) -> None:
 
 def given_keys() -> set[str]:
   """Returns the keys that --config.KEY=VALUE flags give."""
+  if CONFIG.value is None:
+    return set()
   return {*config_flags.get_override_values(flags.FLAGS["config"])}
 
 
@@ -207,6 +209,8 @@ def evaluation_config(
   sampler: str = "config", model: str = ""
 ) -> tuple[config_lib.ConfigDict, set[str]]:
   """Returns the command line's config with a sampler and a model put in.
+
+  Without --config it starts from the defaults.
 
   Args:
     sampler: one of `config.SAMPLERS`; keys on the command line stay.
@@ -217,9 +221,10 @@ def evaluation_config(
     among them if `model` does.
 
   Raises:
-    UserError: an unknown sampler.
+    UserError: an unknown sampler, or a config of another kind.
   """
-  c = CONFIG.value.copy_and_resolve_references()
+  c = (CONFIG.value or config_lib.rl()).copy_and_resolve_references()
+  config_lib.check_kind(c, "rl")
   given = given_keys()
   prefix = "evaluate."
   keep = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]

@@ -98,6 +98,26 @@ def _lock(c: ConfigDict) -> ConfigDict:
   return c
 
 
+def check_kind(c: ConfigDict, kind: str) -> None:
+  """Raises UserError when a config is none of `rl()` or of `sft()`.
+
+  Args:
+    c: as a config file makes it.
+    kind: "rl" or "sft", whichever is needed.
+  """
+  found = c.get("kind")
+  if found == kind:
+    return
+  commands = {"rl": "agrpo_jax.main", "sft": "agrpo_jax.sft"}
+  made_for = ""
+  if found in commands:
+    made_for = f", made for `python -m {commands[found]}`"
+  raise errors.UserError(
+    f"This config is of kind {found!r}{made_for}; this command needs one of "
+    f"kind {kind!r}: a config file that starts from config.{kind}()."
+  )
+
+
 def use_task(c: ConfigDict, name: str, **options: Any) -> None:
   """Sets the task and all its options, for the record of a run.
 

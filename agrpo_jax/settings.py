@@ -184,6 +184,26 @@ class Sft(Run):
   output: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """What it takes to draw or score completions of a model.
+
+  Attributes:
+    seed: of the draws.
+    lora: adapters of a run, or None.
+    evaluate: how completions are drawn.
+    others: see the records; without a name or a path there is no task.
+  """
+
+  seed: int
+  model: models.Source
+  lora: lora_lib.Lora | None
+  mesh: Mesh
+  task: data.Task
+  data: data.Files
+  evaluate: Evaluate
+
+
 def rl(c: config_lib.ConfigDict) -> Rl:
   """Returns the settings of reinforcement learning and evaluation.
 
@@ -191,7 +211,7 @@ def rl(c: config_lib.ConfigDict) -> Rl:
     UserError: the config is of another kind of run, or has mistakes; all of
       them are named.
   """
-  _check_kind(c, "rl", "agrpo_jax.main", "agrpo_jax.sft")
+  config_lib.check_kind(c, "rl")
   problems = _Problems(_type_problems(c, config_lib.rl()))
   problems.raise_if_any()  # nothing else can be said of a value of no number
   made = _rl(c, problems)
@@ -205,7 +225,7 @@ def sft(c: config_lib.ConfigDict) -> Sft:
   Raises:
     UserError: as for `rl`.
   """
-  _check_kind(c, "sft", "agrpo_jax.sft", "agrpo_jax.main")
+  config_lib.check_kind(c, "sft")
   problems = _Problems(_type_problems(c, config_lib.sft()))
   problems.raise_if_any()
   made = _sft(c, problems)
@@ -213,20 +233,23 @@ def sft(c: config_lib.ConfigDict) -> Sft:
   return made
 
 
-def drawing(c: config_lib.ConfigDict) -> Rl:
+def drawing(c: config_lib.ConfigDict) -> Drawing:
   """Returns the settings of a command that only draws or scores completions.
 
-  It needs no task and no work directory, and nothing of how to train.
+  Nothing is asked of the rest of the config: how to train, where to.
 
   Raises:
     UserError: as for `rl`.
   """
-  _check_kind(c, "rl", "agrpo_jax.main", "agrpo_jax.sft")
+  config_lib.check_kind(c, "rl")
   problems = _Problems(_type_problems(c, config_lib.rl()))
   problems.raise_if_any()
-  made = _rl(c, problems)
-  needed = ("model.", "mesh.", "evaluate.", "seed", "data.", "lora.")
-  problems[:] = [p for p in problems if p.startswith(needed)]
+  problems.want(bool(c.model.path), "model.path", "", "a folder or hub id")
+  made = Drawing(
+    **_model(c, problems),
+    task=_task(c, problems),
+    evaluate=_evaluate(c, problems),
+  )
   problems.raise_if_any()
   return made
 
@@ -239,19 +262,6 @@ def inspect(c: config_lib.ConfigDict) -> tuple[Rl, list[str]]:
   problems = _Problems()
   made = _rl(c, problems)
   return made, [f"config.{problem}" for problem in problems]
-
-
-def _check_kind(
-  c: config_lib.ConfigDict, kind: str, command: str, other: str
-) -> None:
-  found = c.get("kind")
-  if found != kind:
-    made_for = f", made for `python -m {other}`" if found else ""
-    raise errors.UserError(
-      f"This config is of kind {found!r}{made_for}; `python -m {command}` "
-      f"needs one of kind {kind!r}: a config file that starts from "
-      f"config.{kind}()."
-    )
 
 
 class _Problems(list):
@@ -327,9 +337,8 @@ def _record(record: type[R], sub: config_lib.ConfigDict, **given: Any) -> R:
   return record(**{n: sub[n] for n in sub if n in names} | given)
 
 
-def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
-  """The attributes of `Run`; adds what is wrong with them."""
-  found.want(bool(c.workdir), "workdir", c.workdir, "the folder of this run")
+def _model(c: config_lib.ConfigDict, found: _Problems) -> dict:
+  """What runs and `Drawing` have in common; adds what is wrong with it."""
   found.want(0 <= c.seed <= _MAX_SEED, "seed", c.seed, f"from 0 to {_MAX_SEED}")
   for name, choices in (
     ("dtype", models.DTYPES),
@@ -342,7 +351,6 @@ def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
     found.want(
       size >= 1 or size == -1, f"mesh.{axis}", size, "a number of devices or -1"
     )
-  task = _task(c, found)
   found.at_least(1, "data", c.data, "max_prompt_length", "bucket")
   for name in ("path", "test_path"):
     found.want(
@@ -350,6 +358,25 @@ def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
       f"data.{name}",
       c.data[name],
       "an existing file or folder",
+    )
+  return dict(
+    seed=c.seed,
+    model=_record(models.Source, c.model),
+    lora=_lora(c, found),
+    mesh=_record(Mesh, c.mesh),
+    data=_record(data.Files, c.data),
+  )
+
+
+def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
+  """The attributes of `Run`; adds what is wrong with them."""
+  found.want(bool(c.workdir), "workdir", c.workdir, "the folder of this run")
+  if c.kind == "rl" or not c.data.path:
+    found.want(
+      bool(c.task.name or c.task.path),
+      "task.name",
+      c.task.name,
+      "a task's name, or task.path the file of one",
     )
   found.at_least(1, "train", c.train, "num_steps", "checkpoint_every", "keep")
   found.at_least(0, "train", c.train, "log_samples")
@@ -364,14 +391,10 @@ def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
     "empty, or the package installed: pip install 'agrpo_jax[wandb]'",
   )
   return dict(
+    **_model(c, found),
     workdir=c.workdir,
-    seed=c.seed,
     accept_changed_config=c.accept_changed_config,
-    model=_record(models.Source, c.model),
-    lora=_lora(c, found),
-    mesh=_record(Mesh, c.mesh),
-    task=task,
-    data=_record(data.Files, c.data),
+    task=_task(c, found),
     optimizer=optimizer,
     train=_record(run_lib.Train, c.train),
     wandb=_record(run_lib.Wandb, c.wandb),
@@ -389,13 +412,6 @@ def _lora(c: config_lib.ConfigDict, found: _Problems) -> lora_lib.Lora | None:
 
 
 def _task(c: config_lib.ConfigDict, found: _Problems) -> data.Task:
-  if c.kind == "rl" or not c.data.path:
-    found.want(
-      bool(c.task.name or c.task.path),
-      "task.name",
-      c.task.name,
-      "a task's name, or task.path the file of one",
-    )
   if c.task.name and not c.task.path:
     found.known("task.name", c.task.name, tasks.NAMES)
   weights = c.task.get("reward_weights") or {}
@@ -435,6 +451,11 @@ def _draw(
   )
   found.at_least(1, key, sub, "batch_size")
   return _record(record, sub, sampling=sampling, guidance=guidance)
+
+
+def _evaluate(c: config_lib.ConfigDict, found: _Problems) -> Evaluate:
+  found.at_least(0, "evaluate", c.evaluate, "every", "num_examples")
+  return _draw(Evaluate, "evaluate", c.evaluate, found)
 
 
 def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
@@ -487,8 +508,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
   ]
   objective = _record(record, c.objective)
   found += [f"objective.{p}" for p in objective.problems(sampling)]
-  evaluate = _draw(Evaluate, "evaluate", c.evaluate, found)
-  found.at_least(0, "evaluate", c.evaluate, "every", "num_examples")
+  evaluate = _evaluate(c, found)
   found.at_least(0, "train", c.train, "keep_best")
   found.at_least(1, "grading", c.grading, "num_workers")
   for name in ("timeout_seconds", "memory_gib"):

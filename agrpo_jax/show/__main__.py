@@ -48,7 +48,7 @@ _SETTINGS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 def draw(
-  s: settings_lib.Rl,
+  s: settings_lib.Drawing,
   *,
   prompt: str,
   example: int | None,
@@ -124,7 +124,7 @@ def draw(
 
 
 def _held_out(
-  s: settings_lib.Rl, tokenizer: data.Tokenizer, example: int
+  s: settings_lib.Drawing, tokenizer: data.Tokenizer, example: int
 ) -> data.Prompt:
   if not s.task:
     raise errors.UserError("--example needs a task: add --config=FILE.")
@@ -137,7 +137,7 @@ def _held_out(
   return prompts[example]
 
 
-def _describe(s: settings_lib.Rl) -> str:
+def _describe(s: settings_lib.Drawing) -> str:
   sampling = s.evaluate.sampling
   steps = f"{sampling.num_denoise_steps} denoising steps"
   if sampling.threshold is not None:
@@ -182,18 +182,16 @@ def main(argv: Sequence[str]) -> None:
     )
   if asked.html and not pathlib.Path(asked.html).absolute().parent.is_dir():
     raise errors.UserError(f"--html={asked.html!r} is in no folder there is.")
-  given = command.given_keys()
-  base = command.CONFIG.value
-  if base is None:
-    base = config_lib.rl()
-    base.workdir = "unused"  # nothing is written to it
-  c = base.copy_and_resolve_references()
-  for key, value in (("path", asked.model), ("tokenizer", asked.tokenizer)):
-    if value:
-      c.model[key] = value
-      given.add(f"model.{key}")
+  c, given = command.evaluation_config(asked.sampler, asked.model)
+  if asked.tokenizer:
+    c.model.tokenizer = asked.tokenizer
+    given.add("model.tokenizer")
   evaluate.use_run(c, asked.checkpoint, given)
-  config_lib.use_sampler(c, asked.sampler)
+  if not c.model.path:
+    raise errors.UserError(
+      "Which model? Give --model=FOLDER_OR_HUB_ID, --checkpoint=WORKDIR or "
+      "--config=FILE."
+    )
   config_lib.set_evaluate(c, {name: asked[name].value for name in _SETTINGS})
   if asked.seed is not None:
     c.seed = asked.seed

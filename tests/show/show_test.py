@@ -10,17 +10,16 @@ import sys
 import pytest
 import rich.console
 
-import agrpo_jax
-from agrpo_jax import adhoc
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import settings
 from agrpo_jax.show import __main__ as show
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
 from fixtures import completions
+from fixtures import sudoku
 
-MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku"
 PUZZLE = "3102200002100320"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -250,15 +249,19 @@ def test_page_loads_nothing(accent):
   assert policy.startswith("default-src 'none'")
 
 
-def sudoku(**changes) -> config_lib.ConfigDict:
+def drawing(**changes) -> settings.Drawing:
+  """Settings without a task, and with nothing to train for."""
+  c = config_lib.rl()
+  c.model.path = str(sudoku.MODEL)
   fields = dict(
     completion_length=16, block_length=16, num_denoise_steps=8, temperature=1.0
   )
-  return adhoc.config(None, str(MODEL), **(fields | changes))
+  config_lib.set_evaluate(c, fields | changes)
+  return settings.drawing(c)
 
 
 def test_draws_what_it_shows():
-  shown = show.draw(sudoku(), prompt=PUZZLE, example=None, num_completions=2)
+  shown = show.draw(drawing(), prompt=PUZZLE, example=None, num_completions=2)
   assert shown.prompt == PUZZLE
   assert f"user<|end_header_id|>\n\n{PUZZLE}<|eot_id|>" in shown.raw_prompt
   assert shown.eos_name == "<|endoftext|>"
@@ -268,7 +271,7 @@ def test_draws_what_it_shows():
     assert steps == [step for step in range(8) for _ in range(2)]
     assert all(token.logprob <= 0 <= token.entropy for token in one.tokens)
   # The first of two is the only one of one.
-  alone = show.draw(sudoku(), prompt=PUZZLE, example=None, num_completions=1)
+  alone = show.draw(drawing(), prompt=PUZZLE, example=None, num_completions=1)
   for a, b in zip(
     alone.completions[0].tokens, shown.completions[0].tokens, strict=True
   ):
@@ -276,19 +279,17 @@ def test_draws_what_it_shows():
 
 
 def test_mistakes_are_named():
-  with pytest.raises(errors.UserError, match="Which model"):
-    adhoc.config(None)
   with pytest.raises(errors.UserError, match="block_length=5"):
-    sudoku(block_length=5)
-  c = sudoku(temperature=0.0)
+    drawing(block_length=5)
+  s = drawing(temperature=0.0)
   with pytest.raises(errors.UserError, match="all be the same"):
-    show.draw(c, prompt=PUZZLE, example=None, num_completions=2)
+    show.draw(s, prompt=PUZZLE, example=None, num_completions=2)
   with pytest.raises(errors.UserError, match="num_completions=0"):
-    show.draw(c, prompt=PUZZLE, example=None, num_completions=0)
+    show.draw(s, prompt=PUZZLE, example=None, num_completions=0)
   with pytest.raises(errors.UserError, match="needs a task"):
-    show.draw(c, prompt="", example=1, num_completions=1)
+    show.draw(s, prompt="", example=1, num_completions=1)
   with pytest.raises(errors.UserError, match="empty"):
-    show.draw(c, prompt="", example=None, num_completions=1, is_plain=True)
+    show.draw(s, prompt="", example=None, num_completions=1, is_plain=True)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -320,5 +321,24 @@ def test_the_command(tmp_path):
     (["one", "two"], "Unknown arguments two"),
     (["one", f"--html={tmp_path}/no/page.html"], "is in no folder"),
   ):
-    done = run(f"--model={MODEL}", *arguments)
+    done = run(f"--model={sudoku.MODEL}", *arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+  for arguments, message in (
+    (["one"], "Which model? Give --model="),
+    (
+      ["--config=configs/sft_sudoku.py", "one"],
+      "made for `python -m agrpo",
+    ),
+  ):
+    done = run(*arguments)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_keys_on_the_command_line_stay_under_a_sampler():
+  done = run(
+    *("--config=configs/sudoku_tiny.py", "--sampler=d1", PUZZLE),
+    *("--config.evaluate.completion_length=16", "--config.evaluate.top_k=5"),
+    *("--config.evaluate.block_length=16", "--num_denoise_steps=4"),
+  )
+  assert done.returncode == 0, done.stderr
+  assert "16 tokens in blocks of 16, 4 denoising steps" in done.stdout
