@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Where problems come from and how completions are graded.
+  """A task: where problems come from and how completions are graded.
 
   Attributes:
     name: of a task of the package; "" under `path`.
@@ -308,7 +308,7 @@ def recorded(example: tasks.Example, rng: random.Random) -> str:
 
 
 class Demonstrations:
-  """What a train step learns from, a pure function of its number."""
+  """The batches of supervised fine-tuning, a function of the train step."""
 
   def __init__(
     self,

@@ -169,7 +169,7 @@ def record_settings(
 
 
 def model_settings(s: settings_lib.Rl, checkpoint: str) -> dict[str, Any]:
-  """What the numbers that a model gets depend on, whatever it is asked."""
+  """Returns what a model's figures depend on, whatever it is asked."""
   names = ("path", "revision", "tokenizer", "dtype")
   lora = dataclasses.asdict(s.lora) if checkpoint and s.lora else None
   return {

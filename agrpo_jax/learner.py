@@ -456,7 +456,7 @@ class _Units:
     advantage_B: jax.Array | None = None,
     *per_unit: Any,
   ) -> Any:
-    """What belongs to microbatch number `index`, its rows on the mesh.
+    """Returns what microbatch number `index` works on, its rows on the mesh.
 
     Args:
       index: int32.

@@ -76,7 +76,7 @@ class Rollout(host.Draw):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(host.Draw):
-  """How often, on what, and how a model is evaluated."""
+  """The evaluations of a run, or of a model."""
 
   every: int
   split: str
@@ -85,7 +85,7 @@ class Evaluate(host.Draw):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What runs of every kind have.
+  """The settings that runs of every kind have.
 
   Attributes:
     workdir: folder of logs and checkpoints.
@@ -186,7 +186,7 @@ class Sft(Run):
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """What it takes to draw or score completions of a model.
+  """The settings of a command that draws or scores completions.
 
   Attributes:
     seed: of the draws.
@@ -265,7 +265,7 @@ def inspect(c: config_lib.ConfigDict) -> tuple[Rl, list[str]]:
 
 
 class _Problems(list):
-  """What is wrong, a line each."""
+  """The mistakes found so far, a line each."""
 
   def want(self, is_fine: bool, key: str, value: Any, legal: str) -> bool:
     if not is_fine:
@@ -301,7 +301,7 @@ _FREE = ("options", "defaults", "reward_weights", "network", "objective")
 def _type_problems(
   c: config_lib.ConfigDict, default: config_lib.ConfigDict, prefix: str = ""
 ) -> list[str]:
-  """What is missing, unknown, or of another type than the default."""
+  """Returns what is missing, unknown, or of another type than its default."""
   found = [f"{prefix}{key} is unknown" for key in c if key not in default]
   for key, usual in default.items():
     name = prefix + key
@@ -319,7 +319,7 @@ def _type_problems(
 
 
 def _is_like(value: Any, usual: Any) -> bool:
-  """Whether a value has the type of the default; numbers may be whole."""
+  """Returns whether a value has the type of the default; 1 is a float too."""
   if isinstance(usual, bool) or isinstance(value, bool):
     return isinstance(usual, bool) and isinstance(value, bool)
   if usual is None:  # an optional number
@@ -557,7 +557,7 @@ def _sft(c: config_lib.ConfigDict, found: _Problems) -> Sft:
 
 
 def _can_write(folder: pathlib.Path) -> bool:
-  """Whether files can be written to a folder; makes nothing."""
+  """Returns whether files can be written to a folder; makes nothing."""
   while not folder.exists():
     folder = folder.parent
   return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

@@ -167,7 +167,7 @@ def reward_scalars(graded: pool.Graded, group_size: int) -> dict[str, float]:
 
 
 def length_scalars(completion_BxC: np.ndarray, eos_id: int) -> dict[str, float]:
-  """How long completions are: tokens up to the last that is not EOS."""
+  """Returns lengths of completions: tokens up to the last that is not EOS."""
   is_content_BxC = completion_BxC != eos_id
   place_C = np.arange(1, is_content_BxC.shape[1] + 1)
   length_B = (is_content_BxC * place_C).max(axis=1)

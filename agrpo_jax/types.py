@@ -103,7 +103,7 @@ class Rollout(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """What training changes; a checkpoint holds all of it but a frozen base.
+  """All that training changes; a checkpoint leaves out a frozen base.
 
   Attributes:
     train_step: int32 scalar, train steps done.

@@ -106,7 +106,7 @@ def _records(
   num_steps_B: np.ndarray,
   eos_id: int,
 ) -> list[dict[str, Any]]:
-  """What is known of a batch before it is graded."""
+  """Returns the records of a batch, without its grades."""
   place_C = np.arange(1, pending.completion_BxC.shape[1] + 1)
   length_B = ((pending.completion_BxC != eos_id) * place_C).max(axis=1)
   return [

@@ -193,7 +193,7 @@ class Result:
 
   @property
   def num_disagree(self) -> int:
-    """How many completions the strict and the tolerant verdict differ on."""
+    """The number of completions on which strict and tolerant verdict differ."""
     strict = self._grades_Nxn["accuracy"]
     tolerant = self._grades_Nxn.get("accuracy_tolerant", strict)
     return int((strict != tolerant).sum())

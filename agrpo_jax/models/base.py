@@ -21,7 +21,7 @@ SWITCHES = ("dtype", "remat", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where a network comes from, and how it is computed.
+  """A model by name, and how it is computed.
 
   Attributes:
     path: a model folder, or its hub id.

@@ -182,7 +182,7 @@ def merge(
 
 
 def count(tree: types.Tree) -> int:
-  """How many numbers the arrays of a tree hold."""
+  """Returns how many numbers the arrays of a tree hold."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 

@@ -67,7 +67,9 @@ def estimate(
 def count(
   shift: jax.Array, length: jax.Array, draw: jax.Array, num_draws: int
 ) -> jax.Array:
-  """How many tokens the draw masks, 1..length; each as likely if `shift` is.
+  """Returns how many tokens a draw masks, 1..length.
+
+  Each count is as likely as the others if `shift` is uniform.
 
   shift: int32, uniform over 0..length - 1, the same for all draws of a
     completion. (Rounding where LLaDA's code has a floor would favour counts of

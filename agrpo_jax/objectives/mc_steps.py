@@ -231,7 +231,7 @@ def merge_repeats(drawn: Drawn) -> jax.Array:
 
 
 def _is_repeat(step_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Which draws of a row are equal [B, M, M], and which are not the first."""
+  """Returns which draws of a row are equal [B, M, M], which repeat [B, M]."""
   is_same_BxMxM = step_BxM[:, :, None] == step_BxM[:, None, :]
   is_earlier_MxM = jnp.tri(step_BxM.shape[1], k=-1, dtype=bool)
   return is_same_BxMxM, (is_same_BxMxM & is_earlier_MxM[None]).any(axis=2)

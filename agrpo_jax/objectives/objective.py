@@ -19,7 +19,7 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 
 class Objective(Protocol):
-  """How completions become a loss: a frozen dataclass of its settings.
+  """An objective: a frozen dataclass of its settings, and these functions.
 
   Attributes:
     updates_per_batch: optimizer updates per rollout, U.

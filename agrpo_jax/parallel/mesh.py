@@ -118,7 +118,7 @@ def partition_spec(
 
 
 def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
-  """Where each array of a tree goes.
+  """Returns where each array of a tree goes.
 
   Args:
     mesh: from `make`.
@@ -162,7 +162,7 @@ def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
 
 
 class Places(NamedTuple):
-  """Where a weight is.
+  """The places of a weight on the mesh.
 
   Attributes:
     kept: between its uses, split over `fsdp` and `tensor`.
@@ -175,7 +175,7 @@ class Places(NamedTuple):
 
 
 def places(rows: NamedSharding, axes: tuple[str, ...]) -> Places:
-  """Of a weight with these logical axes, on the mesh of `rows`."""
+  """Returns the places of a weight with these logical axes."""
   kept = partition_spec(axes)
   used = PartitionSpec(*[None if axis == "fsdp" else axis for axis in kept])
   return Places(NamedSharding(rows.mesh, kept), NamedSharding(rows.mesh, used))
@@ -197,7 +197,7 @@ def vmap_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-  """What must divide the number of rows of a batch placed with `rows`."""
+  """Returns what must divide the rows of a batch that `rows` places."""
   return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 

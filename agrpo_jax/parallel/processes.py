@@ -167,7 +167,7 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
 
 
 def is_lost(error: BaseException) -> bool:
-  """Whether an error is that another process of the run does not answer.
+  """Returns whether an error is that another process does not answer.
 
   So it shows where that process was being waited for. Where nothing was, and
   when process 0 is the one, JAX aborts this process: `_when_aborted`.
@@ -199,7 +199,7 @@ def _when_aborted(message: str) -> None:
 
 
 def is_main() -> bool:
-  """Whether this process writes logs and talks to the terminal."""
+  """Returns whether this process writes logs and talks to the terminal."""
   return jax.process_index() == 0
 
 

@@ -130,7 +130,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
-  """What one program takes, per device."""
+  """Returns in words what one program takes of a device."""
   if program.refusal:
     return f"\n{program.name}: DOES NOT FIT. {program.refusal}"
   cost = program.cost

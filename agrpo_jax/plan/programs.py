@@ -184,7 +184,7 @@ class Planner:
     )
 
   def units_per_update(self, s: settings_lib.Rl) -> int:
-    """How many units the objective visits in an optimizer update, at most."""
+    """Returns how many units an optimizer update visits at most."""
     size = s.rollout.num_rows
     keys = self._array((size,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     visits, _ = jax.eval_shape(

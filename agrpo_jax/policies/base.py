@@ -20,7 +20,7 @@ from agrpo_jax import types
 
 
 class Policy(Protocol):
-  """How logits are computed; a frozen dataclass of its settings.
+  """A policy: a frozen dataclass of its settings, and two functions.
 
   Rows are mapped by hand, not by `vmap`: a network wants whole batches.
   """

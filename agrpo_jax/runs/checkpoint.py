@@ -90,7 +90,7 @@ class Checkpoints:
 
   @property
   def is_busy(self) -> bool:
-    """Whether a checkpoint is being written; processes may differ in it."""
+    """True while a checkpoint is being written; processes may differ in it."""
     return self._manager.is_saving_in_progress()
 
   def save(

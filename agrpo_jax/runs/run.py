@@ -38,7 +38,7 @@ _FREE_KEYS = ("workdir", "accept_changed_config", "wandb")
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-  """How long a run is and what it keeps.
+  """The length of a run and what it keeps.
 
   Attributes:
     num_steps: train steps.
@@ -57,14 +57,14 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Wandb:
-  """Where Weights & Biases logs; not used if `project` is empty."""
+  """A run of Weights & Biases; not used if `project` is empty."""
 
   project: str
   name: str
 
 
 class Settings(Protocol):
-  """What of `settings.Rl` and `settings.Sft` is read here."""
+  """The part of `settings.Rl` and `settings.Sft` that is read here."""
 
   @property
   def workdir(self) -> str: ...
@@ -97,7 +97,7 @@ class Claim:
 
   @property
   def has_begun(self) -> bool:
-    """Whether the directory holds a run, to be continued."""
+    """True if the directory holds a run, to be continued."""
     return (self.folder / "config.json").exists()
 
   def begin(
@@ -253,7 +253,7 @@ def claim(settings: Settings) -> Iterator[Claim]:
 
 
 class StopRequest:
-  """Whether somebody asked the process to stop.
+  """A note that somebody asked the process to stop.
 
   Attributes:
     signal: the signal's number, 0 if there was none.

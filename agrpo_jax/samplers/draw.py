@@ -132,7 +132,7 @@ def filter_logits(
 
 
 def support_size(sampling: sampling_lib.Sampling, vocab_size: int) -> int:
-  """S: how many candidates top-k looks at, room for ties included."""
+  """Returns S, the candidates that top-k looks at, room for ties included."""
   room = sampling.top_k + max(_MIN_TIE_SLOTS, sampling.top_k // 4)
   return min(-(-room // _SUPPORT_MULTIPLE) * _SUPPORT_MULTIPLE, vocab_size)
 
@@ -140,7 +140,7 @@ def support_size(sampling: sampling_lib.Sampling, vocab_size: int) -> int:
 def pack_support(
   filtered: Filtered, sampling: sampling_lib.Sampling
 ) -> jax.Array | None:
-  """What `Rollout.support` records of a draw: ids, packed bits or None."""
+  """Returns what `Rollout.support` records: ids, packed bits or None."""
   if not sampling.is_truncated:
     return None
   kept = jnp.isfinite(filtered.logprob)
@@ -225,7 +225,7 @@ def draw_token(
 def confidence(
   logits_V: jax.Array, filtered: Filtered, sampling: sampling_lib.Sampling
 ) -> jax.Array:
-  """float32 [S]: what each candidate would be ranked by, had it been drawn."""
+  """Returns float32 [S], what each candidate would rank by if it were drawn."""
   if sampling.confidence == "policy":
     return filtered.logprob
   kept_S = jnp.isfinite(filtered.logprob)

@@ -30,7 +30,7 @@ class Vocabulary(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """How completions are drawn, before a model says which ids are special.
+  """Settings of a sampler, before a model says which ids are special.
 
   Attributes:
     sampling: the schedule and the rule; its mask_id and eos_id mean nothing.
@@ -56,7 +56,7 @@ class Draw:
 
   @property
   def has_chance(self) -> bool:
-    """Whether two completions of one prompt can differ."""
+    """True if two completions of one prompt can differ."""
     return self.sampling.temperature > 0 or (
       self.sampling.unmask_rule == "random"
     )

@@ -7,7 +7,7 @@ import jax
 
 
 class Noise(NamedTuple):
-  """Where randomness comes from; tests put recorded noise here.
+  """The source of randomness; tests put recorded noise here.
 
   Attributes:
     order: (key, denoise_step, T) -> float32 [T]; the `random` rule unmasks the

@@ -204,7 +204,7 @@ def _block_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
 
 
 def _window_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
-  """Where the positions that a step looks at begin."""
+  """Returns the first completion position that a step looks at."""
   return jnp.int32(0) if sampling.redraw_mask else _block_start(row, sampling)
 
 
@@ -225,7 +225,7 @@ def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
 
 
 def _count(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
-  """How many positions this step unmasks."""
+  """Returns how many positions the schedule unmasks in this step."""
   counts = jnp.asarray(sampling_lib.step_counts(sampling))
   return counts[row.block_step]
 

@@ -30,7 +30,7 @@ _TINY = 1e-30
 
 
 class Bar(NamedTuple):
-  """What a drawn token has to reach for its position to be unmasked.
+  """The bar that a drawn token has to reach for its position to be unmasked.
 
   Attributes:
     level: float32 scalar, a log-probability: a confidence below it loses.

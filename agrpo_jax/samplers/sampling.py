@@ -17,7 +17,7 @@ CONFIDENCES = ("policy", "model")
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How completions are drawn. Hashable: a static argument of compiled code.
+  """Settings of a sampler. Hashable: a static argument of compiled code.
 
   Attributes:
     mask_id: vocabulary id of [MASK].
@@ -77,7 +77,7 @@ class Sampling:
 
   @property
   def window_length(self) -> int:
-    """How many positions are looked at in a step: the block's T, or all C."""
+    """The number of positions that a step looks at: the block's T, or all C."""
     return self.completion_length if self.redraw_mask else self.block_length
 
   @property
@@ -107,7 +107,7 @@ RULES: dict[str, Callable[[Sampling], rules.UnmaskRule]] = {
 
 
 def problems(sampling: Sampling) -> list[str]:
-  """What is wrong with the settings, a sentence each; empty when they hold."""
+  """Returns what is wrong with the settings, a sentence each."""
   s = sampling
   found = []
 
@@ -164,7 +164,7 @@ def problems(sampling: Sampling) -> list[str]:
 
 
 def step_counts(sampling: Sampling) -> np.ndarray:
-  """How many positions each denoising step of a block unmasks.
+  """Returns how many positions each denoising step of a block unmasks.
 
   int [steps_per_block]: equal shares of the block, the remainder one each to
   the first steps (LLaDA, arXiv:2502.09992, `get_num_transfer_tokens`).

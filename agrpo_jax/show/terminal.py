@@ -94,7 +94,7 @@ def legend(num_steps: int, has_colours: bool) -> rich.text.Text:
 
 
 def has_colours(console: rich.console.Console) -> bool:
-  """Whether colours show on a console; bold and dim may where they do not."""
+  """Returns whether colours show; bold and dim may where they do not."""
   return console.color_system is not None and not console.no_color
 
 
