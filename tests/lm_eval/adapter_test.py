@@ -8,13 +8,14 @@ import types
 import jax
 import numpy as np
 import pytest
+from absl import logging
 
-import agrpo_jax
 from agrpo_jax import errors
-from agrpo_jax.lm_eval import __main__ as lm_eval
+from agrpo_jax.lm_eval import adapter
 from fixtures import recordings
+from fixtures import sudoku
 
-MODEL = str(pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-sudoku")
+MODEL = str(sudoku.MODEL)
 SETTINGS = dict(
   completion_length=16,
   block_length=16,
@@ -43,7 +44,7 @@ class LM:
     self.cache_hook = Kept()
 
 
-class Model(lm_eval.Adapter, LM):
+class Model(adapter.Adapter, LM):
   pass
 
 
@@ -189,7 +190,7 @@ def test_mistakes_are_named(settings, message):
 
 
 def test_nothing_is_cut_off_silently(model):
-  long = "1" * model._policy.network.max_length
+  long = "1" * model._model.shape.max_length
   with pytest.raises(errors.UserError, match="Nothing is cut off"):
     model.loglikelihood_rolling([request(long + "1")])
   with pytest.raises(errors.UserError, match="Nothing is cut off"):
@@ -207,13 +208,61 @@ def test_registers_under_its_name(monkeypatch):
   api.registry = types.SimpleNamespace(register_model=register_model)
   monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
   monkeypatch.setitem(sys.modules, "lm_eval.api", api)
-  found = lm_eval.register.__wrapped__()
+  found = adapter.register.__wrapped__()
   assert known == {"agrpo_jax": found}
-  assert issubclass(found, LM) and issubclass(found, lm_eval.Adapter)
+  assert issubclass(found, LM) and issubclass(found, adapter.Adapter)
 
 
 def test_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "lm_eval", None)
   monkeypatch.setitem(sys.modules, "lm_eval.api", None)
   with pytest.raises(errors.UserError, match="pip install"):
-    lm_eval.register.__wrapped__()
+    adapter.register.__wrapped__()
+
+
+@pytest.mark.parametrize(
+  "until, expected",
+  [
+    (["\n\n", "Q:"], "a "),
+    ("\n", "a Q: b"),
+    (["never"], "a Q: b\n\nc"),
+    (["", "b"], "a Q: "),
+    ([], "a Q: b\n\nc"),
+    (None, "a Q: b\n\nc"),
+  ],
+)
+def test_cut(until, expected):
+  assert adapter.cut("a Q: b\n\nc", until) == expected
+
+
+def test_rows_are_numbered_by_context_and_repetition():
+  found = adapter.row_ids([request("a"), request("b"), request("a")])
+  assert found.dtype == np.uint32
+  np.testing.assert_array_equal(found[:, 1], [0, 0, 1])
+  assert found[0, 0] == found[2, 0] != found[1, 0]
+  assert found[0, 0] == 0xE8B7BE43  # CRC-32 of "a"
+  assert adapter.row_ids([]).shape == (0, 2)
+
+
+def test_groups_of_one_padded_width():
+  assert adapter.groups([(3,), (9,), (8,), (1,), (17,)], 8) == [
+    [4],
+    [1],
+    [0, 2, 3],
+  ]
+  assert adapter.groups([(1, 9), (1, 1), (9, 1), (2, 2)], 8) == [
+    [2],
+    [0],
+    [1, 3],
+  ]
+
+
+def test_what_is_not_heeded_is_named(caplog):
+  logging.use_python_logging()
+  adapter.warn_of_ignored([request("a", {"until": ["x"]})])
+  assert not caplog.records
+  adapter.warn_of_ignored(
+    [request("a", {"until": [], "temperature": 0.5, "do_sample": True})]
+  )
+  (record,) = caplog.records
+  assert "do_sample=True, temperature=0.5" in record.getMessage()

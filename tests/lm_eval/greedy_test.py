@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agrpo_jax.lm_eval import greedy
+from agrpo_jax import types
+from agrpo_jax.lm_eval import adapter
 from agrpo_jax.objectives import elbo
 
 MASK = 3
@@ -35,14 +36,17 @@ def after_the_first(tokens_BxL, length_B, positions_BxS):
   return jax.nn.one_hot(wanted_BxS, 4) * sure_S[None, :, None]
 
 
+NETWORK = types.Network(after_the_first)
+
+
 def test_most_confident_first():
-  found = greedy.match(
-    after_the_first, pairs([1, 2, 0], [1, 1, 0], [2, 2, 0], [1, 2, 1]), MASK
+  found = adapter.match_greedy(
+    NETWORK, pairs([1, 2, 0], [1, 1, 0], [2, 2, 0], [1, 2, 1]), MASK
   )
   np.testing.assert_array_equal(found, [True, False, False, False])
 
 
 def test_padding_is_no_part_of_a_completion():
   # Of [1], the zeros that follow are padding: nothing wants them to be right.
-  found = greedy.match(after_the_first, pairs([1], [2], [1, 2, 0], [1]), MASK)
+  found = adapter.match_greedy(NETWORK, pairs([1], [2], [1, 2, 0], [1]), MASK)
   np.testing.assert_array_equal(found, [True, False, True, True])

@@ -3,7 +3,7 @@
     python -m pytest tests/lm_eval/run_lm_eval.py
 
 needs the extra `lm-eval` (half a gigabyte of packages), so it is no part of
-the suite. `lm_eval_test.py` tests the same code without it.
+the suite. `adapter_test.py` tests the same code without it.
 """
 
 import json
