@@ -198,6 +198,8 @@ def use_run(
   if not checkpoint:
     return
   source, lora = model_lib.trained_by(checkpoint)
+  if "model.path" in given:  # a revision is one of its own hub id
+    given = {*given, "model.revision"}
   theirs = {f"model.{k}": v for k, v in dataclasses.asdict(source).items()}
   theirs["lora.rank"] = lora.rank if lora else 0
   if lora:
