@@ -101,6 +101,7 @@ class Learner:
         visits_UxBxQxS,
       )
 
+    # One compiled update runs U times; a Python loop would compile U of them.
     def update(learned: Any, portion: Any) -> Any:
       # Only what is learned is carried: a frozen base must not be copied.
       trainable, opt_state = learned
@@ -237,6 +238,7 @@ class Learner:
         loss = jnp.where(is_used, weight_PxSxF * factors.logprob, 0.0).sum()
         return loss, base.Terms.zeros()
       reference_PxSxF = None
+      # Scored here, next to the policy, so that nothing per unit is stored.
       if reference_network is not None:
         reference_PxSxF = jax.lax.stop_gradient(
           self._read(reference_network, rows, unit).logprob
@@ -258,6 +260,7 @@ class Learner:
       (_, more_terms), more = jax.value_and_grad(microbatch_loss, has_aux=True)(
         state.trainable, index
       )
+      # Summed in float32: thousands of small bfloat16 terms would be lost.
       gradient = jax.tree.map(
         lambda total, part: total + part.astype(jnp.float32), gradient, more
       )
@@ -321,6 +324,7 @@ class Learner:
       unit.offset,
     )
 
+    # The rows keep their place on the mesh; the states of a unit are together.
     def score(
       logits_SxWxV: jax.Array, row: types.Rollout, unit: base.Visits
     ) -> base.Factors:
@@ -399,6 +403,7 @@ class Learner:
         rollout, visits
       )
 
+    # A group's completions are side by side; its loss may compare them.
     def grouped(tree: Any) -> Any:
       return jax.tree.map(
         lambda x: x.reshape(-1, self.group_size, *x.shape[1:]), tree

@@ -514,6 +514,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
   for name in ("timeout_seconds", "memory_gib"):
     value = c.grading[name]
     found.want(0 < value < math.inf, f"grading.{name}", value, "positive")
+  # Schedules count optimizer updates, of which a train step may have several.
   num_updates = c.train.num_steps * objective.updates_per_batch
   return Rl(
     **_run(c, found, num_updates),

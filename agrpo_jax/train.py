@@ -62,6 +62,7 @@ def train(s: settings_lib.Rl) -> None:
     run, state = claimed.begin(
       model.initial_state(learner.optimizer), model.base_model
     )
+    # Donated: the state after takes the memory of the state before.
     learn = jax.jit(learner.train_step, donate_argnames="state")
     report = progress.Progress(s.train.num_steps, run.first_step)
     print(
@@ -77,11 +78,13 @@ def train(s: settings_lib.Rl) -> None:
 
     for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
+      # From the seed and the step alone: a run that continues draws the same.
       step_key = jax.random.fold_in(jax.random.key(s.seed), train_step)
       rollout_key, draw_key = jax.random.split(step_key)
       prompts = dataset.batch(train_step, rollout.num_prompts, s.seed)
       batch = data.Batch.of(prompts, group_size)
 
+      # Grading of a chunk runs on the host while the device draws the next one.
       sampled, pending = sample(
         sampler, state, batch, rollout_key, tokenizer, grader
       )

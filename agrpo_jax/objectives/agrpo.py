@@ -93,6 +93,7 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     Returns:
       Visits [U, B, M / U, 1], and the metrics of the draw.
     """
+    # All M at once, so that the strata cover a row's steps over all updates.
     drawn = mc_steps.draw(
       rollout,
       mc_steps.uniforms(batch_key, key_B, self),
@@ -230,6 +231,8 @@ def state(
     block = denoise_step // sampling.steps_per_block
     offset_W = block * sampling.block_length + jnp.arange(sampling.block_length)
   else:
+    # Without a factor for the others, only what was unmasked is unembedded.
+    # top_k of a mask lists its positions first, in order.
     is_target_C = row.unmask_step == denoise_step
     offset_W = jax.lax.top_k(
       is_target_C.astype(jnp.int32), sampling.tokens_per_step
@@ -260,6 +263,8 @@ def step_logprob(
   Returns:
     Factors of the W tokens and, last, of the order (`rules.order_logprob`).
   """
+  # At positions of other steps the record tells of tokens that were not there
+  # yet; nothing of them may enter.
   token_W = row.completion[visit.offset]
   is_target_W = row.unmask_step[visit.offset] == visit.denoise_step
   support = None if row.support is None else row.support[visit.offset]

@@ -96,6 +96,8 @@ def sample_rollout(
       return memory
     is_new_B = (row_B.block_step == 0) & ~row_B.is_done
 
+    # Rows begin blocks at different steps: all are opened together as soon as
+    # one has to be, and the others keep what they have.
     def renewed() -> types.Tree:
       return jax.tree.map(
         lambda new, old: jnp.where(
@@ -243,9 +245,12 @@ def _choose_before(
     that need to see the draws or the distributions first.
   """
   size = sampling.window_length
+  # Which positions stay is known after the draw; all of the block is needed.
   if sampling.rule.looks_at != "nothing":
     return jnp.arange(size, dtype=jnp.int32), jnp.zeros((size,), bool)
   is_masked_T = _masked(row, sampling)
+  # Logits at U positions cost U / T of the unembedding. A step may unmask fewer
+  # than U (the schedule's remainder), but compiled code has one size.
   rank_T = rules.ranks(noise.order(key, row.denoise_step, size), is_masked_T)
   offset_U = jnp.nonzero(
     rank_T < sampling.tokens_per_step, size=sampling.tokens_per_step
@@ -291,11 +296,14 @@ def _unmask_row(
       rule.bar(drawn.confidence, is_chosen_S),
       is_masked_S & ~is_chosen_S,
     )
+    # A row that is done passes here too; nothing of it is masked, and log 1 = 0
+    # is added to its last step.
     order_logprob_K = order_logprob_K.at[row.denoise_step].add(factor)
 
   position_S = _window_start(row, sampling) + offset_S
 
   def write(array: jax.Array, value_S: jax.Array) -> jax.Array:
+    # What is not chosen keeps its old value: scatters cannot leave out entries.
     old_S = array[position_S]
     is_new_S = is_chosen_S.reshape((-1,) + (1,) * (old_S.ndim - 1))
     return array.at[position_S].set(jnp.where(is_new_S, value_S, old_S))
