@@ -3,16 +3,38 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
 
 from agrpo_jax import errors
+from agrpo_jax import types
+from agrpo_jax.models import base
+from agrpo_jax.models import tokens
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.policies import row as row_lib
-from agrpo_jax.port import model as model_lib
+
+
+class Model(Protocol):
+  """The part of `port.model.Model` that is used here."""
+
+  @property
+  def mesh(self) -> mesh_lib.Mesh: ...
+  @property
+  def shape(self) -> base.Shape: ...
+  @property
+  def params(self) -> types.Tree: ...
+  @property
+  def lora(self) -> types.Tree | None: ...
+  @property
+  def tokenizer(self) -> tokens.Tokenizer: ...
+
+  def bind(
+    self, params: types.Tree, lora: types.Tree | None
+  ) -> types.Network: ...
 
 
 class Scorer:
@@ -20,7 +42,7 @@ class Scorer:
 
   def __init__(
     self,
-    model: model_lib.Model,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     ids: Sequence[int],
