@@ -334,6 +334,16 @@ def test_the_command(tmp_path):
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
+def test_the_command_needs_no_config():
+  done = run(
+    f"--model={sudoku.MODEL}",
+    *("--completion_length=16", "--block_length=16", "--num_denoise_steps=4"),
+    PUZZLE,
+  )
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"after 4 of 4 steps\n[1-4]{16}\n", done.stdout)
+
+
 def test_keys_on_the_command_line_stay_under_a_sampler():
   done = run(
     *("--config=configs/sudoku_tiny.py", "--sampler=d1", PUZZLE),
