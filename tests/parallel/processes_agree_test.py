@@ -10,8 +10,11 @@ import types as python_types
 
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
+from agrpo_jax import data
 from agrpo_jax import errors
+from agrpo_jax import tasks
 from agrpo_jax.grading import pool
 from agrpo_jax.grading import shares as shares_lib
 from agrpo_jax.parallel import processes
@@ -132,7 +135,9 @@ def test_alone_there_is_nothing_to_exchange():
 
 def test_a_process_grades_its_own_rows(monkeypatch):
   """The second of two; the fifth row only fills a batch of four up."""
-  monkeypatch.setattr(processes, "to_host", np.asarray)
+  monkeypatch.setattr(
+    multihost_utils, "process_allgather", lambda array, tiled: array
+  )
   monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
   monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
 
@@ -144,9 +149,15 @@ def test_a_process_grades_its_own_rows(monkeypatch):
       return completions, fields
 
   rollout = python_types.SimpleNamespace(completion=np.arange(5)[:, None])
-  pending = shares_lib.submit(rollout, ["a", "b", "c", "d"], Fake(), Fake())
+  batch = data.Batch.of(
+    [
+      data.Prompt(tasks.Example(id, messages=(), fields={"answer": id}), [])
+      for id in range(4)
+    ]
+  )
+  pending = shares_lib.submit(rollout, batch, Fake(), Fake())
   assert pending.texts == [f"text {row}" for row in range(4)]
-  assert pending.own == (["text 1", "text 3"], ["b", "d"])
+  assert pending.own == (["text 1", "text 3"], [{"answer": 1}, {"answer": 3}])
 
 
 def test_shares_of_rows_come_back_in_their_places(monkeypatch):
