@@ -105,11 +105,32 @@ class Learner:
     def update(learned: Any, portion: Any) -> Any:
       # Only what is learned is carried: a frozen base must not be copied.
       trainable, opt_state = learned
-      before = state.with_trainable(trainable).replace(opt_state=opt_state)
       visits, behaviour = portion
-      return self._update(
-        before, rollout, advantage_B, visits, behaviour, reference
+      gradient, terms, num_units = self.gradient(
+        state.with_trainable(trainable),
+        rollout,
+        advantage_B,
+        visits,
+        behaviour,
+        reference,
       )
+      updates, new_opt_state = self.optimizer.update(
+        gradient, opt_state, trainable
+      )
+      # Without a unit there is nothing to learn from: momentum and weight decay
+      # must not move the parameters either.
+      is_update = num_units > 0
+      learned = jax.tree.map(
+        lambda new, old: jnp.where(is_update, new, old),
+        (optax.apply_updates(trainable, updates), new_opt_state),
+        learned,
+      )
+      norms = {
+        "grad_norm": optax.tree.norm(gradient),
+        "is_update": is_update.astype(jnp.int32),
+        "num_units": num_units,
+      }
+      return learned, (terms, norms)
 
     (trainable, opt_state), (terms, norms) = jax.lax.scan(
       update,
@@ -146,38 +167,6 @@ class Learner:
     if objective.has_reference:
       metrics["kl"] = terms.kl.sum() / num_factors
     return state, metrics | drawn
-
-  def _update(
-    self,
-    state: types.TrainState,
-    rollout: types.Rollout,
-    advantage_B: jax.Array,
-    visits: base.Visits,
-    behaviour: jax.Array | None,
-    reference: types.Tree | None,
-  ) -> tuple[tuple[types.Tree, types.Tree], tuple[base.Terms, dict]]:
-    gradient, terms, num_units = self.gradient(
-      state, rollout, advantage_B, visits, behaviour, reference
-    )
-    updates, opt_state = self.optimizer.update(
-      gradient, state.opt_state, state.trainable
-    )
-    # Without a unit there is nothing to learn from: momentum and weight decay
-    # must not move the parameters either.
-    is_update = num_units > 0
-    learned = jax.tree.map(
-      lambda new, old: jnp.where(is_update, new, old),
-      (optax.apply_updates(state.trainable, updates), opt_state),
-      (state.trainable, state.opt_state),
-    )
-    return learned, (
-      terms,
-      {
-        "grad_norm": optax.tree.norm(gradient),
-        "is_update": is_update.astype(jnp.int32),
-        "num_units": num_units,
-      },
-    )
 
   def gradient(
     self,
