@@ -210,6 +210,37 @@ def test_a_refused_start_leaves_no_trace(tmp_path, changes):
   runs.begin(good)  # and another start is free to use it
 
 
+@pytest.mark.parametrize(
+  "changes,part",
+  [
+    ({"seed": 1}, "config.seed"),
+    ({"seed": -1}, "seed=-1"),
+    ({"model.path": "no/model"}, "no/model"),
+    ({"mesh.tensor": 3, "accept_changed_config": True}, "tensor"),
+  ],
+)
+def test_a_refused_start_changes_nothing_in_an_old_run(tmp_path, changes, part):
+  c = runs.small(tmp_path)
+  runs.begin(c)
+  folder = pathlib.Path(c.workdir)
+  before = contents(folder)
+  other = c.copy_and_resolve_references()
+  other.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=part):
+    runs.train(other)
+  assert contents(folder) == before
+  runs.begin(c)  # the corrected start works
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+  """Returns what stands in the files of a folder, by their paths."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
 def test_a_damaged_record_of_the_config(tmp_path):
   c = runs.small(tmp_path)
   runs.begin(c)

@@ -1,0 +1,34 @@
+"""The demo as `make demo` runs it, shorter than the warm-up of its config."""
+
+import json
+
+import numpy as np
+
+from agrpo_jax.runs import metrics
+from fixtures import commands
+
+
+def test_a_shorter_demo_with_its_own_seed_and_work_directory(tmp_path):
+  folder = tmp_path / "mine"
+  said = commands.alone(
+    tmp_path,
+    "-m",
+    "agrpo_jax.demo",
+    *commands.TINY[2:],
+    "--config.optimizer.schedule=cosine",  # as its config has it
+    "--config.train.num_steps=3",
+    "--config.evaluate.num_examples=4",
+    "--config.evaluate.batch_size=4",
+    "--config.seed=7",
+    f"--config.workdir={folder}",
+    devices=1,
+  )
+  assert "seed 7" in said
+  assert f"curves: {folder / 'curves.png'}" in said
+  assert (folder / "curves.png").exists()
+  recorded = json.loads((folder / "config.json").read_text())
+  assert (recorded["seed"], recorded["workdir"]) == (7, str(folder))
+  records = list(metrics.read(folder / "metrics.jsonl"))
+  rates = [record["learning_rate"] for record in records]
+  # By hand: of 3 updates 1 is warm-up; then half a cosine from 3e-4 to zero.
+  np.testing.assert_allclose(rates, [1.5e-4, 3e-4, 1.5e-4], rtol=1e-5)
