@@ -34,9 +34,9 @@ def make(batch_size: int):
 
     return types.Network(logits)
 
-  sampler = sampler_lib.Sampler(
-    bind, SAMPLING, mesh_lib.make(devices=jax.devices()[:1]), batch_size, 8
-  )
+  draw = sampler_lib.Draw(SAMPLING, guidance=0.0, batch_size=batch_size)
+  mesh = mesh_lib.make(devices=jax.devices()[:1])
+  sampler = sampler_lib.Sampler(bind, draw, SAMPLING, mesh, 8)
   return sampler, traces
 
 
