@@ -94,7 +94,7 @@ class TestInit:
   def test_bad_settings_reported_together(self):
     with pytest.raises(errors.UserError) as caught:
       lora.Lora(0, -1.0, ("q", "ff_out"))
-    for part in ("rank=0", "alpha=-1.0", "ff_out", "'down'"):
+    for part in ("rank=0", "alpha=-1.0", "ff_out", "down, head"):
       assert part in str(caught.value)
     with pytest.raises(errors.UserError, match="targets"):
       lora.Lora(1, 1.0, ())
