@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,11 @@ os.environ.update(_ENVIRONMENT)
 import jax  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).parent.parent
+
+# A shell without job control starts what stands before "&" with SIGINT ignored,
+# and children inherit that: the commands that tests interrupt would go on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RunInSubprocess = Callable[..., str]
 
