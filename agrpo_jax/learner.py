@@ -466,8 +466,8 @@ class _Units:
     visits, *per_unit = jax.tree.map(
       lambda x: x[row, column], (visits, *per_unit)
     )
-    place = index * self.microbatch + jnp.arange(self.microbatch)
-    weight = jnp.where((place < self.num)[:, None], visits.weight, 0.0)
+    number = index * self.microbatch + jnp.arange(self.microbatch)
+    weight = jnp.where((number < self.num)[:, None], visits.weight, 0.0)
     return self.shard_rows(
       (
         jax.tree.map(lambda x: x[row], rollout),

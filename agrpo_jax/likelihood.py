@@ -104,12 +104,12 @@ def run(
     first = len(kept.done)
     bar.update(first)
     last = time.monotonic()
-    for place, draws_M in enumerate(scorer.estimates(first), first):
+    for index, draws_M in enumerate(scorer.estimates(first), first):
       record = {
-        "id": prompts[place].example.id,
-        "prompt": prompts[place].example.messages[-1]["content"],
-        "completion": texts[place],
-        "num_tokens": len(completions[place]),
+        "id": prompts[index].example.id,
+        "prompt": prompts[index].example.messages[-1]["content"],
+        "completion": texts[index],
+        "num_tokens": len(completions[index]),
         "log_likelihood": float(draws_M.mean()),
         "standard_error": statistics.standard_error(draws_M)
         if num_draws > 1

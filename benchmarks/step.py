@@ -219,8 +219,8 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
         preset.prompt_length + preset.completion_length,
         sampling.tokens_per_step,
       )
-      num_steps = int(np.asarray(rollout.num_executed_steps).max())
-      flops["rollout"].append(forward * num_rows * num_steps)
+      num_executed = int(np.asarray(rollout.num_executed_steps).max())
+      flops["rollout"].append(forward * num_rows * num_executed)
       passes = 2 if preset.lora_rank else 3
       flops["update"].append(forward * passes * float(metrics["draws/pairs"]))
 

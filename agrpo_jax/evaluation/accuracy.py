@@ -41,9 +41,9 @@ def evaluate(
   """Draws and grades completions, and goes on from those that are `kept`.
 
   A record is {"id", "index", "prompt", "completion", "answer", "reward",
-  "grades", "num_tokens", "num_steps", "fields"}: id of the prompt, index of
-  the completion among its prompt's, the extracted answer ("" for none), every
-  verdict by name, tokens up to the last that is not EOS, denoising steps.
+  "grades", "num_tokens", "num_executed_steps", "fields"}: id of the prompt,
+  index of the completion among its prompt's, the extracted answer ("" for none),
+  every verdict by name, tokens up to the last that is not EOS, denoising steps.
 
   Args:
     sampler: with the evaluation's settings.
@@ -92,8 +92,11 @@ def evaluate(
     pending = shares.submit(rollout, batch, tokenizer, grader)
     if ahead is not None:
       keep(*ahead)
-    num_steps_B = processes.to_host(rollout.num_executed_steps)
-    ahead = _records(batch, pending, num_steps_B, tokenizer.eos_id), pending
+    num_executed_steps_B = processes.to_host(rollout.num_executed_steps)
+    ahead = (
+      _records(batch, pending, num_executed_steps_B, tokenizer.eos_id),
+      pending,
+    )
   if ahead is not None:
     keep(*ahead)
   bar.close()
@@ -103,7 +106,7 @@ def evaluate(
 def _records(
   batch: data.Batch,
   pending: shares.Pending,
-  num_steps_B: np.ndarray,
+  num_executed_steps_B: np.ndarray,
   eos_id: int,
 ) -> list[dict[str, Any]]:
   """Returns the records of a batch, without its grades."""
@@ -116,7 +119,7 @@ def _records(
       "prompt": example.messages[-1]["content"],
       "completion": text,
       "num_tokens": int(length_B[row]),
-      "num_steps": int(num_steps_B[row]),
+      "num_executed_steps": int(num_executed_steps_B[row]),
       "fields": example.fields,
     }
     for row, (example, index, text) in enumerate(

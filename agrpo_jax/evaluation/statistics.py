@@ -212,7 +212,7 @@ class Result:
       "num_disagree": float(self.num_disagree),
       "mean_length": float(np.mean(lengths)),
       "mean_denoise_steps": float(
-        np.mean([r["num_steps"] for r in self.records])
+        np.mean([r["num_executed_steps"] for r in self.records])
       ),
       "seconds": self.seconds,
       "tokens_per_second": float(np.sum(lengths)) / max(self.seconds, 1e-9),

@@ -307,8 +307,8 @@ def register() -> type:
 def cut(text: str, until: str | Sequence[str] | None) -> str:
   """The text before the first of the stop strings."""
   stops = [until] if isinstance(until, str) else until or []
-  places = [text.find(stop) for stop in stops if stop and stop in text]
-  return text[: min(places, default=len(text))]
+  ends = [text.find(stop) for stop in stops if stop and stop in text]
+  return text[: min(ends, default=len(text))]
 
 
 def number(text: str) -> int:

@@ -21,44 +21,44 @@ _NEVER = -1e30
 def matmul(
   x: jax.Array,
   kernel: jax.Array,
-  places: mesh_lib.Places | None = None,
+  shardings: mesh_lib.Shardings | None = None,
 ) -> jax.Array:
   """x [..., in] @ kernel [in, out], in x's dtype, accumulated to float32.
 
   Returns float32. The gradient of `kernel` has the dtype of `kernel`, and is
   accumulated in float32 too.
 
-  places: where the kernel is kept, which is where its gradient goes, and where
-    it is while it is multiplied. Left to itself the compiler may pass shards
-    around and add up products of each, which reads and writes the float32 sums
-    once per device, and it may do so before the kernel is rounded to x's
-    dtype; and it may sum whole gradients on every device, as libtpu did.
+  shardings: where the kernel is kept, which is where its gradient goes, and
+    where it is while it is multiplied. Left to itself the compiler may pass
+    shards around and add up products of each, which reads and writes the
+    float32 sums once per device, and it may do so before the kernel is rounded
+    to x's dtype; and it may sum whole gradients on every device, as libtpu did.
   """
   return jax.lax.dot_general(
     x,
-    _put(kernel.astype(x.dtype), places and places.used),
+    _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (0,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
 
 
-def _put(array, place):
-  if place is None:
+def _put(array, sharding):
+  if sharding is None:
     return array
-  return jax.lax.with_sharding_constraint(array, place)
+  return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def _matmul_fwd(x, kernel, places):
-  return matmul(x, kernel, places), (x, kernel)
+def _matmul_fwd(x, kernel, shardings):
+  return matmul(x, kernel, shardings), (x, kernel)
 
 
-def _matmul_bwd(places, saved, gradient):
+def _matmul_bwd(shardings, saved, gradient):
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
   gradient = gradient.astype(x.dtype)
   gradient_x = jax.lax.dot_general(
     gradient,
-    _put(kernel.astype(x.dtype), places and places.used),
+    _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
@@ -70,7 +70,7 @@ def _matmul_bwd(places, saved, gradient):
     ((rows, rows), ((), ())),
     preferred_element_type=jnp.float32,
   )
-  gradient_kernel = _put(gradient_kernel, places and places.kept)
+  gradient_kernel = _put(gradient_kernel, shardings and shardings.kept)
   return gradient_x.astype(x.dtype), gradient_kernel.astype(kernel.dtype)
 
 

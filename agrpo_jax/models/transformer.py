@@ -64,12 +64,12 @@ class Projection(nn.Module):
     x = x.astype(dtype)
     kernel = self.param("kernel", self.specs["kernel"].initial)
     fan_in, fan_out = self.specs["kernel"].axes
-    y = ops.matmul(x, kernel, self._places(fan_in, fan_out))
+    y = ops.matmul(x, kernel, self._shardings(fan_in, fan_out))
     if self.has_variable("lora", "a"):
       a: jax.Array = self.get_variable("lora", "a")
       b: jax.Array = self.get_variable("lora", "b")
-      inner = ops.matmul(x, a, self._places(fan_in, "rank")).astype(dtype)
-      outer = ops.matmul(inner, b, self._places("rank", fan_out))
+      inner = ops.matmul(x, a, self._shardings(fan_in, "rank")).astype(dtype)
+      outer = ops.matmul(inner, b, self._shardings("rank", fan_out))
       # Rounded, since it passes through memory: half the traffic.
       y += self.lora_scale * outer.astype(dtype)
     if "bias" in self.specs:
@@ -78,8 +78,8 @@ class Projection(nn.Module):
     y = y.astype(out_dtype or dtype)
     return ad_checkpoint.checkpoint_name(y, _PROJECTION)
 
-  def _places(self, *axes: str) -> mesh_lib.Places | None:
-    return mesh_lib.places(self.rows, axes) if self.rows else None
+  def _shardings(self, *axes: str) -> mesh_lib.Shardings | None:
+    return mesh_lib.weight_shardings(self.rows, axes) if self.rows else None
 
 
 class RMSNorm(nn.Module):

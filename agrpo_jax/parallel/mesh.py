@@ -161,8 +161,8 @@ def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   return tree
 
 
-class Places(NamedTuple):
-  """The places of a weight on the mesh.
+class Shardings(NamedTuple):
+  """How a weight is split over the mesh.
 
   Attributes:
     kept: between its uses, split over `fsdp` and `tensor`.
@@ -174,11 +174,13 @@ class Places(NamedTuple):
   used: NamedSharding
 
 
-def places(rows: NamedSharding, axes: tuple[str, ...]) -> Places:
-  """Returns the places of a weight with these logical axes."""
+def weight_shardings(rows: NamedSharding, axes: tuple[str, ...]) -> Shardings:
+  """Returns how a weight with these logical axes is split."""
   kept = partition_spec(axes)
   used = PartitionSpec(*[None if axis == "fsdp" else axis for axis in kept])
-  return Places(NamedSharding(rows.mesh, kept), NamedSharding(rows.mesh, used))
+  return Shardings(
+    NamedSharding(rows.mesh, kept), NamedSharding(rows.mesh, used)
+  )
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -221,8 +223,8 @@ def shard_rows(mesh: Mesh) -> Callable[[Any], Any]:
   """Returns what puts the leading axes of a tree on the mesh, inside jit."""
   if num_row_shards(mesh) == 1:
     return lambda tree: tree
-  place = rows(mesh)
-  return lambda tree: jax.lax.with_sharding_constraint(tree, place)
+  sharding = rows(mesh)
+  return lambda tree: jax.lax.with_sharding_constraint(tree, sharding)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

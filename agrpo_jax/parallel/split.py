@@ -22,9 +22,9 @@ def lookup(
   P = jax.sharding.PartitionSpec
 
   def look_up(part, tokens):
-    place = tokens - jax.lax.axis_index(vocab) * part.shape[0]
-    is_here = (place >= 0) & (place < part.shape[0])
-    found = jnp.where(is_here[..., None], part[jnp.where(is_here, place, 0)], 0)
+    row = tokens - jax.lax.axis_index(vocab) * part.shape[0]
+    is_here = (row >= 0) & (row < part.shape[0])
+    found = jnp.where(is_here[..., None], part[jnp.where(is_here, row, 0)], 0)
     return jax.lax.psum(found, vocab)
 
   return jax.shard_map(
@@ -47,13 +47,11 @@ def top_k_of(mesh: mesh_lib.Mesh) -> types.TopK:
   parts = mesh.shape[axis]
 
   def best(part, k):
-    values, places = jax.lax.top_k(part, min(k, part.size))
-    places += jax.lax.axis_index(axis) * part.size
-    values, places = jax.lax.all_gather(
-      (values, places), axis, axis=0, tiled=True
-    )
+    values, ids = jax.lax.top_k(part, min(k, part.size))
+    ids += jax.lax.axis_index(axis) * part.size
+    values, ids = jax.lax.all_gather((values, ids), axis, axis=0, tiled=True)
     values, picks = jax.lax.top_k(values, k)
-    return values, places[picks]
+    return values, ids[picks]
 
   def top_k(x, k):
     whole = jax.sharding.PartitionSpec()

@@ -148,8 +148,8 @@ def _shapes(text: str) -> Iterator[Shape]:
 
 def _closing(text: str, start: int) -> int:
   depth = 0
-  for place in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[place], 0)
+  for number in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[number], 0)
     if depth == 0:
-      return place
+      return number
   raise ValueError(f"unbalanced parentheses in {text[:80]!r}")

@@ -13,7 +13,7 @@ import numpy as np
 from agrpo_jax import types
 
 
-def place(
+def join(
   prompt_P: jax.Array, prompt_length: jax.Array, partial_C: jax.Array
 ) -> jax.Array:
   """Puts a partial completion behind the real tokens of its prompt.
@@ -54,7 +54,7 @@ def logits_at(
   if length_B is None:
     length_B = jnp.full_like(prompt_length_B, partial_BxC.shape[1])
   return network.logits(
-    jax.vmap(place)(prompt_BxP, prompt_length_B, partial_BxC),
+    jax.vmap(join)(prompt_BxP, prompt_length_B, partial_BxC),
     prompt_length_B + length_B,
     prompt_length_B[:, None] + offset_BxW,
   )

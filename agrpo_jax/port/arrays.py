@@ -147,14 +147,14 @@ def check_finite(
     _add(problems, f"{name} has values that are NaN or infinite")
 
 
-def place(
+def read_onto(
   tensors: files.Tensors,
   entry: Entry,
   sharding: jax.sharding.Sharding | None,
   dtype: Any,
   problems: list[str],
 ) -> jax.Array:
-  """One of our arrays, read where it goes."""
+  """Reads one of our arrays onto the devices that hold it."""
   if dtype is None:
     dtype = DTYPES[tensors.dtype(entry.names[0])]
   dtype = jnp.dtype(dtype)

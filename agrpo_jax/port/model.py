@@ -156,9 +156,9 @@ def load_model(
   )
   adapters = None
   if lora is not None:
-    init, places = _adapter(lora, shape, mesh)
+    init, shardings = _adapter(lora, shape, mesh)
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    adapters = jax.jit(init, out_shardings=places)(key)
+    adapters = jax.jit(init, out_shardings=shardings)(key)
   return Model(
     mesh=mesh,
     shape=shape,
@@ -178,12 +178,12 @@ def describe_model(
   mesh: mesh_lib.Mesh,
   tokenizer: tokens.Tokenizer,
 ) -> Model:
-  """Returns what `load_model` would, with shapes and places but no memory."""
+  """Returns what `load_model` would, as shapes and shardings only."""
   dtype = jnp.dtype("float32" if lora is None else shape.dtype)
   adapters = None
   if lora is not None:
-    init, places = _adapter(lora, shape, mesh)
-    adapters = placed(jax.eval_shape(init, jax.random.key(0)), places)
+    init, shardings = _adapter(lora, shape, mesh)
+    adapters = placed(jax.eval_shape(init, jax.random.key(0)), shardings)
   return Model(
     mesh=mesh,
     shape=shape,
@@ -198,9 +198,11 @@ def describe_model(
 
 
 def placed(tree: types.Tree, shardings: types.Tree) -> types.Tree:
-  """Returns the shapes of a tree of arrays, with places."""
+  """Returns the shapes of a tree of arrays, with shardings."""
   return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
     tree,
     shardings,
   )

@@ -81,7 +81,7 @@ def load(
   if shardings is None:
     shardings = jax.tree.map(lambda _: None, table)
   params = jax.tree.map(
-    lambda entry, sharding: arrays.place(
+    lambda entry, sharding: arrays.read_onto(
       tensors, entry, sharding, dtype, problems
     ),
     table,

@@ -306,8 +306,8 @@ def _check_config(settings: Settings, file: pathlib.Path) -> None:
   for key in _FREE_KEYS:
     before[key] = now[key]
   # That a model is the same is told by its contents, when it is loaded.
-  places = {key: now["model"][key] for key in ("path", "revision")}
-  before["model"] = {**before.get("model", {}), **places}
+  source = {key: now["model"][key] for key in ("path", "revision")}
+  before["model"] = {**before.get("model", {}), **source}
   changes = files.differences(before, now, "config")
   if changes:
     raise errors.UserError(

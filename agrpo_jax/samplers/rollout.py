@@ -174,14 +174,14 @@ def sample_rollout(
 def _start(
   sampling: sampling_lib.Sampling, support_CxS: jax.Array | None
 ) -> _Row:
-  num_tokens, num_steps = sampling.completion_length, sampling.max_steps
+  num_tokens, max_steps = sampling.completion_length, sampling.max_steps
   return _Row(
     completion=jnp.full((num_tokens,), sampling.eos_id, jnp.int32),
-    unmask_step=jnp.full((num_tokens,), num_steps, jnp.int32),
+    unmask_step=jnp.full((num_tokens,), max_steps, jnp.int32),
     logprob=jnp.zeros((num_tokens,)),
     entropy=jnp.zeros((num_tokens,)),
     support=support_CxS,
-    order_logprob=jnp.zeros((num_steps,)),
+    order_logprob=jnp.zeros((max_steps,)),
     num_executed_steps=jnp.int32(0),
     block=jnp.int32(0),
     block_step=jnp.int32(0),

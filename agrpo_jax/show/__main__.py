@@ -159,8 +159,10 @@ def _print(page: page_lib.Page, is_animated: bool, seconds: float) -> None:
       terminal.animate(completion, console, eos_id=page.eos_id, seconds=seconds)
     else:
       terminal.print_frames(completion, console, eos_id=page.eos_id)
-  num_steps = max(one.num_steps for one in page.completions)
-  console.print(terminal.legend(num_steps, terminal.has_colours(console)))
+  num_executed_steps = max(one.num_executed_steps for one in page.completions)
+  console.print(
+    terminal.legend(num_executed_steps, terminal.has_colours(console))
+  )
 
 
 def _write(page: page_lib.Page, path: pathlib.Path) -> None:

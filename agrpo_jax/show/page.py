@@ -51,7 +51,7 @@ def render(page: Page) -> str:
     token.entropy for one in page.completions for token in one.tokens
   ]
   most = max(max(entropies), 1e-9)
-  last = max(one.num_steps for one in page.completions)
+  last = max(one.num_executed_steps for one in page.completions)
   cards = [
     _card(page, number, one, most, last)
     for number, one in enumerate(page.completions, 1)
@@ -142,7 +142,7 @@ def _piece(
 ) -> str:
   step = piece.unmask_step
   known = [t.unmask_step for t in piece.tokens if t.unmask_step is not None]
-  done = completion.num_steps if step is None else step + 1
+  done = completion.num_executed_steps if step is None else step + 1
   first = min(known) + 1 if known else done
   is_eos = piece.tokens[0].id == page.eos_id
   text = terminal.END if is_eos else piece.text.replace("\n", "↵\n")

@@ -46,26 +46,28 @@ def make_console(out: TextIO | None = None) -> rich.console.Console:
 
 def frame(
   completion: text_lib.Completion,
-  num_steps: int,
+  num_done: int,
   *,
   width: int,
   eos_id: int,
   mark_new: bool = True,
 ) -> list[rich.text.Text]:
-  """Returns the lines of the completion after `num_steps` denoising steps.
+  """Returns the lines of the completion after `num_done` denoising steps.
 
   Args:
     completion: what to show.
-    num_steps: from 0 (all masked) to `completion.num_steps`.
+    num_done: from 0 (all masked) to `completion.num_executed_steps`.
     width: columns of the terminal.
     eos_id: the token that is shown as END.
     mark_new: set apart what the last of these steps unmasked.
   """
   lines = [_line()]
   for piece in completion.pieces:
-    style = _style(piece, num_steps, completion.num_steps, mark_new)
+    style = _style(piece, num_done, completion.num_executed_steps, mark_new)
     # By character and not by word: words appear only when they are unmasked.
-    for character in _shown(piece, num_steps, completion.num_steps, eos_id):
+    for character in _shown(
+      piece, num_done, completion.num_executed_steps, eos_id
+    ):
       is_full = lines[-1].cell_len + rich.cells.cell_len(character) > width
       if character == "\n" or is_full:
         lines.append(_line())
@@ -74,21 +76,21 @@ def frame(
   return lines
 
 
-def colour(step: int, num_steps: int) -> rich.style.Style:
+def colour(step: int, num_executed_steps: int) -> rich.style.Style:
   """Returns the colour of a denoising step."""
-  share = step / max(1, num_steps - 1)
+  share = step / max(1, num_executed_steps - 1)
   number = _COLOURS[round(share * (len(_COLOURS) - 1))]
   return rich.style.Style(color=f"color({number})")
 
 
-def legend(num_steps: int, has_colours: bool) -> rich.text.Text:
+def legend(num_executed_steps: int, has_colours: bool) -> rich.text.Text:
   """Returns a line that says what the colours and signs mean."""
   line = _line()
   if has_colours:
     line.append("unmasked at step 1 ")
     for step in range(len(_COLOURS)):
       line.append("■", colour(step, len(_COLOURS)))
-    line.append(f" {num_steps}   ")
+    line.append(f" {num_executed_steps}   ")
   line.append(f"{MASKED} masked   {END} end of text")
   return line
 
@@ -106,16 +108,16 @@ def print_frames(
   num_frames: int = 4,
 ) -> None:
   """Prints a few frames one below the other, where nothing can be redrawn."""
-  last = completion.num_steps
+  last = completion.num_executed_steps
   shown = {round(last * k / num_frames) for k in range(1, num_frames)}
-  for num_steps in [*sorted(n for n in shown if 0 < n < last), last]:
-    console.print(f"after {num_steps} of {last} steps")
+  for num_done in [*sorted(n for n in shown if 0 < n < last), last]:
+    console.print(f"after {num_done} of {last} steps")
     for line in frame(
       completion,
-      num_steps,
+      num_done,
       width=console.width,
       eos_id=eos_id,
-      mark_new=num_steps < last,
+      mark_new=num_done < last,
     ):
       console.print(line)
 
@@ -138,16 +140,16 @@ def animate(
     seconds: how long all of it takes.
     sleep: waits between frames.
   """
-  last = completion.num_steps
+  last = completion.num_executed_steps
   before: list[rich.text.Text] = []
   with rich.live.Live(
     console=console, auto_refresh=False, transient=True
   ) as live:
-    for num_steps in range(last + 1):
-      lines = frame(completion, num_steps, width=console.width, eos_id=eos_id)
+    for num_done in range(last + 1):
+      lines = frame(completion, num_done, width=console.width, eos_id=eos_id)
       view = _around_change(before, lines, max(1, console.height - 3))
       before = lines
-      head = _line(f"step {num_steps} of {last}")
+      head = _line(f"step {num_done} of {last}")
       live.update(rich.console.Group(head, *view), refresh=True)
       sleep(seconds / (last + 1))
   # All lines again, for scrolling back; an animation must fit the screen.
@@ -184,30 +186,28 @@ def _full_text(piece: text_lib.Piece, eos_id: int) -> str:
   return piece.text.replace("\n", BREAK + "\n")
 
 
-def _shown(
-  piece: text_lib.Piece, num_steps: int, last: int, eos_id: int
-) -> str:
+def _shown(piece: text_lib.Piece, num_done: int, last: int, eos_id: int) -> str:
   text = _full_text(piece, eos_id)
-  if _is_complete(piece, num_steps, last):
+  if _is_complete(piece, num_done, last):
     return text
-  sign = PARTLY if piece.num_unmasked(num_steps) else MASKED
+  sign = PARTLY if piece.num_unmasked(num_done) else MASKED
   return "".join(
     "\n" if character == "\n" else sign * rich.cells.cell_len(character)
     for character in text
   )
 
 
-def _is_complete(piece: text_lib.Piece, num_steps: int, last: int) -> bool:
+def _is_complete(piece: text_lib.Piece, num_done: int, last: int) -> bool:
   if piece.unmask_step is None:  # filled up when the completion ended
-    return num_steps >= last
-  return piece.unmask_step < num_steps
+    return num_done >= last
+  return piece.unmask_step < num_done
 
 
 def _style(
-  piece: text_lib.Piece, num_steps: int, last: int, mark_new: bool
+  piece: text_lib.Piece, num_done: int, last: int, mark_new: bool
 ) -> rich.style.Style:
   step = piece.unmask_step
-  if step is None or step >= num_steps:
+  if step is None or step >= num_done:
     return _DIM
   style = colour(step, last)
-  return style + _NEW if mark_new and step == num_steps - 1 else style
+  return style + _NEW if mark_new and step == num_done - 1 else style

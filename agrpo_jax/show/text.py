@@ -61,10 +61,10 @@ class Piece:
   is_special: bool
   tokens: tuple[Token, ...]
 
-  def num_unmasked(self, num_steps: int) -> int:
-    """Returns how many of its tokens `num_steps` denoising steps unmasked."""
+  def num_unmasked(self, num_done: int) -> int:
+    """Returns how many of its tokens `num_done` denoising steps unmasked."""
     return sum(
-      token.unmask_step is not None and token.unmask_step < num_steps
+      token.unmask_step is not None and token.unmask_step < num_done
       for token in self.tokens
     )
 
@@ -95,12 +95,12 @@ class Completion:
 
   Attributes:
     pieces: in reading order.
-    num_steps: denoising steps that it took.
+    num_executed_steps: denoising steps that it took.
     text: as graders read it, without special tokens.
   """
 
   pieces: tuple[Piece, ...]
-  num_steps: int
+  num_executed_steps: int
   text: str
 
   @property
@@ -137,7 +137,7 @@ def completions(
     found.append(
       Completion(
         pieces=tuple(_pieces(row_tokens, tokenizer)),
-        num_steps=int(rollout.num_executed_steps[row]),
+        num_executed_steps=int(rollout.num_executed_steps[row]),
         text=tokenizer.decode([token.id for token in row_tokens]),
       )
     )

@@ -50,7 +50,7 @@ def test_what_a_record_holds(whole):
   line = whole.records[0]
   assert line["prompt"] == line["fields"]["puzzle"]
   assert set(line["grades"]) >= {"accuracy", "accuracy_tolerant", "cells"}
-  assert line["num_steps"] == 4
+  assert line["num_executed_steps"] == 4
   for line in whole.records:
     if len(line["completion"]) == 16:
       assert line["answer"] in (line["completion"], "")
@@ -239,7 +239,7 @@ def test_report():
     "grades": {"accuracy": 1.0, "accuracy_tolerant": 1.0, "cells": 0.5},
     "answer": "7",
     "num_tokens": 10,
-    "num_steps": 4,
+    "num_executed_steps": 4,
   }
   other = {**line, "grades": {"accuracy": 0.0, "accuracy_tolerant": 1.0}}
   result = statistics.Result([line, other], 2, 5.0, "the published one")

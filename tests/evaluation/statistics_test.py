@@ -115,7 +115,7 @@ def record(accuracy: float, tolerant: float, answer: str, num_tokens: int):
     "grades": {"accuracy": accuracy, "accuracy_tolerant": tolerant},
     "answer": answer,
     "num_tokens": num_tokens,
-    "num_steps": 4,
+    "num_executed_steps": 4,
   }
 
 
@@ -125,7 +125,7 @@ def test_result_by_hand():
       record(1, 1, "2", 3),
       record(0, 1, "2", 5),
       record(0, 0, "", 0),
-      {"grades": {}, "answer": "", "num_tokens": 4, "num_steps": 8},
+      {"grades": {}, "answer": "", "num_tokens": 4, "num_executed_steps": 8},
     ],
     num_samples=2,
     seconds=6.0,

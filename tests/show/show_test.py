@@ -32,8 +32,8 @@ def accent() -> text_lib.Completion:
   return completions.completion("é!", [2, 0, 1, 4])
 
 
-def frame(found, num_steps, *, width=80, **how) -> list[str]:
-  lines = terminal.frame(found, num_steps, width=width, eos_id=EOS, **how)
+def frame(found, num_done, *, width=80, **how) -> list[str]:
+  lines = terminal.frame(found, num_done, width=width, eos_id=EOS, **how)
   return [line.plain for line in lines]
 
 
@@ -56,9 +56,9 @@ def terminal_of(width=80, height=24, **how) -> rich.console.Console:
 
 def test_colours_by_hand(accent):
   console = terminal_of()
-  for num_steps, mark_new in ((2, True), (3, False)):
+  for num_done, mark_new in ((2, True), (3, False)):
     (line,) = terminal.frame(
-      accent, num_steps, width=80, eos_id=EOS, mark_new=mark_new
+      accent, num_done, width=80, eos_id=EOS, mark_new=mark_new
     )
     console.print(line)
   # Of three steps the first is blue, the last red, the middle one green.
@@ -222,7 +222,7 @@ def test_what_the_model_writes_is_never_markup():
   hostile = "</script><script>x()</script>\"' onclick=x() <b>@@STEPS@@&amp;"
   token = text_lib.Token(0, id=5, unmask_step=0, logprob=-1.0, entropy=1.0)
   piece = text_lib.Piece(hostile, is_special=False, tokens=(token,))
-  found = text_lib.Completion((piece,), num_steps=1, text=hostile)
+  found = text_lib.Completion((piece,), num_executed_steps=1, text=hostile)
   rendered = page_lib.render(
     page(found, title=hostile, prompt=hostile, raw_prompt=hostile)
   )
@@ -233,7 +233,7 @@ def test_what_the_model_writes_is_never_markup():
   assert tags.count("script") == 1
   assert not any("onclick" in attrs for _, attrs in parsed.tags)
   bars = sum(attrs.get("class") == "bar" for _, attrs in parsed.tags)
-  assert tags.count("b") == bars + found.num_steps
+  assert tags.count("b") == bars + found.num_executed_steps
 
 
 def test_page_loads_nothing(accent):

@@ -16,7 +16,7 @@ def test_bytes_of_one_character_are_one_piece():
   assert [first.num_unmasked(n) for n in range(4)] == [0, 1, 1, 2]
   assert [token.unmask_step for token in found.tokens] == [2, 0, 1, None]
   assert [token.position for token in found.tokens] == [0, 1, 2, 3]
-  assert (found.num_steps, found.text) == (3, "é!")
+  assert (found.num_executed_steps, found.text) == (3, "é!")
 
 
 def test_four_bytes_are_one_piece():
