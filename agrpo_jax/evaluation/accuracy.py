@@ -42,8 +42,9 @@ def evaluate(
 
   A record is {"id", "index", "prompt", "completion", "answer", "reward",
   "grades", "num_tokens", "num_executed_steps", "fields"}: id of the prompt,
-  index of the completion among its prompt's, the extracted answer ("" for none),
-  every verdict by name, tokens up to the last that is not EOS, denoising steps.
+  index of the completion among its prompt's, the extracted answer ("" for
+  none), every verdict by name, tokens up to the last that is not EOS,
+  denoising steps.
 
   Args:
     sampler: with the evaluation's settings.
