@@ -1,10 +1,13 @@
 """What all tests share: quiet CPU JAX, and processes with several devices."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -20,6 +23,14 @@ _ENVIRONMENT = {
   "HF_HUB_OFFLINE": "1",
 }
 os.environ.update(_ENVIRONMENT)
+
+# Compiling is most of a suite's work, and many tests start commands that
+# compile the same programs: what was compiled once serves all processes.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _programs = tempfile.mkdtemp(prefix="agrpo_jax-programs-")
+  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 

@@ -11,7 +11,6 @@ from fixtures import commands
 def test_a_shorter_demo_with_its_own_seed_and_work_directory(tmp_path):
   folder = tmp_path / "mine"
   said = commands.alone(
-    tmp_path,
     "-m",
     "agrpo_jax.demo",
     *commands.TINY[2:],

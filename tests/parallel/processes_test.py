@@ -73,7 +73,7 @@ def test_a_run_goes_on_after_the_death_of_either_process(tmp_path):
     # Gloo's own lines aside, process 1 has nothing to tell.
     spoken = pair.said(1).splitlines()
     assert not [line for line in spoken if line and "[Gloo]" not in line]
-  commands.alone(tmp_path, *words, f"--config.workdir={other}")
+  commands.alone(*words, f"--config.workdir={other}")
   assert_same_training(run, other)
   # Such groups are left out of the update, so all have to agree on them.
   assert any(line["frac_reward_zero_std"] > 0 for line in lines(run))
@@ -123,7 +123,7 @@ def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path):
     assert pair.codes() == [0, 0], pair.said(0) + pair.said(1)
     assert "12 problems" in pair.said(0)
     assert "12 problems" not in pair.said(1)
-  commands.alone(tmp_path, *words, f"--output={output[1]}")
+  commands.alone(*words, f"--output={output[1]}")
   records = [file.read_bytes() for file in output]
   assert records[0] == records[1]
   assert records[0].count(b"\n") == 12

@@ -40,8 +40,6 @@ def train(
     **os.environ,
     "PYTHONPATH": str(ROOT),
     "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "programs"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   words = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
   words.append(f"--config.train.num_steps={num_steps}")

@@ -8,10 +8,8 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from agrpo_jax import errors
 from agrpo_jax.runs import metrics
@@ -19,25 +17,6 @@ from fixtures import commands
 from fixtures import runs
 
 patient = runs.patient
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  """All runs compile the same programs; once is enough."""
-  names = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-  )
-  before = {name: getattr(jax.config, name) for name in names}
-  folder = str(tmp_path_factory.mktemp("programs"))
-  for name, value in zip(names, (folder, 0, -1), strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 def checkpoints(c) -> list[str]:
@@ -97,7 +76,7 @@ def test_a_file_that_may_not_grow_costs_one_message(tmp_path):
       "--config.train.checkpoint_every=1",
     ],
     cwd=commands.ROOT,
-    env=commands.environment(tmp_path / "programs", 1),
+    env=commands.environment(1),
     preexec_fn=limit_files,
     capture_output=True,
     text=True,
