@@ -158,7 +158,14 @@ def _sampling(sub: ConfigDict) -> None:
   sub.top_p = 1.0  # 1: off
   sub.top_p_rule = "keep"  # keep or drop the token that crosses top_p
   sub.confidence = "policy"  # policy or model: what `confidence` ranks by
-  sub.batch_size = 32  # completions drawn at once
+  # Keys and values that the steps of a block share: none, prefix (of what is
+  # before the block), dual (of all but the block).
+  sub.cache = "none"
+  sub.cache_refresh = 0  # steps until they are computed anew; 0: once a block
+  sub.batch_size = 32  # completions drawn by one call
+  # Rows that run at a time; one that ends early makes room for the next of the
+  # batch. 0: batch_size.
+  sub.num_slots = 0
 
 
 def rl() -> ConfigDict:
@@ -176,7 +183,9 @@ def rl() -> ConfigDict:
   c.objective = o = ConfigDict()
   o.name = "agrpo"  # a name in `objectives.OBJECTIVES`
   o.num_mc_steps = 24  # M denoising steps drawn per completion
-  o.step_rule = "entropy"  # uniform or entropy
+  o.num_mc_blocks = 2  # M blocks drawn instead, if step_rule is one of blocks
+  # uniform, entropy: steps; blocks, entropy_blocks: whole blocks; all: no draw.
+  o.step_rule = "entropy"
   o.stratified = "row"  # row, batch, none
   # Those that are visited: executed, or content: up to the last non-EOS token.
   o.visited_steps = "executed"
@@ -187,7 +196,7 @@ def rl() -> ConfigDict:
   o.clip_high = 0.2
   o.kl_coef = 0.0
   o.kl_estimator = "k3"  # k3 or k3_ratio
-  o.updates_per_batch = 1  # optimizer updates per rollout; divides num_mc_steps
+  o.updates_per_batch = 1  # optimizer updates per rollout; divides M
   o.microbatch = 8  # (completion, step) pairs per forward and backward pass
 
   c.grading = grading = ConfigDict()

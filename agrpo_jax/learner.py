@@ -11,7 +11,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -213,12 +215,12 @@ class Learner:
       )
 
     def microbatch_loss(
-      trainable: types.Tree, index: jax.Array
+      trainable: types.Tree, at: "_Slice"
     ) -> tuple[jax.Array, base.Terms]:
       trained = state.with_trainable(trainable)
       network = self.bind(trained.params, trained.lora)
       rows, unit, advantage_P, old, weight_PxSxF = units.take(
-        index, rollout, visits, advantage_B, behaviour, weight_BxQxSxF
+        at, rollout, visits, advantage_B, behaviour, weight_BxQxSxF
       )
       factors = self._read(network, rows, unit)
       if weight_PxSxF is not None:
@@ -244,41 +246,49 @@ class Learner:
       )
       return terms.loss, terms
 
-    def accumulate(carry: Any) -> Any:
-      index, gradient, terms = carry
+    def accumulate(at: "_Slice", carry: Any) -> Any:
+      gradient, terms = carry
       (_, more_terms), more = jax.value_and_grad(microbatch_loss, has_aux=True)(
-        state.trainable, index
+        state.trainable, at
       )
       # Summed in float32: thousands of small bfloat16 terms would be lost.
       gradient = jax.tree.map(
         lambda total, part: total + part.astype(jnp.float32), gradient, more
       )
-      return index + 1, gradient, terms + more_terms
+      return gradient, terms + more_terms
 
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable
     )
-    _, gradient, terms = jax.lax.while_loop(
-      lambda carry: carry[0] * self.microbatch < units.num,
-      accumulate,
-      (jnp.int32(0), zeros, base.Terms.zeros()),
-    )
+    gradient, terms = units.loop(accumulate, (zeros, base.Terms.zeros()))
     return gradient, terms if whole is None else whole, units.num
 
   def _units(self, visits: base.Visits, advantage_B: jax.Array) -> "_Units":
-    is_active_BxQ = (visits.weight > 0).any(axis=2)
+    num_states = visits.weight.shape[2]
+    # A unit's states are cut off behind its last one that counts.
+    state_S = jnp.arange(1, num_states + 1)
+    used_BxQ = jnp.where(visits.weight > 0, state_S, 0).max(axis=2)
     if self.objective.skips_zero_advantage:
-      is_active_BxQ &= (advantage_B != 0)[:, None]
-    # Active units first, so that a loop may stop at the last of them: their
-    # number is known on device only, and differs from step to step.
-    index_P = jnp.argsort(~is_active_BxQ.reshape(-1), stable=True)
+      used_BxQ = jnp.where((advantage_B != 0)[:, None], used_BxQ, 0)
+    used_P = used_BxQ.reshape(-1)
+    # Active units first, so that loops may stop at the last of them: their
+    # number is known on device only, and differs from step to step. Those with
+    # the most states come first, and are run together.
+    sizes = _sizes(num_states, self.sampling)
+    group_P = jnp.searchsorted(-jnp.asarray(sizes), -used_P, side="right")
+    group_P = jnp.where(used_P > 0, group_P - 1, len(sizes))
+    index_P = jnp.argsort(group_P, stable=True)
     index_P = jnp.pad(
       index_P, (0, -index_P.size % self.microbatch), constant_values=-1
     )
+    end_G = jnp.searchsorted(
+      jnp.sort(group_P), jnp.arange(len(sizes)), side="right"
+    )
     return _Units(
       index_P=index_P,
-      num=is_active_BxQ.sum(),
-      per_row=is_active_BxQ.shape[1],
+      end_G=end_G,
+      sizes=sizes,
+      per_row=visits.weight.shape[1],
       microbatch=self.microbatch,
       shard_rows=self.shard_rows,
     )
@@ -292,17 +302,18 @@ class Learner:
     partial_PxSxC = jnp.where(
       unit.is_masked, mask_id, rows.completion[:, None, :]
     )
-    block_start_P = unit.block[:, 0] * self.sampling.block_length
-    # The start state is the present one with the block masked again, and what
-    # comes after it, which no step has touched yet.
-    position_C = jnp.arange(rows.completion.shape[1])
-    is_late_PxC = position_C[None, :] >= block_start_P[:, None]
+    start_step_P = policies.start_step(
+      policy, unit.denoise_step[:, 0], self.sampling.steps_per_block
+    )
     memory = policy.open(
       network,
       rows.prompt,
       rows.prompt_length,
-      jnp.where(is_late_PxC, mask_id, partial_PxSxC[:, 0]),
-      block_start_P,
+      jnp.where(
+        rows.unmask_step >= start_step_P[:, None], mask_id, rows.completion
+      ),
+      unit.block[:, 0] * self.sampling.block_length,
+      keeps=False,
     )
     logits_PxSxWxV = policy.logits(
       network,
@@ -342,29 +353,27 @@ class Learner:
     """Factors [B, Q, S, F] without gradient; those of idle units are none."""
     num_rows, per_row = visits.weight.shape[:2]
 
-    def read(index: jax.Array) -> base.Factors:
-      return self._read(network, *units.take(index, rollout, visits)[:2])
+    def read(at: "_Slice") -> base.Factors:
+      return self._read(network, *units.take(at, rollout, visits)[:2])
 
-    shapes = jax.eval_shape(read, jnp.int32(0))
+    whole = _Slice(jnp.int32(0), jnp.int32(0), visits.weight.shape[2])
     every = jax.tree.map(
-      lambda x: jnp.zeros((num_rows * per_row, *x.shape[1:]), x.dtype), shapes
+      lambda x: jnp.zeros((num_rows * per_row, *x.shape[1:]), x.dtype),
+      jax.eval_shape(lambda: read(whole)),
     )
 
-    def fill(carry: Any) -> Any:
-      index, every = carry
-      at = units.indices(index)
-      # Padding is dropped: -1 would be the last entry.
-      at = jnp.where(at < 0, num_rows * per_row, at)
-      every = jax.tree.map(
-        lambda x, part: x.at[at].set(part, mode="drop"), every, read(index)
+    def fill(at: "_Slice", every: base.Factors) -> base.Factors:
+      # What is not of the slice is dropped: -1 would be the last entry.
+      unit_P = jnp.where(
+        units.is_used(at), units.indices(at), num_rows * per_row
       )
-      return index + 1, every
+      return jax.tree.map(
+        lambda x, part: x.at[unit_P, : at.num_states].set(part, mode="drop"),
+        every,
+        read(at),
+      )
 
-    _, every = jax.lax.while_loop(
-      lambda carry: carry[0] * self.microbatch < units.num,
-      fill,
-      (jnp.int32(0), every),
-    )
+    every = units.loop(fill, every)
     return jax.tree.map(
       lambda x: x.reshape(num_rows, per_row, *x.shape[1:]), every
     )
@@ -417,57 +426,116 @@ class Learner:
     return jax.grad(loss, has_aux=True)(factors.logprob)
 
 
+class _Slice(NamedTuple):
+  """A microbatch: units from `start` on, of which those before `end` count.
+
+  Attributes:
+    start: int32, a position in `_Units.index_P`.
+    end: int32.
+    num_states: the first states of each unit, which are run.
+  """
+
+  start: jax.Array
+  end: jax.Array
+  num_states: int
+
+
+def _sizes(num_states: int, sampling: sampling_lib.Sampling) -> list[int]:
+  """Returns the numbers of states that units are run with, descending."""
+  sizes = [num_states]
+  # Under a schedule every block has all of its steps. Else it ends after few of
+  # those it may have, and running the rest would cost more than what is there.
+  if not sampling.rule.is_scheduled:
+    while sizes[-1] > 1:
+      sizes.append(-(-sizes[-1] // 2))
+  return sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class _Units:
   """An update's units in the order in which microbatches take them.
 
   Attributes:
-    index_P: int32, row * Q + number of the unit, active ones first; -1 fills
-      the last microbatch up.
-    num: int32, how many are active.
+    index_P: int32, row * Q + number of the unit, active ones first and grouped
+      by how many states they are run with; -1 fills the last microbatch up.
+    end_G: int32, the end of each group in `index_P`.
+    sizes: the number of states of each group.
     per_row: Q.
     microbatch: units taken at once.
     shard_rows: puts the leading axis of a pytree on the mesh.
   """
 
   index_P: jax.Array
-  num: jax.Array
+  end_G: jax.Array
+  sizes: Sequence[int]
   per_row: int
   microbatch: int
   shard_rows: Callable[[Any], Any]
 
-  def indices(self, index: jax.Array) -> jax.Array:
-    """The entries of `index_P` in microbatch number `index`."""
-    return jax.lax.dynamic_slice_in_dim(
-      self.index_P, index * self.microbatch, self.microbatch
-    )
+  @property
+  def num(self) -> jax.Array:
+    """How many are active, int32."""
+    return self.end_G[-1]
+
+  def loop(self, body: Callable[["_Slice", Any], Any], carry: Any) -> Any:
+    """Returns carry after `carry = body(microbatch, carry)` for all of them."""
+    start = jnp.int32(0)
+    for end, size in zip(self.end_G, self.sizes, strict=True):
+      carry = self._loop_group(body, carry, start, end, size)
+      start = end
+    return carry
+
+  def _loop_group(
+    self,
+    body: Callable[["_Slice", Any], Any],
+    carry: Any,
+    start: jax.Array,
+    end: jax.Array,
+    size: int,
+  ) -> Any:
+    def step(pair: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+      start, carry = pair
+      carry = body(_Slice(start, end, size), carry)
+      return start + self.microbatch, carry
+
+    return jax.lax.while_loop(lambda pair: pair[0] < end, step, (start, carry))[
+      1
+    ]
+
+  def indices(self, at: "_Slice") -> jax.Array:
+    """The entries of `index_P` of a microbatch; behind its end, any."""
+    padded = jnp.pad(self.index_P, (0, self.microbatch), constant_values=-1)
+    return jax.lax.dynamic_slice_in_dim(padded, at.start, self.microbatch)
+
+  def is_used(self, at: "_Slice") -> jax.Array:
+    """bool, which of the `indices` the microbatch has."""
+    return at.start + jnp.arange(self.microbatch) < at.end
 
   def take(
     self,
-    index: jax.Array,
+    at: "_Slice",
     rollout: types.Rollout,
     visits: base.Visits,
     advantage_B: jax.Array | None = None,
     *per_unit: Any,
   ) -> Any:
-    """Returns what microbatch number `index` works on, its rows on the mesh.
+    """Returns what a microbatch works on, its rows on the mesh.
 
     Args:
-      index: int32.
+      at: the microbatch.
       rollout: B completions.
       visits: [B, Q, S, ...]; what is not active comes back with weight 0.
       advantage_B: float32 [B], or None.
-      *per_unit: further trees whose leaves have the leading axes [B, Q].
+      *per_unit: further trees whose leaves have the leading axes [B, Q, S].
 
     Returns:
-      The same, one entry per unit of the microbatch.
+      The same, one entry per unit of the microbatch, with its states.
     """
-    row, column = jnp.divmod(jnp.maximum(self.indices(index), 0), self.per_row)
+    row, column = jnp.divmod(jnp.maximum(self.indices(at), 0), self.per_row)
     visits, *per_unit = jax.tree.map(
-      lambda x: x[row, column], (visits, *per_unit)
+      lambda x: x[row, column, : at.num_states], (visits, *per_unit)
     )
-    number = index * self.microbatch + jnp.arange(self.microbatch)
-    weight = jnp.where((number < self.num)[:, None], visits.weight, 0.0)
+    weight = jnp.where(self.is_used(at)[:, None], visits.weight, 0.0)
     return self.shard_rows(
       (
         jax.tree.map(lambda x: x[row], rollout),

@@ -449,7 +449,19 @@ def _draw(
   found.want(
     0 <= guidance < math.inf, f"{key}.guidance", guidance, "0 (off) or more"
   )
+  found.want(
+    not guidance or sampling.cache == "none",
+    f"{key}.cache",
+    sampling.cache,
+    f"none with guidance={guidance}, which runs whole rows",
+  )
   found.at_least(1, key, sub, "batch_size")
+  found.want(
+    0 <= sub.num_slots <= max(1, sub.batch_size),
+    f"{key}.num_slots",
+    sub.num_slots,
+    f"from 1 to batch_size={sub.batch_size}, or 0 for as many",
+  )
   return _record(record, sub, sampling=sampling, guidance=guidance)
 
 

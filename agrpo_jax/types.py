@@ -28,6 +28,21 @@ TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 Of equal values the first come first, as `jax.lax.top_k` has it.
 """
 
+KeysValuesFn = Callable[[jax.Array, jax.Array], Tree]
+"""(tokens_BxL, length_B) -> keys and values of all layers, at all positions."""
+
+WindowLogitsFn = Callable[
+  [Tree, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
+]
+"""(shared, length_B, tokens_BxSxQ, start_B, positions_BxSxW) -> logits.
+
+float32 [B, S, W, V]: logits of S states of each row, which differ in a window
+of Q positions from `start` on. Keys and values of the positions outside it are
+`shared`: a `KeysValuesFn` returned them, or they are those of the tokens [B, L]
+that stand there, computed layer by layer beside the windows. The positions are
+those of the row.
+"""
+
 
 class Network(NamedTuple):
   """A network bound to its parameters and adapter.
@@ -40,10 +55,14 @@ class Network(NamedTuple):
       are for the token at that position.
     top_k: how the largest of its logits are found, `parallel.split.top_k_of`
       where the vocabulary is split over devices.
+    keys_values: see `KeysValuesFn`; None where the network has no windows.
+    window_logits: see `WindowLogitsFn`; likewise.
   """
 
   logits: LogitsFn
   top_k: TopK = jax.lax.top_k
+  keys_values: KeysValuesFn | None = None
+  window_logits: WindowLogitsFn | None = None
 
 
 BindFn = Callable[[Tree, Tree | None], Network]
@@ -89,6 +108,8 @@ class Rollout(flax.struct.PyTreeNode):
       of the block, just these came first, given their tokens (0 under rules
       that do not look at the draws).
     num_executed_steps: int32 [B], denoising steps that the row executed.
+    num_slot_steps: int32 [B], denoising steps of the batch during which the row
+      held one of its slots: those it executed, and those it waited.
   """
 
   prompt: jax.Array
@@ -100,6 +121,7 @@ class Rollout(flax.struct.PyTreeNode):
   support: jax.Array | None
   order_logprob: jax.Array
   num_executed_steps: jax.Array
+  num_slot_steps: jax.Array
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -168,7 +168,7 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     top_p=preset.top_p,
   )
   num_rows = preset.num_prompts * preset.group_size
-  draw = host.Draw(sampling, guidance=0.0, batch_size=num_rows)
+  draw = host.Draw(sampling, guidance=0.0, batch_size=num_rows, num_slots=0)
   sampler = host.Sampler(
     model.bind, draw, tokenizer, mesh, preset.prompt_length
   )

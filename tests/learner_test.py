@@ -39,7 +39,7 @@ def setting(rule="random", **changes):
   )
 
   def bind(params, lora):
-    return types.Network(transformer.logits_fn(config, params, lora))
+    return transformer.bind(config, params, lora)
 
   learner = learner_lib.Learner(
     bind=bind,

@@ -154,13 +154,84 @@ def attend(
   # Queries that share keys become further queries of one head.
   q = q_BxSxHxDh.reshape(rows, queries, groups, heads // groups, size)
   q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, size)
-  k = k_BxLxHxDh.transpose(0, 2, 1, 3)
-  v = v_BxLxHxDh.transpose(0, 2, 1, 3)
+  k, v = heads_first(k_BxLxHxDh), heads_first(v_BxLxHxDh)
   is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
   bias = jnp.where(is_key_BxL, 0.0, _NEVER)
   mixed = _attend(q, k, v, bias[:, None, None, :])
   mixed = mixed.reshape(rows, groups, heads // groups, queries, size)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size)
+
+
+def heads_first(x_BxLxHxDh: jax.Array) -> jax.Array:
+  """Returns keys or values as attention reads them, [B, H, L, Dh]."""
+  return x_BxLxHxDh.transpose(0, 2, 1, 3)
+
+
+def attend_windows(
+  q_BxSxWxHxDh: jax.Array,
+  k_BxSxQxHxDh: jax.Array,
+  v_BxSxQxHxDh: jax.Array,
+  shared_k_BxHxLxDh: jax.Array,
+  shared_v_BxHxLxDh: jax.Array,
+  start_B: jax.Array,
+  length_B: jax.Array,
+) -> jax.Array:
+  """Attention of windows whose rows' other keys and values are shared.
+
+  S states of a row differ in a window of Q positions from `start` on. A query
+  of a state attends to that state's own keys within the window, and to the
+  row's shared ones everywhere else, up to its length: one softmax over both.
+  Nothing is copied to lay the two side by side.
+
+  Args:
+    q_BxSxWxHxDh: queries of W positions of each state.
+    k_BxSxQxHxDh: the windows' own keys; may have fewer heads than q.
+    v_BxSxQxHxDh: the windows' own values.
+    shared_k_BxHxLxDh: keys of whole rows, see `heads_first`.
+    shared_v_BxHxLxDh: their values.
+    start_B: int32, the first position of a row's window.
+    length_B: int32, tokens of each row before its padding.
+
+  Returns:
+    [B, S, W, H, Dh].
+  """
+  rows, states, queries, heads, size = q_BxSxWxHxDh.shape
+  window, groups = k_BxSxQxHxDh.shape[2:4]
+  position_BxL = jnp.arange(shared_k_BxHxLxDh.shape[2])[None]
+  own_BxQ = start_B[:, None] + jnp.arange(window)[None]
+  is_own_BxL = (position_BxL >= start_B[:, None]) & (
+    position_BxL < start_B[:, None] + window
+  )
+  is_shared_BxL = (position_BxL < length_B[:, None]) & ~is_own_BxL
+  bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
+  is_key_BxQ = own_BxQ < length_B[:, None]
+  bias_own = jnp.where(is_key_BxQ, 0.0, _NEVER)[:, None, None, :]
+  # A head's queries side by side, those of one state together: against shared
+  # keys all of them are queries of one head, against their own those of one
+  # state are.
+  q = q_BxSxWxHxDh.reshape(
+    rows, states, queries, groups, heads // groups, size
+  ).transpose(0, 3, 1, 4, 2, 5)
+  q = q.reshape(rows, groups * states, -1, size)
+
+  def per_state(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 3, 1, 2, 4).reshape(
+      rows, groups * states, window, size
+    )
+
+  mixed = _attend_both(
+    q,
+    per_state(k_BxSxQxHxDh),
+    per_state(v_BxSxQxHxDh),
+    bias_own,
+    shared_k_BxHxLxDh,
+    shared_v_BxHxLxDh,
+    bias_shared,
+  )
+  mixed = mixed.reshape(
+    rows, groups, states, heads // groups, queries, size
+  ).transpose(0, 2, 4, 1, 3, 5)
+  return mixed.reshape(rows, states, queries, heads, size)
 
 
 @jax.custom_vjp
@@ -180,26 +251,88 @@ def _attend_fwd(q, k, v, bias):
 
 
 def _attend_bwd(saved, gradient):
-  # The weights are computed again from their log-sum-exp, as in
-  # FlashAttention-2 (arXiv:2307.08691), instead of being kept.
   q, k, v, bias, mixed, log_total = saved
+  gradient_q, gradient_k, gradient_v = _attend_gradients(
+    q, k, v, bias, gradient, log_total, _weighted(gradient, mixed)
+  )
+  return gradient_q.astype(q.dtype), gradient_k, gradient_v, None
+
+
+def _weighted(gradient, mixed):
+  """The mean over keys, by their weights, of the gradient of the weights."""
+  return jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
+
+
+def _attend_gradients(q, k, v, bias, gradient, log_total, mean):
+  """The gradients of q (float32), k and v, from one set of keys.
+
+  The weights are computed again from their log-sum-exp, as in
+  FlashAttention-2 (arXiv:2307.08691), instead of being kept.
+  """
   weight = jnp.exp(_scores(q, k, bias) - log_total)
   gradient_v = _batched(weight.astype(v.dtype), gradient, 2, 2)
   gradient_weight = _batched(gradient, v, 3, 3)
-  shared = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
-  gradient_scores = weight * (gradient_weight - shared) * q.shape[-1] ** -0.5
+  gradient_scores = weight * (gradient_weight - mean) * q.shape[-1] ** -0.5
   gradient_scores = gradient_scores.astype(q.dtype)
   gradient_q = _batched(gradient_scores, k, 3, 2)
   gradient_k = _batched(gradient_scores, q, 2, 2)
-  return (
-    gradient_q.astype(q.dtype),
-    gradient_k.astype(k.dtype),
-    gradient_v.astype(v.dtype),
-    None,
-  )
+  return gradient_q, gradient_k.astype(k.dtype), gradient_v.astype(v.dtype)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@jax.custom_vjp
+def _attend_both(q, k, v, bias, shared_k, shared_v, shared_bias):
+  """Attention to own keys and to shared ones, S states per head.
+
+  q [B, H * S, W, Dh], k and v [B, H * S, Q, Dh], bias [B, 1, 1, Q],
+  shared_k and shared_v [B, H, L, Dh], shared_bias [B, 1, 1, L].
+  """
+  return _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias)[0]
+
+
+def _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias):
+  own = _scores(q, k, bias)
+  shared = _scores(_per_head(q, shared_k), shared_k, shared_bias)
+  shared = shared.reshape(*own.shape[:3], -1)
+  top = jnp.maximum(
+    own.max(axis=-1, keepdims=True), shared.max(axis=-1, keepdims=True)
+  )
+  own, shared = jnp.exp(own - top), jnp.exp(shared - top)
+  total = own.sum(axis=-1, keepdims=True) + shared.sum(axis=-1, keepdims=True)
+  mixed = _batched(own.astype(v.dtype), v, 3, 2) + _batched(
+    _per_head(shared.astype(v.dtype), shared_v), shared_v, 3, 2
+  ).reshape(q.shape)
+  mixed = (mixed / total).astype(q.dtype)
+  saved = q, k, v, bias, shared_k, shared_v, shared_bias, mixed
+  return mixed, (*saved, top + jnp.log(total))
+
+
+def _attend_both_bwd(saved, gradient):
+  q, k, v, bias, shared_k, shared_v, shared_bias, mixed, log_total = saved
+  rest = gradient, log_total, _weighted(gradient, mixed)
+  own_q, own_k, own_v = _attend_gradients(q, k, v, bias, *rest)
+  shared_q, gradient_shared_k, gradient_shared_v = _attend_gradients(
+    _per_head(q, shared_k),
+    shared_k,
+    shared_v,
+    shared_bias,
+    *(_per_head(x, shared_k) for x in rest),
+  )
+  gradient_q = (own_q + shared_q.reshape(q.shape)).astype(q.dtype)
+  return (
+    *(gradient_q, own_k, own_v, None),
+    *(gradient_shared_k, gradient_shared_v, None),
+  )
+
+
+_attend_both.defvjp(_attend_both_fwd, _attend_both_bwd)
+
+
+def _per_head(x, shared):
+  """[B, H * S, W, ...] -> [B, H, S * W, ...], with the heads of `shared`."""
+  return x.reshape(*shared.shape[:2], -1, x.shape[-1])
 
 
 def _scores(q, k, bias):

@@ -6,6 +6,11 @@ change nothing. `hidden` and `unembed` are apart, and both work only at given
 positions: logits of a whole sequence are never formed, and the last layer
 computes queries and MLP only where a result is asked for.
 
+A pass of *windows* computes several states of a row that differ within a window
+of positions; keys and values of the other positions are those of one state
+that they share. They are given (`keys_values` made them), or the row goes
+through the layers beside its windows and no layer's keys and values outlive it.
+
 The parameters are laid out as the table in `parameters` says.
 """
 
@@ -15,6 +20,7 @@ from typing import Any
 
 import chex
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint
@@ -94,12 +100,38 @@ class RMSNorm(nn.Module):
     return ops.rms_norm(x, scale, self.eps)
 
 
+class Pass(flax.struct.PyTreeNode):
+  """What is the same for all layers of one pass over N tokens per row.
+
+  Attributes:
+    length_B: int32, tokens of each row before its padding.
+    cos: float32 [1 or B, N, 1, Dh / 2], rotary embedding of the N tokens.
+    sin: likewise.
+    start_B: int32, where each row's window begins; None if there is none.
+    num_row_tokens: how many of the N tokens are whole rows; they come first,
+      the windows follow.
+    num_states: S, windows per row.
+    keeps: whether each layer returns the keys and values of the rows.
+  """
+
+  length_B: jax.Array
+  cos: jax.Array
+  sin: jax.Array
+  start_B: jax.Array | None = None
+  num_row_tokens: int = flax.struct.field(pytree_node=False, default=0)
+  num_states: int = flax.struct.field(pytree_node=False, default=0)
+  keeps: bool = flax.struct.field(pytree_node=False, default=False)
+
+
 class Layer(nn.Module):
   """One transformer layer: attention and a gated MLP, each on a residual.
 
-  Returns (x, None), as `nn.scan` wants. With `positions_BxS` the result is
-  [B, S, D]: keys and values come from all positions, the rest of the work is
-  done only there.
+  Returns x and, if the pass keeps them, the keys and values of the rows, each
+  [B, H, L, Dh]. With `wanted_BxW` x is [B, W, D]: keys and values come from
+  all tokens, the rest of the work is done only there.
+
+  `shared` are keys and values that windows attend to, as another pass kept
+  them; None if the rows are part of this pass.
   """
 
   shape: base.Shape
@@ -109,11 +141,11 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_BxLxD: jax.Array,
-    length_B: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    positions_BxS: jax.Array | None = None,
-  ) -> tuple[jax.Array, None]:
+    x_BxNxD: jax.Array,
+    shared: tuple[jax.Array, jax.Array] | None,
+    of: Pass,
+    wanted_BxW: jax.Array | None = None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     shape = self.shape
     table = parameters.layer_specs(shape)
 
@@ -133,24 +165,69 @@ class Layer(nn.Module):
       return x.reshape(*x.shape[:2], -1, shape.head_dim)
 
     with jax.named_scope("attention"):
-      normed = norm("attn_norm", x_BxLxD)
-      cos, sin = (one[None, :, None, :] for one in rope)
+      normed = norm("attn_norm", x_BxNxD)
+      cos, sin = of.cos, of.sin
       k = ops.rotate(heads(project("k", normed)), cos, sin)
       v = heads(project("v", normed))
-      if positions_BxS is not None:
-        x_BxLxD = take_positions(x_BxLxD, positions_BxS)
-        normed = take_positions(normed, positions_BxS)
-        cos, sin = (one[positions_BxS][:, :, None, :] for one in rope)
+      if wanted_BxW is not None:
+        x_BxNxD = take_positions(x_BxNxD, wanted_BxW)
+        normed = take_positions(normed, wanted_BxW)
+        cos, sin = (
+          take_positions(
+            jnp.broadcast_to(one, (wanted_BxW.shape[0], *one.shape[1:])),
+            wanted_BxW,
+          )
+          for one in (cos, sin)
+        )
       q = ops.rotate(heads(project("q", normed)), cos, sin)
-      how = _attention(shape, num_queries=q.shape[1])
-      mixed = ops.attend(q, k, v, length_B, how)
+      mixed = self._attend(q, k, v, shared, of)
       mixed = mixed.reshape(*mixed.shape[:2], -1)
-      x_BxLxD = x_BxLxD + project("attn_out", mixed)
+      x_BxNxD = x_BxNxD + project("attn_out", mixed)
     with jax.named_scope("mlp"):
-      normed = norm("mlp_norm", x_BxLxD)
+      normed = norm("mlp_norm", x_BxNxD)
       gated = ops.gated_silu(project("gate", normed), project("up", normed))
-      x_BxLxD = x_BxLxD + project("down", gated)
-    return _split_rows(x_BxLxD, self.rows), None
+      x_BxNxD = x_BxNxD + project("down", gated)
+    kept = None
+    if of.keeps:
+      kept = ops.heads_first(k), ops.heads_first(v)
+    return _split_rows(x_BxNxD, self.rows), kept
+
+  def _attend(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    shared: tuple[jax.Array, jax.Array] | None,
+    of: Pass,
+  ) -> jax.Array:
+    """Attention of the queries of rows, of windows, or of both in turn."""
+    size = of.num_row_tokens
+    row_k, row_v = k[:, :size], v[:, :size]
+    if of.start_B is None:
+      how = _attention(self.shape, q.shape[1])
+      return ops.attend(q, row_k, row_v, of.length_B, how)
+    if shared is None:
+      shared = ops.heads_first(row_k), ops.heads_first(row_v)
+    # The last layer is asked for positions of windows alone.
+    row_queries = size if q.shape[1] == k.shape[1] else 0
+
+    def by_state(x: jax.Array) -> jax.Array:
+      return x.reshape(x.shape[0], of.num_states, -1, *x.shape[2:])
+
+    mixed = ops.attend_windows(
+      by_state(q[:, row_queries:]),
+      by_state(k[:, size:]),
+      by_state(v[:, size:]),
+      *shared,
+      of.start_B,
+      of.length_B,
+    )
+    mixed = mixed.reshape(q.shape[0], -1, *q.shape[2:])
+    if row_queries:
+      how = _attention(self.shape, row_queries)
+      of_rows = ops.attend(q[:, :size], row_k, row_v, of.length_B, how)
+      mixed = jnp.concatenate([of_rows, mixed], axis=1)
+    return mixed
 
 
 def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
@@ -201,7 +278,7 @@ class Transformer(nn.Module):
         _remat(shape.remat, in_scan=True)(Layer),
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(0, nn.broadcast),
         length=shape.num_layers - 1,
       )(shape, self.lora_scale, self.rows)
     self.last_layer = _remat(shape.remat, in_scan=False)(Layer)(
@@ -233,18 +310,114 @@ class Transformer(nn.Module):
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
     if self.shape.shift:
       positions_BxS = jnp.maximum(positions_BxS - self.shape.shift, 0)
-    with jax.named_scope("embed"):
-      x_BxLxD = self.embed(tokens_BxL).astype(self.shape.dtype)
-      x_BxLxD = _split_rows(x_BxLxD, self.rows)
-    rope = ops.rope_tables(
-      self.shape.head_dim, self.shape.rope_theta, tokens_BxL.shape[1]
+    of = self._row_pass(tokens_BxL, length_B)
+    return self._run(tokens_BxL, None, of, positions_BxS)[0]
+
+  def keys_values(
+    self, tokens_BxL: jax.Array, length_B: jax.Array
+  ) -> types.Tree:
+    """Returns the keys and values of every layer, what `window_hidden` reads.
+
+    Args:
+      tokens_BxL: as in `hidden`.
+      length_B: as in `hidden`.
+
+    Returns:
+      (of all layers but the last, of the last), each of them keys and values
+      [layers, B, H, L, Dh] or [B, H, L, Dh].
+    """
+    of = self._row_pass(tokens_BxL, length_B).replace(keeps=True)
+    # The last layer's output is thrown away, and so not computed.
+    return self._run(tokens_BxL, None, of, jnp.zeros_like(length_B)[:, None])[1]
+
+  def window_hidden(
+    self,
+    shared: types.Tree,
+    length_B: jax.Array,
+    tokens_BxSxQ: jax.Array,
+    start_B: jax.Array,
+    positions_BxSxW: jax.Array,
+  ) -> jax.Array:
+    """As `hidden`, of S states of each row that differ in a window of Q.
+
+    Args:
+      shared: what `keys_values` returned for the state whose keys and values
+        stand outside the windows; or that state's tokens, int [B, L], which
+        then go through the layers beside the windows.
+      length_B: as in `hidden`.
+      tokens_BxSxQ: int, the windows; what is at or behind `length` is padding.
+      start_B: int32, the position at which each row's windows begin.
+      positions_BxSxW: int32, positions of the rows, within the windows.
+
+    Returns:
+      [B, S, W, D].
+    """
+    num_states, num_positions = positions_BxSxW.shape[1:]
+    size = tokens_BxSxQ.shape[2]
+    tokens = tokens_BxSxQ.reshape(tokens_BxSxQ.shape[0], -1)
+    has_rows = isinstance(shared, jax.Array)
+    length = shared.shape[1] if has_rows else shared[1][0].shape[2]
+    position_BxQ = jnp.minimum(
+      start_B[:, None] + jnp.arange(size)[None], length - 1
     )
+    position_BxN = jnp.tile(position_BxQ, (1, num_states))
+    wanted_BxSxW = positions_BxSxW - start_B[:, None, None]
+    wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
+    if has_rows:
+      tokens = jnp.concatenate([shared, tokens], axis=1)
+      row_BxL = jnp.broadcast_to(jnp.arange(length)[None], shared.shape)
+      position_BxN = jnp.concatenate([row_BxL, position_BxN], axis=1)
+      wanted_BxSxW += length
+    cos, sin = (
+      one[position_BxN][:, :, None]
+      for one in ops.rope_tables(
+        self.shape.head_dim, self.shape.rope_theta, length
+      )
+    )
+    of = Pass(
+      length_B,
+      cos,
+      sin,
+      start_B,
+      num_row_tokens=length if has_rows else 0,
+      num_states=num_states,
+    )
+    hidden, _ = self._run(
+      tokens,
+      None if has_rows else shared,
+      of,
+      wanted_BxSxW.reshape(-1, num_states * num_positions),
+    )
+    return hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
+
+  def _row_pass(self, tokens_BxL: jax.Array, length_B: jax.Array) -> Pass:
+    cos, sin = (
+      one[None, :, None]
+      for one in ops.rope_tables(
+        self.shape.head_dim, self.shape.rope_theta, tokens_BxL.shape[1]
+      )
+    )
+    return Pass(length_B, cos, sin, num_row_tokens=tokens_BxL.shape[1])
+
+  def _run(
+    self,
+    tokens_BxN: jax.Array,
+    shared: types.Tree | None,
+    of: Pass,
+    wanted_BxW: jax.Array,
+  ) -> tuple[jax.Array, types.Tree]:
+    """Returns the normalised output at W of the N tokens, and what is kept."""
+    with jax.named_scope("embed"):
+      x_BxNxD = self.embed(tokens_BxN).astype(self.shape.dtype)
+      x_BxNxD = _split_rows(x_BxNxD, self.rows)
+    shared_layers, shared_last = shared or (None, None)
+    kept_layers = None
     if self.shape.num_layers > 1:
       with jax.named_scope("layers"):
-        x_BxLxD, _ = self.layers(x_BxLxD, length_B, rope)
+        x_BxNxD, kept_layers = self.layers(x_BxNxD, shared_layers, of)
     with jax.named_scope("last_layer"):
-      x_BxSxD, _ = self.last_layer(x_BxLxD, length_B, rope, positions_BxS)
-    return self.final_norm(x_BxSxD)
+      x_BxWxD, kept_last = self.last_layer(x_BxNxD, shared_last, of, wanted_BxW)
+    return self.final_norm(x_BxWxD), (kept_layers, kept_last)
 
   def unembed(self, hidden_BxSxD: jax.Array) -> jax.Array:
     """Logits [B, S, embedding_size], float32."""
@@ -265,6 +438,20 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     return self.unembed(self.hidden(tokens_BxL, length_B, positions_BxS))
 
+  def window_logits(
+    self,
+    shared: types.Tree,
+    length_B: jax.Array,
+    tokens_BxSxQ: jax.Array,
+    start_B: jax.Array,
+    positions_BxSxW: jax.Array,
+  ) -> jax.Array:
+    return self.unembed(
+      self.window_hidden(
+        shared, length_B, tokens_BxSxQ, start_B, positions_BxSxW
+      )
+    )
+
 
 class Embed(nn.Module):
   """The table of token embeddings."""
@@ -284,32 +471,66 @@ class Embed(nn.Module):
     return split.lookup(self.rows, self.table, tokens)
 
 
-def logits_fn(
+def bind(
   shape: base.Shape,
   params: Any,
   lora: Any = None,
   lora_scale: float = 1.0,
   rows: mesh_lib.NamedSharding | None = None,
-) -> types.LogitsFn:
-  """The network bound to its parameters: (tokens, length, positions) -> logits.
+  top_k: types.TopK = jax.lax.top_k,
+) -> types.Network:
+  """The network bound to its parameters.
 
-  The logits have `vocab_size` columns, float32. `rows` is how a batch is split
-  over devices, see `Transformer`.
+  Its logits have `vocab_size` columns, float32.
+
+  Args:
+    shape: shapes and compute switches.
+    params: its parameters.
+    lora: an adapter, or None.
+    lora_scale: of the adapter.
+    rows: how a batch is split over devices, see `Transformer`.
+    top_k: see `types.Network`.
   """
   network = Transformer(shape, lora_scale, rows)
   variables = {"params": params}
   if lora is not None:
     variables["lora"] = lora
 
+  def run(method: Callable[..., jax.Array], *args: Any) -> Any:
+    return network.apply(variables, *args, method=method)
+
   def logits(
     tokens_BxL: jax.Array, length_B: jax.Array, positions_BxS: jax.Array
   ) -> jax.Array:
-    logits_BxSxE: Any = network.apply(
-      variables, tokens_BxL, length_B, positions_BxS
+    logits_BxSxE = run(
+      Transformer.__call__, tokens_BxL, length_B, positions_BxS
     )
     return logits_BxSxE[..., : shape.vocab_size]
 
-  return logits
+  def keys_values(tokens_BxL: jax.Array, length_B: jax.Array) -> types.Tree:
+    return run(Transformer.keys_values, tokens_BxL, length_B)
+
+  def window_logits(
+    shared: types.Tree,
+    length_B: jax.Array,
+    tokens_BxSxQ: jax.Array,
+    start_B: jax.Array,
+    positions_BxSxW: jax.Array,
+  ) -> jax.Array:
+    logits_BxSxWxE = run(
+      Transformer.window_logits,
+      shared,
+      length_B,
+      tokens_BxSxQ,
+      start_B,
+      positions_BxSxW,
+    )
+    return logits_BxSxWxE[..., : shape.vocab_size]
+
+  if shape.shift:
+    # The logits of a window's first position come from before the window.
+    return types.Network(logits, top_k)
+  return types.Network(logits, top_k, keys_values, window_logits)
 
 
 def forward_flops(shape: base.Shape, length: int, num_positions: int) -> float:

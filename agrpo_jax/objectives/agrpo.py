@@ -38,8 +38,9 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
       position of the block that stayed masked has a factor) or `product` over
       the unmasked tokens (released AGRPO; biased). The same under other rules.
     baseline: one of `advantage.BASELINES`.
-    updates_per_batch: optimizer updates per rollout, dividing `num_mc_steps`:
-      1 is the paper's algorithm; the released launcher takes one per draw.
+    updates_per_batch: optimizer updates per rollout, dividing the draws: 1 is
+      the paper's algorithm; the released launcher takes one per draw. Where
+      nothing is drawn every update visits every step.
   """
 
   likelihood: str = "exact"
@@ -68,12 +69,25 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
       value = getattr(self, name)
       if value not in known:
         found.append(f"{name}={value!r} must be one of {', '.join(known)}")
-    if self.updates_per_batch < 1 or (
-      self.num_mc_steps % self.updates_per_batch
+    updates = self.updates_per_batch
+    if self.step_rule == "all":
+      if updates < 1:
+        found.append(f"updates_per_batch={updates!r} must be at least 1")
+    elif updates < 1 or self.num_draws % updates:
+      what = "blocks" if self.step_rule in mc_steps.DRAWN_BLOCKS else "steps"
+      found.append(
+        f"updates_per_batch={updates!r} must be a divisor of "
+        f"num_mc_{what}={self.num_draws}"
+      )
+    shares = sampling.steps_per_memory
+    if (
+      self.step_rule not in mc_steps.DRAWN_STEPS
+      and sampling.steps_per_block % shares
     ):
       found.append(
-        f"updates_per_batch={self.updates_per_batch!r} must be a divisor of "
-        f"num_mc_steps={self.num_mc_steps}"
+        f"step_rule={self.step_rule!r} visits the {sampling.steps_per_block} "
+        f"steps of a block in lots of cache_refresh={shares}, which must be a "
+        "divisor"
       )
     return found
 
@@ -88,21 +102,33 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     key_B: jax.Array,
     sampling: sampling_lib.Sampling,
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
-    """Draws M steps per completion and deals them out over the updates.
+    """Draws M steps or blocks per completion, dealt out over the updates.
 
     Returns:
-      Visits [U, B, M / U, 1], and the metrics of the draw.
+      Visits [U, B, M / U, 1] of steps, or [U, B, K / S, S] of blocks, whose
+      steps share a memory S at a time; and the metrics of the draw.
     """
     # All M at once, so that the strata cover a row's steps over all updates.
-    drawn = mc_steps.draw(
-      rollout,
-      mc_steps.uniforms(batch_key, key_B, self),
-      self,
-      sampling.eos_id,
-    )
-    visits = jax.vmap(visits_of, (None, 0, None, None))(
-      rollout, jax.tree.map(self._dealt, drawn), sampling, self
-    )
+    uniform_BxM = mc_steps.uniforms(batch_key, key_B, self)
+    if self.step_rule in mc_steps.DRAWN_STEPS:
+      drawn = mc_steps.draw(rollout, uniform_BxM, self, sampling.eos_id)
+      visits = jax.vmap(visits_of, (None, 0, None, None))(
+        rollout, jax.tree.map(self._dealt, drawn), sampling, self
+      )
+    else:
+      is_visitable_BxK, drawn = mc_steps.draw_blocks(
+        rollout, uniform_BxM, self, sampling
+      )
+      dealt = (
+        jax.tree.map(
+          lambda x: jnp.repeat(x[None], self.updates_per_batch, axis=0), drawn
+        )
+        if self.step_rule == "all"
+        else jax.tree.map(self._dealt, drawn)
+      )
+      visits = jax.vmap(visits_of_blocks, (None, None, 0, None, None))(
+        rollout, is_visitable_BxK, dealt, sampling, self
+      )
     return visits, {
       "draws/distinct_fraction": mc_steps.distinct_fraction(drawn.step),
       "draws/max_weight": drawn.weight.max(),
@@ -185,7 +211,56 @@ def visits_of(
   """
   num_rows, num_draws = drawn.step.shape
   merged_BxM = mc_steps.merge_repeats(drawn) / (num_rows * num_draws)
+  visits = _visits_at(rollout, drawn.step, merged_BxM, sampling, objective)
+  return jax.tree.map(lambda x: x[:, :, None], visits)
 
+
+def visits_of_blocks(
+  rollout: types.Rollout,
+  is_visitable_BxK: jax.Array,
+  drawn: mc_steps.Drawn,
+  sampling: sampling_lib.Sampling,
+  objective: Agrpo,
+) -> base.Visits:
+  """The visits of one optimizer update, every step of the drawn blocks.
+
+  Args:
+    rollout: B completions.
+    is_visitable_BxK: bool, the steps that are visited if their block is.
+    drawn: blocks of each, in place of steps.
+    sampling: how the rollout was drawn.
+    objective: the settings.
+
+  Returns:
+    Visits [B, K / S, S], those of blocks that were not drawn with weight 0.
+  """
+  num_rows, num_draws = drawn.step.shape
+  if objective.step_rule == "all":
+    num_draws = 1
+  weight_BxN = jax.vmap(
+    lambda block_M, weight_M: (
+      jnp.zeros(sampling.num_blocks).at[block_M].add(weight_M)
+    )
+  )(drawn.step, drawn.weight / (num_rows * num_draws))
+  step_BxK = jnp.broadcast_to(
+    jnp.arange(sampling.max_steps), is_visitable_BxK.shape
+  )
+  weight_BxK = jnp.repeat(weight_BxN, sampling.steps_per_block, axis=1)
+  weight_BxK = jnp.where(is_visitable_BxK, weight_BxK, 0.0)
+  visits = _visits_at(rollout, step_BxK, weight_BxK, sampling, objective)
+  return jax.tree.map(
+    lambda x: x.reshape(num_rows, -1, sampling.steps_per_memory, *x.shape[2:]),
+    visits,
+  )
+
+
+def _visits_at(
+  rollout: types.Rollout,
+  step_BxM: jax.Array,
+  weight_BxM: jax.Array,
+  sampling: sampling_lib.Sampling,
+  objective: Agrpo,
+) -> base.Visits:
   def visit(
     row: types.Rollout, denoise_step: jax.Array, weight: jax.Array
   ) -> base.Visits:
@@ -198,10 +273,7 @@ def visits_of(
       weight=weight,
     )
 
-  visits = jax.vmap(jax.vmap(visit, (None, 0, 0)))(
-    rollout, drawn.step, merged_BxM
-  )
-  return jax.tree.map(lambda x: x[:, :, None], visits)
+  return jax.vmap(jax.vmap(visit, (None, 0, 0)))(rollout, step_BxM, weight_BxM)
 
 
 def needs_block(sampling: sampling_lib.Sampling, objective: Agrpo) -> bool:

@@ -4,6 +4,9 @@ The score of a completion is a sum over the denoising steps that made it. The
 estimator visits M of them, drawn with replacement with probability `step_prob`,
 and divides by that probability, so that its expectation is the whole sum, for
 any `step_prob` that is positive where the summand is not zero.
+
+Or it draws M blocks likewise and visits every step of those, which share what a
+policy computes once per block; or it visits every step there is.
 """
 
 import dataclasses
@@ -14,8 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from agrpo_jax import types
+from agrpo_jax.samplers import sampling as sampling_lib
 
-STEP_RULES = ("uniform", "entropy")
+DRAWN_STEPS = ("uniform", "entropy")
+DRAWN_BLOCKS = ("blocks", "entropy_blocks")
+STEP_RULES = (*DRAWN_STEPS, *DRAWN_BLOCKS, "all")
 STRATA = ("row", "batch", "none")
 VISITED_STEPS = ("executed", "content")
 NORMALIZE = ("sum", "mean")
@@ -30,9 +36,12 @@ class McSteps:
   """Settings of the draw.
 
   Attributes:
-    num_mc_steps: M, draws per completion and update batch.
+    num_mc_steps: M, steps drawn per completion under `uniform` and `entropy`.
+    num_mc_blocks: M, blocks drawn under `blocks` and `entropy_blocks`.
     step_rule: `uniform`, or `entropy`: proportional to the entropy of what the
-      step unmasked (arXiv:2510.04019, section on variance reduction).
+      step unmasked (arXiv:2510.04019, section on variance reduction); `blocks`
+      or `entropy_blocks`: whole blocks are drawn, each as likely or in
+      proportion to the entropy of their steps; `all`: nothing is drawn.
     stratified: `row`: one uniform in each of M equal slices of [0, 1) for every
       completion; `batch`: one in each of B * M slices, shuffled over the batch
       (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
@@ -44,17 +53,27 @@ class McSteps:
   """
 
   num_mc_steps: int = 24
+  num_mc_blocks: int = 2
   step_rule: str = "uniform"
   stratified: str = "row"
   visited_steps: str = "executed"
   normalize: str = "sum"
 
+  @property
+  def num_draws(self) -> int:
+    """M: of steps or blocks; 1 where nothing is drawn."""
+    if self.step_rule == "all":
+      return 1
+    is_block = self.step_rule in DRAWN_BLOCKS
+    return self.num_mc_blocks if is_block else self.num_mc_steps
+
 
 def problems(settings: McSteps) -> list[str]:
   """Returns what is wrong with the settings, a sentence each."""
   found = []
-  if settings.num_mc_steps < 1:
-    found.append(f"num_mc_steps={settings.num_mc_steps!r} must be at least 1")
+  for name in ("num_mc_steps", "num_mc_blocks"):
+    if getattr(settings, name) < 1:
+      found.append(f"{name}={getattr(settings, name)!r} must be at least 1")
   for name, known in (
     ("step_rule", STEP_RULES),
     ("stratified", STRATA),
@@ -128,7 +147,7 @@ def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
     key_B: one key per completion, read otherwise.
     settings: the proposal.
   """
-  num_rows, num_draws = key_B.shape[0], settings.num_mc_steps
+  num_rows, num_draws = key_B.shape[0], settings.num_draws
   if settings.stratified == "batch":
     order_key, offset_key = jax.random.split(key)
     num_strata = num_rows * num_draws
@@ -208,6 +227,65 @@ def draw(
       entropy_C, unmask_step_C, visitable, settings, num_denoise_steps
     )
     return steps_at(uniform_M, prob_K, visitable, settings)
+
+  return jax.vmap(one)(
+    rollout.entropy, rollout.unmask_step, visitable_B, uniform_BxM
+  )
+
+
+def draw_blocks(
+  rollout: types.Rollout,
+  uniform_BxM: jax.Array,
+  settings: McSteps,
+  sampling: sampling_lib.Sampling,
+) -> tuple[jax.Array, Drawn]:
+  """Draws M blocks of every completion; all of them under `all`.
+
+  Args:
+    rollout: B completions.
+    uniform_BxM: float32 [B, M] in [0, 1), see `uniforms`.
+    settings: the proposal.
+    sampling: how the rollout was drawn.
+
+  Returns:
+    bool [B, K], the steps that may be visited; and the blocks in place of
+    steps, one column per block and no draw under `all`.
+  """
+  visitable_B = num_visitable(rollout, settings, sampling.eos_id)
+  step_K = jnp.arange(sampling.max_steps)
+
+  def one(
+    entropy_C: jax.Array,
+    unmask_step_C: jax.Array,
+    visitable: jax.Array,
+    uniform_M: jax.Array,
+  ) -> tuple[jax.Array, Drawn]:
+    is_executed_K = jnp.zeros_like(step_K, bool)
+    is_executed_K = is_executed_K.at[unmask_step_C].set(True, mode="drop")
+    is_visitable_K = is_executed_K & (step_K < visitable)
+    scale = jnp.float32(1.0)
+    if settings.normalize == "mean":
+      scale = 1.0 / jnp.maximum(is_visitable_K.sum(), 1)
+    num_blocks = sampling.num_blocks
+    if settings.step_rule == "all":
+      every = jnp.arange(num_blocks)
+      # One column per block, each with the whole weight: not a mean over draws.
+      return is_visitable_K, Drawn(every, jnp.full(num_blocks, scale))
+    weight_K = jnp.full(step_K.shape, _ENTROPY_FLOOR)
+    weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
+    weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
+    weight_N = weight_K.reshape(num_blocks, -1).sum(axis=1)
+    if settings.step_rule == "blocks":
+      weight_N = (weight_N > 0).astype(jnp.float32)
+    total = weight_N.sum()
+    prob_N = weight_N / jnp.where(total > 0, total, 1.0)
+    block_M = jnp.searchsorted(jnp.cumsum(prob_N), uniform_M, side="right")
+    # The distribution function ends a rounding error away from 1.
+    last = jnp.where(prob_N > 0, jnp.arange(num_blocks), 0).max()
+    block_M = jnp.minimum(block_M, last)
+    prob_M = prob_N[block_M]
+    weight_M = scale / jnp.where(prob_M > 0, prob_M, 1.0)
+    return is_visitable_K, Drawn(block_M, jnp.where(total > 0, weight_M, 0.0))
 
   return jax.vmap(one)(
     rollout.entropy, rollout.unmask_step, visitable_B, uniform_BxM

@@ -1,11 +1,11 @@
 """What a policy is: the logits of a denoising step, given the row's state.
 
 The *present state* of a row is its completion as it stands, [MASK] where
-nothing is unmasked yet. The *start state* is what it was when its active block
-began: the present state with that block masked again. So it is a function of
-the present state and the block, nothing more has to be recorded to score a
-step, and a sampler that keeps keys and values of the start state is just
-another network (a Markov chain in the present states).
+nothing is unmasked yet. The *start state* is what it was when the memory that a
+step reads was opened: where its active block began, or some steps later
+(`refresh`). The record of a rollout, `unmask_step`, tells both, so nothing more
+has to be recorded to score a step, and a sampler that keeps keys and values of
+the start state is just another network (a Markov chain in the two states).
 
 The sampler draws through a policy, and an objective that replays recorded steps
 scores through the same two functions. That the policy ratio is 1 on the first
@@ -23,7 +23,13 @@ class Policy(Protocol):
   """A policy: a frozen dataclass of its settings, and two functions.
 
   Rows are mapped by hand, not by `vmap`: a network wants whole batches.
+
+  Attributes:
+    refresh: denoising steps of a block that share one memory; 0: all of them.
   """
+
+  @property
+  def refresh(self) -> int: ...
 
   def open(
     self,
@@ -32,8 +38,9 @@ class Policy(Protocol):
     prompt_length_B: jax.Array,
     start_BxC: jax.Array,
     block_start_B: jax.Array,
+    keeps: bool,
   ) -> types.Tree:
-    """Computes what all steps of a block share.
+    """Computes what steps of a block share.
 
     Args:
       network: bound to its parameters; gradients flow through the result.
@@ -41,10 +48,13 @@ class Policy(Protocol):
       prompt_length_B: int32.
       start_BxC: int32, the start state of each row.
       block_start_B: int32, completion position at which the block begins.
+      keeps: whether more than one call of `logits` reads the memory. Else a
+        policy may leave work to `logits` that is done better there, layer by
+        layer.
 
     Returns:
-      The memory that `logits` reads: a tree of arrays whose leading axis is B;
-      an empty one, such as `()`, where nothing is shared.
+      The memory that `logits` reads: a tree of arrays; an empty one, such as
+      `()`, where nothing is shared.
     """
 
   def logits(
@@ -60,7 +70,7 @@ class Policy(Protocol):
 
     Args:
       network: as given to `open`.
-      memory: what `open` returned for the block's start state.
+      memory: what `open` returned for the start state of the block.
       prompt_BxP: int32, padded on the right.
       prompt_length_B: int32.
       partial_BxSxC: int32, the present states.
@@ -69,3 +79,19 @@ class Policy(Protocol):
     Returns:
       float32 [B, S, W, V].
     """
+
+
+def start_step(
+  policy: Policy, denoise_step: jax.Array, steps_per_block: int
+) -> jax.Array:
+  """Returns the denoising step, int32, whose state is a step's start state.
+
+  Args:
+    policy: whose memory the step reads.
+    denoise_step: int32.
+    steps_per_block: indices of steps that a block has.
+  """
+  block_step = denoise_step % steps_per_block
+  if policy.refresh:
+    return denoise_step - block_step % policy.refresh
+  return denoise_step - block_step

@@ -1,6 +1,7 @@
 """Every denoising step is a full pass of the network over the whole row."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from agrpo_jax.policies import row
 class Plain:
   """The exact bidirectional pass; a `base.Policy` without memory."""
 
+  refresh: ClassVar[int] = 1
+
   def open(
     self,
     network: types.Network,
@@ -20,9 +23,10 @@ class Plain:
     prompt_length_B: jax.Array,
     start_BxC: jax.Array,
     block_start_B: jax.Array,
+    keeps: bool,
   ) -> types.Tree:
     """Returns the empty memory."""
-    del network, prompt_BxP, prompt_length_B, start_BxC, block_start_B
+    del network, prompt_BxP, prompt_length_B, start_BxC, block_start_B, keeps
     return ()
 
   def logits(

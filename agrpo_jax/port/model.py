@@ -59,9 +59,8 @@ class Model:
     """Returns the network bound to parameters and adapter."""
     scale = self.lora_settings.scale if self.lora_settings else 1.0
     rows = mesh_lib.rows(self.mesh) if self.mesh.size > 1 else None
-    return types.Network(
-      transformer.logits_fn(self.shape, params, lora, scale, rows),
-      split.top_k_of(self.mesh),
+    return transformer.bind(
+      self.shape, params, lora, scale, rows, top_k=split.top_k_of(self.mesh)
     )
 
   def initial_state(

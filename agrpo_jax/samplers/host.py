@@ -11,6 +11,7 @@ import numpy as np
 from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import cached
 from agrpo_jax.policies import guided
 from agrpo_jax.policies import plain
 from agrpo_jax.policies import row as row_lib
@@ -35,12 +36,15 @@ class Draw:
   Attributes:
     sampling: the schedule and the rule; its mask_id and eos_id mean nothing.
     guidance: scale of classifier-free guidance; 0: off.
-    batch_size: completions drawn at once.
+    batch_size: completions drawn by one call of the compiled program.
+    num_slots: rows that it runs at a time; a completion that ends early makes
+      room for the next of the batch. 0: all of them at once.
   """
 
   sampling: sampling_lib.Sampling
   guidance: float
   batch_size: int
+  num_slots: int
 
   def sampling_for(self, vocabulary: Vocabulary) -> sampling_lib.Sampling:
     """Returns the sampling settings with the ids of a vocabulary."""
@@ -52,6 +56,9 @@ class Draw:
     """Returns how the logits of a step are computed."""
     if self.guidance:
       return guided.Guided(self.guidance, vocabulary.mask_id)
+    s = self.sampling
+    if s.cache != "none":
+      return cached.Cached(s.block_length, s.cache == "prefix", s.cache_refresh)
     return plain.PLAIN
 
   @property
@@ -86,6 +93,8 @@ class Sampler:
       UserError: a batch that does not divide over the mesh.
     """
     mesh_lib.check_rows(mesh, "batch_size", draw.batch_size)
+    if draw.num_slots:
+      mesh_lib.check_rows(mesh, "num_slots", draw.num_slots)
     sampling = draw.sampling_for(vocabulary)
     policy = draw.policy_for(vocabulary)
 
@@ -103,7 +112,12 @@ class Sampler:
         key=noise_lib.row_keys(key, row_id_Bx2),
       )
       return rollout_lib.sample_rollout(
-        bind(params, lora), prompts, sampling, policy=policy
+        bind(params, lora),
+        prompts,
+        sampling,
+        policy=policy,
+        num_slots=draw.num_slots,
+        shard_rows=mesh_lib.shard_rows(mesh),
       )
 
     self.batch_size = draw.batch_size

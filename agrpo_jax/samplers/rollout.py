@@ -2,8 +2,7 @@
 
 One denoising step of one row:
 
-1. The active block is the first one that still has masked positions. Where it
-   begins, the policy is opened on the row's state.
+1. The active block is the first one that still has masked positions.
 2. Under a rule that looks at nothing the positions are chosen now, so that
    logits are needed at U positions only; else at the T positions of the block.
 3. The policy gives the logits at those positions.
@@ -11,9 +10,17 @@ One denoising step of one row:
 5. When the block is full and all EOS, the completion ends: what follows is EOS
    and carries no step.
 
-Rows do not wait for each other: each has its own block and step counter, and
-the loop ends when every row has.
+Each row has its own block and step counter. What the steps of a block share is
+opened for all rows at once, in *rounds*: a row that has ended its block before
+the others waits for the next round, in which its next block begins. That costs
+steps in which it does nothing, and those are cheap beside one that opens; a
+policy that shares nothing has rounds of one step, and nobody waits. A row that
+has ended its completion makes room, at the next round, for one that has not
+begun.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.struct
@@ -40,10 +47,17 @@ class _Row(flax.struct.PyTreeNode):
   support: jax.Array | None
   order_logprob: jax.Array
   num_executed_steps: jax.Array
+  num_slot_steps: jax.Array
   block: jax.Array  # int32, the active block
   block_step: jax.Array  # int32, denoising steps since it began
   denoise_step: jax.Array  # int32, the next step's index
+  is_waiting: jax.Array  # bool, has ended its block; the next has not begun
   is_done: jax.Array  # bool
+
+  @property
+  def stays(self) -> jax.Array:
+    """Whether the next step does nothing to the row."""
+    return self.is_done | self.is_waiting
 
 
 def sample_rollout(
@@ -53,6 +67,8 @@ def sample_rollout(
   *,
   policy: policies.Policy = plain.PLAIN,
   noise: noise_lib.Noise = noise_lib.NOISE,
+  num_slots: int = 0,
+  shard_rows: Callable[[Any], Any] = lambda tree: tree,
 ) -> types.Rollout:
   """Draws one completion per row.
 
@@ -62,6 +78,9 @@ def sample_rollout(
     sampling: static settings.
     policy: how the logits of a step are computed from the network.
     noise: source of randomness, read through each row's own key.
+    num_slots: rows that the network runs at a time; 0: all B. No completion
+      depends on it.
+    shard_rows: puts the rows in the slots on the mesh.
 
   Returns:
     The rollout: all that learning needs to know of it.
@@ -73,44 +92,14 @@ def sample_rollout(
   if found:
     raise ValueError("; ".join(found))
   chex.assert_rank([prompts.tokens, prompts.length, prompts.key], [2, 1, 1])
-
-  def block_start(row_B: _Row) -> jax.Array:
-    return jax.vmap(_block_start, (0, None))(row_B, sampling)
+  num_rows = prompts.length.shape[0]
 
   def partial(row_B: _Row) -> jax.Array:
     is_masked_BxC = row_B.unmask_step == sampling.max_steps
     return jnp.where(is_masked_BxC, sampling.mask_id, row_B.completion)
 
-  def open_policy(row_B: _Row) -> types.Tree:
-    return policy.open(
-      network,
-      prompts.tokens,
-      prompts.length,
-      partial(row_B),
-      block_start(row_B),
-    )
-
-  def reopen(row_B: _Row, memory: types.Tree) -> types.Tree:
-    """The memory of each row's block: a new one where a block begins."""
-    if not jax.tree.leaves(memory):
-      return memory
-    is_new_B = (row_B.block_step == 0) & ~row_B.is_done
-
-    # Rows begin blocks at different steps: all are opened together as soon as
-    # one has to be, and the others keep what they have.
-    def renewed() -> types.Tree:
-      return jax.tree.map(
-        lambda new, old: jnp.where(
-          is_new_B.reshape((-1,) + (1,) * (new.ndim - 1)), new, old
-        ),
-        open_policy(row_B),
-        memory,
-      )
-
-    return jax.lax.cond(is_new_B.any(), renewed, lambda: memory)
-
   def logits_at(
-    row_B: _Row, memory: types.Tree, offset_BxW: jax.Array
+    row_B: _Row, of: types.Prompts, memory: types.Tree, offset_BxW: jax.Array
   ) -> jax.Array:
     start_B = jax.vmap(_window_start, (0, None))(row_B, sampling)
     position_BxW = start_B[:, None] + offset_BxW
@@ -118,46 +107,80 @@ def sample_rollout(
     return policy.logits(
       network,
       memory,
-      prompts.tokens,
-      prompts.length,
+      of.tokens,
+      of.length,
       partial(row_B)[:, None],
       position_BxW[:, None],
     )[:, 0]
 
-  def denoise(carry: tuple[_Row, types.Tree]) -> tuple[_Row, types.Tree]:
-    row_B, memory = carry
-    memory = reopen(row_B, memory)
+  def denoise(row_B: _Row, of: types.Prompts, memory: types.Tree) -> _Row:
     offset_BxW, is_chosen_BxW = jax.vmap(
       lambda row, key: _choose_before(row, key, sampling, noise)
-    )(row_B, prompts.key)
-    logits_BxWxV = logits_at(row_B, memory, offset_BxW)
-    row_B = mesh_lib.vmap_rows(
+    )(row_B, of.key)
+    logits_BxWxV = logits_at(row_B, of, memory, offset_BxW)
+    return mesh_lib.vmap_rows(
       lambda *row: _unmask_row(
         *row, sampling=sampling, noise=noise, top_k=network.top_k
       )
-    )(row_B, prompts.key, offset_BxW, is_chosen_BxW, logits_BxWxV)
-    return row_B, memory
+    )(row_B, of.key, offset_BxW, is_chosen_BxW, logits_BxWxV)
 
-  num_rows = prompts.length.shape[0]
+  def open_memory(row_B: _Row, of: types.Prompts) -> types.Tree:
+    return policy.open(
+      network,
+      of.tokens,
+      of.length,
+      partial(row_B),
+      jax.vmap(_block_start, (0, None))(row_B, sampling),
+      keeps=policy.refresh != 1,
+    )
+
+  def finish_round(row_B: _Row, of: types.Prompts) -> _Row:
+    """The steps of all rows until the memory has to be opened anew."""
+    memory = open_memory(row_B, of)
+    row_B = row_B.replace(is_waiting=jnp.zeros_like(row_B.is_waiting))
+    if policy.refresh == 1:
+      return denoise(row_B, of, memory)
+
+    def goes_on(carry: tuple[jax.Array, _Row]) -> jax.Array:
+      count, row_B = carry
+      is_fresh = count < policy.refresh if policy.refresh else True
+      return (~row_B.stays).any() & is_fresh
+
+    return jax.lax.while_loop(
+      goes_on,
+      lambda carry: (carry[0] + 1, denoise(carry[1], of, memory)),
+      (jnp.int32(0), row_B),
+    )[1]
+
+  def finish_round_of_slots(row_B: _Row) -> _Row:
+    # Rows that have begun come first, since they come before those that have
+    # not: it is in their order that rows take slots.
+    slot_S = jnp.argsort(row_B.is_done, stable=True)[:num_slots]
+    row_S, of = shard_rows(jax.tree.map(lambda x: x[slot_S], (row_B, prompts)))
+    return jax.tree.map(
+      lambda x, new: x.at[slot_S].set(new), row_B, finish_round(row_S, of)
+    )
 
   def start(support_CxS: jax.Array | None) -> _Row:
     return jax.vmap(lambda _: _start(sampling, support_CxS))(prompts.length)
 
-  # What `open` returns is known by shape only; every row's first step is the
-  # start of a block, which fills it.
-  memory = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(open_policy, start(None)),
-  )
   row_B = start(None)
   if sampling.is_truncated:
     vocab_size = jax.eval_shape(
-      logits_at, row_B, memory, jnp.zeros((num_rows, 1), jnp.int32)
+      lambda row_B: logits_at(
+        row_B,
+        prompts,
+        open_memory(row_B, prompts),
+        jnp.zeros((num_rows, 1), jnp.int32),
+      ),
+      row_B,
     ).shape[-1]
     row_B = start(_empty_support(sampling, vocab_size))
-  row_B, _ = jax.lax.while_loop(
-    lambda carry: ~carry[0].is_done.all(), denoise, (row_B, memory)
-  )
+  if 0 < num_slots < num_rows:
+    finish = finish_round_of_slots
+  else:
+    finish = lambda row_B: finish_round(row_B, prompts)  # noqa: E731
+  row_B = jax.lax.while_loop(lambda row_B: ~row_B.is_done.all(), finish, row_B)
   return types.Rollout(
     prompt=prompts.tokens,
     prompt_length=prompts.length,
@@ -168,6 +191,7 @@ def sample_rollout(
     support=row_B.support,
     order_logprob=row_B.order_logprob,
     num_executed_steps=row_B.num_executed_steps,
+    num_slot_steps=row_B.num_slot_steps,
   )
 
 
@@ -183,9 +207,11 @@ def _start(
     support=support_CxS,
     order_logprob=jnp.zeros((max_steps,)),
     num_executed_steps=jnp.int32(0),
+    num_slot_steps=jnp.int32(0),
     block=jnp.int32(0),
     block_step=jnp.int32(0),
     denoise_step=jnp.int32(0),
+    is_waiting=jnp.bool_(False),
     is_done=jnp.bool_(False),
   )
 
@@ -201,8 +227,10 @@ def _empty_support(
 
 
 def _block_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
+  # A row that is done is in nobody's way at the end: a window that reaches from
+  # the earliest block on is shortest there.
   last = sampling.num_blocks - 1
-  return jnp.minimum(row.block, last) * sampling.block_length
+  return jnp.where(row.is_done, last, row.block) * sampling.block_length
 
 
 def _window_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
@@ -219,7 +247,7 @@ def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   step_T = jax.lax.dynamic_slice_in_dim(
     row.unmask_step, start, sampling.window_length
   )
-  is_masked_T = (step_T == sampling.max_steps) & ~row.is_done
+  is_masked_T = (step_T == sampling.max_steps) & ~row.stays
   if sampling.redraw_mask:
     block_end = _block_start(row, sampling) + sampling.block_length
     is_masked_T &= jnp.arange(sampling.window_length) < block_end
@@ -296,8 +324,8 @@ def _unmask_row(
       rule.bar(drawn.confidence, is_chosen_S),
       is_masked_S & ~is_chosen_S,
     )
-    # A row that is done passes here too; nothing of it is masked, and log 1 = 0
-    # is added to its last step.
+    # A row that stays passes here too; nothing of it is masked, and log 1 = 0
+    # is added to its next step.
     order_logprob_K = order_logprob_K.at[row.denoise_step].add(factor)
 
   position_S = _window_start(row, sampling) + offset_S
@@ -316,8 +344,9 @@ def _unmask_row(
     support=jax.tree.map(write, row.support, drawn.support),  # or None
     order_logprob=order_logprob_K,
     num_executed_steps=jnp.where(
-      row.is_done, row.num_executed_steps, row.denoise_step + 1
+      row.stays, row.num_executed_steps, row.denoise_step + 1
     ),
+    num_slot_steps=row.num_slot_steps + 1,
   )
   return _move_on(row, sampling)
 
@@ -328,11 +357,12 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   step_T = jax.lax.dynamic_slice_in_dim(
     row.unmask_step, start, sampling.block_length
   )
-  is_over = (step_T < sampling.max_steps).all() | row.is_done
+  is_over = (step_T < sampling.max_steps).all()
   if sampling.redraw_mask:
     # A block whose steps are used up is left as it is: the released loop of
     # the threshold would go on for ever where nothing changes any more.
     is_over |= row.block_step + 1 == sampling.steps_per_block
+  is_over |= row.stays
   completion_T = jax.lax.dynamic_slice_in_dim(
     row.completion, start, sampling.block_length
   )
@@ -345,10 +375,12 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
     # nothing are skipped but keep their index.
     next_block_step = (row.block + 1) * sampling.steps_per_block
     next_step = jnp.where(is_over, next_block_step, next_step)
-  is_done = row.is_done | (is_over & is_last)
+  ends = is_over & ~row.stays
+  is_done = row.is_done | (ends & is_last)
   return row.replace(
-    block=jnp.where(is_over & ~is_done, row.block + 1, row.block),
+    block=jnp.where(ends & ~is_done, row.block + 1, row.block),
     block_step=jnp.where(is_over, 0, row.block_step + 1),
-    denoise_step=jnp.where(is_done, row.denoise_step, next_step),
+    denoise_step=jnp.where(is_done | row.stays, row.denoise_step, next_step),
+    is_waiting=is_over,
     is_done=is_done,
   )

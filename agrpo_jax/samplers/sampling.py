@@ -13,6 +13,7 @@ from agrpo_jax.samplers import rules
 
 TOP_P_RULES = ("keep", "drop")
 CONFIDENCES = ("policy", "model")
+CACHES = ("none", "prefix", "dual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Sampling:
       AGRPO) or under the `model` (neither; the original LLaDA sampler).
     threshold: of the rule `threshold`, which takes as many steps as it takes;
       None under the other rules.
+    cache: which keys and values the steps of a block share, as Fast-dLLM
+      (arXiv:2505.22618) has it: `none`: every step runs the whole row;
+      `prefix`: those before the block; `dual`: all but the block's own.
+    cache_refresh: denoising steps of a block until they are computed anew; 0:
+      only where a block begins.
     stop_at_eos: a block that comes out all EOS ends the completion.
     redraw_mask: evaluation only, as LLaDA's and Fast-dLLM's samplers were
       released: a position whose drawn token is [MASK] itself stays masked. It
@@ -58,6 +64,8 @@ class Sampling:
   top_p_rule: str = "keep"
   confidence: str = "policy"
   threshold: float | None = None
+  cache: str = "none"
+  cache_refresh: int = 0
   stop_at_eos: bool = True
   redraw_mask: bool = False
 
@@ -74,6 +82,13 @@ class Sampling:
     if not self.rule.is_scheduled:
       return self.block_length
     return self.num_denoise_steps // self.num_blocks
+
+  @property
+  def steps_per_memory(self) -> int:
+    """Denoising steps that share what a policy computes once."""
+    if self.cache == "none":
+      return 1
+    return self.cache_refresh or self.steps_per_block
 
   @property
   def window_length(self) -> int:
@@ -139,6 +154,23 @@ def problems(sampling: Sampling) -> list[str]:
     ("confidence", s.confidence, CONFIDENCES),
   ):
     check(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
+  check(
+    s.cache in CACHES, f"cache={s.cache!r} is not one of {', '.join(CACHES)}"
+  )
+  check(
+    s.cache_refresh >= 0,
+    f"cache_refresh={s.cache_refresh} is negative; 0 computes keys and values "
+    "only where a block begins",
+  )
+  check(
+    s.cache != "none" or not s.cache_refresh,
+    f"cache_refresh={s.cache_refresh} needs a cache, not cache='none'",
+  )
+  check(
+    s.cache == "none" or not s.redraw_mask,
+    f"cache={s.cache!r} runs the block alone, where redraw_mask="
+    f"{s.redraw_mask} draws in earlier blocks too; use cache='none'",
+  )
   check(s.temperature >= 0, f"temperature={s.temperature} is negative")
   check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
   check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")

@@ -17,7 +17,7 @@ class TestRemat:
     args = tokens, np.array([24, 9]), np.array([[3, 20], [0, 8]])
 
     def loss(params):
-      logits = transformer.logits_fn(config, params)(*args)
+      logits = transformer.bind(config, params).logits(*args)
       return jax.nn.log_softmax(logits)[..., 0].sum()
 
     compiled = jax.jit(jax.grad(loss)).lower(params).compile()
@@ -67,15 +67,15 @@ def test_rows_stay_split_when_parameters_are(run_in_subprocess):
       rng.integers(0, 120, (8, 40)), rng.integers(1, 40, 8),
       rng.integers(0, 40, (8, 3)),
     )
-    expected = jax.jit(transformer.logits_fn(config, params))(*batch)
+    expected = jax.jit(transformer.bind(config, params).logits)(*batch)
     for sizes in ((1, 4, 2), (2, 4, 1)):
       mesh = mesh_lib.make(*sizes)
       rows = mesh_lib.rows(mesh)
       where = mesh_lib.shardings(mesh, transformer.logical_axes(config), params)
       compiled = jax.jit(
-        lambda params, *batch: transformer.logits_fn(
+        lambda params, *batch: transformer.bind(
           config, params, rows=rows
-        )(*batch),
+        ).logits(*batch),
         in_shardings=(where, rows, rows, rows),
       ).lower(params, *batch).compile()
       split = jax.device_put(params, where), *jax.device_put(batch, rows)

@@ -54,7 +54,7 @@ class TestGolden:
     tokens = np.full_like(golden["ids"], config.pad_id)
     for row, real in enumerate(valid):
       tokens[row, : length[row]] = golden["ids_padded"][row, real]
-    logits = transformer.logits_fn(config, params)(
+    logits = transformer.bind(config, params).logits(
       tokens, length, all_positions(tokens)
     )
     for row, real in enumerate(valid):
@@ -69,7 +69,7 @@ class TestInvariance:
 
   def test_padding_and_batch(self):
     config, params = recordings.random_network()
-    logits_fn = jax.jit(transformer.logits_fn(config, params))
+    logits_fn = jax.jit(transformer.bind(config, params).logits)
     rng = np.random.default_rng(0)
     length = np.array([11, 1, 11, 16], np.int32)
     rows = [rng.integers(0, 37, n) for n in length]
@@ -158,7 +158,7 @@ class TestNetwork:
     config, params = recordings.random_network(**changes)
     tokens = np.random.default_rng(3).integers(0, 37, 9)
     positions = np.array([[4, 0, 8, 4]])
-    logits = jax.jit(transformer.logits_fn(config, params))(
+    logits = jax.jit(transformer.bind(config, params).logits)(
       tokens[None], np.array([9]), positions
     )
     expected = numpy_logits(config, params, tokens)[positions[0]]
@@ -188,9 +188,9 @@ class TestNetwork:
     table = params["embed"]["table"]
 
     def score(table, position):
-      logits = transformer.logits_fn(
+      logits = transformer.bind(
         config, params | {"embed": {"table": table}}
-      )(tokens, length, positions)
+      ).logits(tokens, length, positions)
       return logits[0, position].sum()
 
     gradient = jax.jit(jax.grad(score))
@@ -205,7 +205,7 @@ class TestNetwork:
     args = tokens, np.array([16, 9]), np.zeros((2, 3), np.int32)
 
     def loss(params):
-      return transformer.logits_fn(config, params)(*args).sum()
+      return transformer.bind(config, params).logits(*args).sum()
 
     sizes = set()
 
@@ -232,7 +232,7 @@ class TestNetwork:
     )
     args = np.zeros((1, 32), np.int32), np.array([32]), np.zeros((1, 8), int)
     compiled = (
-      jax.jit(transformer.logits_fn(config, params)).lower(*args).compile()
+      jax.jit(transformer.bind(config, params).logits).lower(*args).compile()
     )
     flops = transformer.forward_flops(config, 32, 8)
     # The compiler also counts norms, RoPE and softmax.
@@ -297,7 +297,7 @@ class TestParameters:
     config, _ = recordings.random_network(width=64, mlp_width=96, num_layers=6)
     params = transformer.init(config, jax.random.key(1))
     tokens = np.random.default_rng(0).integers(0, 37, (4, 12))
-    logits = jax.jit(transformer.logits_fn(config, params))(
+    logits = jax.jit(transformer.bind(config, params).logits)(
       tokens, np.full(4, 12), all_positions(tokens)
     )
     assert 0.5 < np.std(logits) < 2
@@ -312,7 +312,7 @@ class TestLora:
 
     @jax.jit
     def logits(params, adapter):
-      return transformer.logits_fn(config, params, adapter, settings.scale)(
+      return transformer.bind(config, params, adapter, settings.scale).logits(
         *args
       )
 

@@ -51,15 +51,14 @@ def recorded_rollout():
     support=jnp.asarray(np.where(ids < 96, ids, -1), jnp.int32),
     order_logprob=jnp.zeros((8, sampling.max_steps)),
     num_executed_steps=jnp.asarray(num_steps, jnp.int32),
+    num_slot_steps=jnp.asarray(num_steps, jnp.int32),
   )
   return rollout, arrays, config, params, sampling
 
 
 def make_learner(config, sampling, objective, microbatch):
   return learner_lib.Learner(
-    bind=lambda params, lora: types.Network(
-      transformer.logits_fn(config, params, lora)
-    ),
+    bind=lambda params, lora: transformer.bind(config, params, lora),
     optimizer=optax.sgd(1.0),
     sampling=sampling,
     objective=objective,
@@ -136,7 +135,7 @@ def test_equals_the_released_log_probabilities(name):
   if meta["policy"].endswith(".safetensors"):
     params = recordings.tree_of(config, f"agrpo_loss/{meta['policy']}")
   objective = agrpo.Agrpo()
-  network = types.Network(transformer.logits_fn(config, params))
+  network = transformer.bind(config, params)
   for draw in range(meta["mc_samples"]):
     step_B = jnp.asarray(golden["mc_steps"][:, draw], jnp.int32)
     drawn = mc_steps.Drawn(step=step_B[:, None], weight=jnp.ones((8, 1)))

@@ -221,6 +221,7 @@ def enumerated(s: sampling_lib.Sampling):
     support=support,
     order_logprob=jnp.zeros((num_rows, s.num_denoise_steps)),
     num_executed_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
+    num_slot_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
   )
   return value, gradient, records, prob
 

@@ -148,8 +148,8 @@ def test_a_weight_in_use_is_whole_over_fsdp(run_in_subprocess):
 
     def gradient(trees, rows):
       def loss(trees):
-        logits_fn = transformer.logits_fn(config, *trees, settings.scale, rows)
-        logits = logits_fn(tokens_BxL, length_B, position_BxS)
+        network = transformer.bind(config, *trees, settings.scale, rows)
+        logits = network.logits(tokens_BxL, length_B, position_BxS)
         return jax.nn.log_softmax(logits)[..., 3].sum()
       return jax.grad(loss)(trees)
 
@@ -287,8 +287,9 @@ def test_the_logits_of_a_split_vocabulary_are_never_gathered(run_in_subprocess):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
     def bind(params, lora):
-      logits_fn = transformer.logits_fn(config, params, lora, rows=rows)
-      return types.Network(logits_fn, split.top_k_of(mesh))
+      return transformer.bind(
+        config, params, lora, rows=rows, top_k=split.top_k_of(mesh)
+      )
 
     def sample(params, tokens, length, row_id, sampling):
       keys = noise.row_keys(jax.random.key(0), row_id)

@@ -144,8 +144,8 @@ def test_its_logits_are_those_of_the_position_before(folder):
   positions = np.array([[0, 1, 7], [4, 0, 2], [8, 8, 3]])
   before = np.array([[0, 0, 6], [3, 0, 1], [7, 7, 2]])
   np.testing.assert_array_equal(
-    transformer.logits_fn(shape, params)(tokens, length, positions),
-    transformer.logits_fn(llada, llada_params)(tokens, length, before),
+    transformer.bind(shape, params).logits(tokens, length, positions),
+    transformer.bind(llada, llada_params).logits(tokens, length, before),
   )
 
 
@@ -160,7 +160,7 @@ def test_an_unshifted_network_computes_no_shift(folder):
     ),
   ):
     params = transformer.abstract_params(shape)
-    run = jax.jit(lambda p, *a, s=shape: transformer.logits_fn(s, p)(*a))
+    run = jax.jit(lambda p, *a, s=shape: transformer.bind(s, p).logits(*a))
     texts.append(run.lower(params, *args).as_text())
   assert texts[0] == texts[1]
 
@@ -238,7 +238,7 @@ def test_heads_may_be_wider_than_the_stream(folder):
   assert params["layers"]["q"]["kernel"].shape == (1, 64, 128)
   assert params["last_layer"]["attn_out"]["kernel"].shape == (128, 64)
   logits = jax.eval_shape(
-    lambda p, *args: transformer.logits_fn(shape, p)(*args),
+    lambda p, *args: transformer.bind(shape, p).logits(*args),
     params,
     np.zeros((1, 8), int),
     np.array([8]),

@@ -30,10 +30,12 @@ V, C, T = 3, 4, 2  # tokens 0 (EOS), 1, 2; 3 is [MASK]
 class TwoStates:
   """Shows the network the start state before the present one."""
 
+  refresh: int = 0
+
   def open(
-    self, network, prompt_BxP, prompt_length_B, start_BxC, block_start_B
+    self, network, prompt_BxP, prompt_length_B, start_BxC, block_start_B, keeps
   ):
-    del network, prompt_BxP, prompt_length_B, block_start_B
+    del network, prompt_BxP, prompt_length_B, block_start_B, keeps
     return start_BxC
 
   def logits(

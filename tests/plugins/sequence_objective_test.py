@@ -95,9 +95,7 @@ def setting(microbatch: int):
     key=noise.row_keys(jax.random.key(2), row_id),
   )
   learner = learner_lib.Learner(
-    bind=lambda params, lora: types.Network(
-      transformer.logits_fn(config, params, lora)
-    ),
+    bind=lambda params, lora: transformer.bind(config, params, lora),
     optimizer=optax.sgd(1.0),
     sampling=sampling,
     objective=Sequence(),

@@ -226,9 +226,9 @@ class TestMerge:
     tokens = np.random.default_rng(0).integers(0, 500, (2, 12))
     args = tokens, np.array([12, 7]), np.array([[0, 11, 4], [6, 1, 2]])
     expected = jax.jit(
-      transformer.logits_fn(config, params, adapter, settings.scale)
+      transformer.bind(config, params, adapter, settings.scale).logits
     )(*args)
-    base = jax.jit(transformer.logits_fn(config, params))(*args)
-    logits = jax.jit(transformer.logits_fn(config, merged))(*args)
+    base = jax.jit(transformer.bind(config, params).logits)(*args)
+    logits = jax.jit(transformer.bind(config, merged).logits)(*args)
     assert np.abs(base - expected).max() > 1
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)

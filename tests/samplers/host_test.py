@@ -34,7 +34,9 @@ def make(batch_size: int):
 
     return types.Network(logits)
 
-  draw = sampler_lib.Draw(SAMPLING, guidance=0.0, batch_size=batch_size)
+  draw = sampler_lib.Draw(
+    SAMPLING, guidance=0.0, batch_size=batch_size, num_slots=0
+  )
   mesh = mesh_lib.make(devices=jax.devices()[:1])
   sampler = sampler_lib.Sampler(bind, draw, SAMPLING, mesh, 8)
   return sampler, traces

@@ -1,0 +1,119 @@
+"""Fast-dLLM's caches (arXiv:2505.22618): keys and values of the start state.
+
+Where a block begins, one pass over the whole row gives keys and values at all
+positions. The steps of the block run the network on a window of it only: the
+window's own keys and values are computed anew, those of the other positions are
+the start state's. So the logits are a function of the present state and the
+start state, and their gradient flows through the start state's keys and values
+too.
+
+The first step needs no case of its own: its present state is the start state,
+and its window gives what the whole pass would.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import types
+from agrpo_jax.policies import row
+
+# Windows that reach to the end of a completion get shorter block by block;
+# compiled code has this many lengths at most.
+_MAX_LENGTHS = 4
+
+
+class _Memory(flax.struct.PyTreeNode):
+  """What the steps of a block share.
+
+  Attributes:
+    shared: keys and values of the start state, or its tokens [B, L].
+    block_start_B: int32, completion position at which the block begins.
+  """
+
+  shared: types.Tree
+  block_start_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+  """A `base.Policy` whose steps run the network on a window of the row.
+
+  Attributes:
+    block_length: T.
+    reaches_end: whether the window is the block and all that follows it
+      (`prefix`: what is kept is what stands before the block), or the block
+      alone (`dual`).
+    refresh: see `base.Policy`.
+  """
+
+  block_length: int
+  reaches_end: bool
+  refresh: int = 0
+
+  def open(
+    self,
+    network: types.Network,
+    prompt_BxP: jax.Array,
+    prompt_length_B: jax.Array,
+    start_BxC: jax.Array,
+    block_start_B: jax.Array,
+    keeps: bool,
+  ) -> types.Tree:
+    """Runs the start state, or leaves it to `logits` to run it alongside."""
+    tokens_BxL = jax.vmap(row.join)(prompt_BxP, prompt_length_B, start_BxC)
+    if not keeps:
+      return _Memory(tokens_BxL, block_start_B)
+    assert network.keys_values is not None  # `port.model` checks
+    length_B = prompt_length_B + start_BxC.shape[1]
+    return _Memory(network.keys_values(tokens_BxL, length_B), block_start_B)
+
+  def logits(
+    self,
+    network: types.Network,
+    memory: types.Tree,
+    prompt_BxP: jax.Array,
+    prompt_length_B: jax.Array,
+    partial_BxSxC: jax.Array,
+    offset_BxSxW: jax.Array,
+  ) -> jax.Array:
+    """Runs B * S windows; see `base.Policy.logits`."""
+    del prompt_BxP
+    window_logits = network.window_logits
+    assert window_logits is not None
+    num_tokens = partial_BxSxC.shape[2]
+
+    def run(size: int) -> jax.Array:
+      # A window that reaches beyond the completion ends in padding.
+      padded_BxSxC = jnp.pad(partial_BxSxC, ((0, 0), (0, 0), (0, size)))
+      tokens_BxSxQ = jax.vmap(
+        lambda x_SxC, start: jax.lax.dynamic_slice_in_dim(
+          x_SxC, start, size, axis=1
+        )
+      )(padded_BxSxC, memory.block_start_B)
+      return window_logits(
+        memory.shared,
+        prompt_length_B + num_tokens,
+        tokens_BxSxQ,
+        prompt_length_B + memory.block_start_B,
+        prompt_length_B[:, None, None] + offset_BxSxW,
+      )
+
+    if not self.reaches_end:
+      return run(self.block_length)
+    sizes = _lengths(num_tokens, self.block_length)
+    # The earliest block of the batch needs the longest window.
+    needed = num_tokens - memory.block_start_B.min()
+    branch = jnp.searchsorted(jnp.asarray(sizes), needed)
+    return jax.lax.switch(branch, [lambda s=s: run(s) for s in sizes])
+
+
+def _lengths(num_tokens: int, block_length: int) -> list[int]:
+  """Returns lengths of windows, ascending, whole blocks; the last is all."""
+  num_blocks = num_tokens // block_length
+  count = min(num_blocks, _MAX_LENGTHS)
+  return [
+    -(-num_blocks * (i + 1) // count) * block_length for i in range(count)
+  ]
