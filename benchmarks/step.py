@@ -1,6 +1,7 @@
 """Times one train step, phase by phase, on random weights.
 
     python benchmarks/step.py --preset=mid
+    python benchmarks/step.py --preset=mid --variants=none,dual/blocks=2
     python benchmarks/step.py --preset=llada8b --output=result.json
 
 Rollout and update run the code that training runs; grading runs the task's
@@ -8,12 +9,17 @@ graders in worker processes on the decoded completions. Seconds are medians
 over `--repeats` steps after one that compiles. Model FLOPs are those of the
 matrix products that the step has to do, early ends and merged draws taken into
 account; recomputation does not count.
+
+A variant is CACHE/STEP_RULE=DRAWS@MICROBATCH, of which all but the cache may be
+left out: the preset's own draws and microbatch. Several variants take their
+steps in turns, and are compared step by step with the first.
 """
 
 import dataclasses
 import json
 import pathlib
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -35,6 +41,7 @@ from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import mc_steps
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
@@ -97,6 +104,19 @@ PRESETS = {
     num_mc_steps=8,
     microbatch=16,
   ),
+  # Long completions: what is worth keeping grows with them.
+  "long": Preset(
+    network=network(8, 512, 8, 1536, 8192),
+    dtype="float32",
+    num_prompts=1,
+    group_size=8,
+    prompt_length=128,
+    completion_length=256,
+    block_length=32,
+    num_denoise_steps=128,
+    num_mc_steps=8,
+    microbatch=8,
+  ),
   # The shape of `make demo`.
   "demo": Preset(
     network=network(4, 64, 4, 192, 272),
@@ -133,13 +153,195 @@ PRESETS = {
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5e": 197e12}
 
 _PRESET = flags.DEFINE_enum("preset", "mid", sorted(PRESETS), "What to time.")
+_VARIANTS = flags.DEFINE_list("variants", ["none"], "Caches and step rules.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed steps.")
 _REMAT = flags.DEFINE_string("remat", "none", "none, dots or full.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 
-def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
-  """Returns the table of one preset, as a dict."""
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way to do a preset's train step; see the head of this file."""
+
+  cache: str
+  step_rule: str
+  num_draws: int
+  microbatch: int
+
+  @classmethod
+  def parse(cls, text: str, preset: Preset) -> "Variant":
+    """Returns the variant that a word of `--variants` means."""
+    match = re.fullmatch(r"(\w+)(?:/(\w+))?(?:=(\d+))?(?:@(\d+))?", text)
+    if not match:
+      raise app.UsageError(f"--variants: {text!r} is no variant")
+    cache, step_rule, num_draws, microbatch = match.groups()
+    return cls(
+      cache,
+      step_rule or "uniform",
+      int(num_draws or preset.num_mc_steps),
+      int(microbatch or preset.microbatch),
+    )
+
+  @property
+  def objective(self) -> agrpo.Agrpo:
+    return agrpo.Agrpo(
+      step_rule=self.step_rule,
+      num_mc_steps=self.num_draws,
+      num_mc_blocks=self.num_draws,
+    )
+
+
+class Subject:
+  """A variant that takes train steps, with what they took.
+
+  Attributes:
+    seconds: of every step, by phase.
+    flops: of every step, of rollout and update.
+    peak: bytes of device memory at most; of the process, on a CPU.
+  """
+
+  def __init__(
+    self, model: model_lib.Model, preset: Preset, variant: Variant
+  ) -> None:
+    config = model.shape
+    self.model, self.preset = model, preset
+    self.visits_blocks = variant.step_rule not in mc_steps.DRAWN_STEPS
+    self.sampling = sampling_lib.Sampling(
+      mask_id=config.mask_id,
+      eos_id=config.eos_id,
+      completion_length=preset.completion_length,
+      block_length=preset.block_length,
+      num_denoise_steps=preset.num_denoise_steps,
+      temperature=preset.temperature,
+      top_k=preset.top_k,
+      top_p=preset.top_p,
+      cache=variant.cache,
+    )
+    num_rows = preset.num_prompts * preset.group_size
+    draw = host.Draw(self.sampling, 0.0, batch_size=num_rows, num_slots=0)
+    self.sampler = host.Sampler(
+      model.bind, draw, model.tokenizer, model.mesh, preset.prompt_length
+    )
+    learner = learner_lib.Learner(
+      bind=model.bind,
+      optimizer=optimizer.make(optimizer.Optimizer(learning_rate=1e-6)),
+      sampling=self.sampling,
+      objective=variant.objective,
+      group_size=preset.group_size,
+      microbatch=variant.microbatch,
+      policy=draw.policy_for(config),
+      shard_rows=mesh_lib.shard_rows(model.mesh),
+    )
+    self.learn = jax.jit(learner.train_step, donate_argnames="state")
+    # Donated, so each subject has a copy of what it trains.
+    self.state = jax.tree.map(jnp.copy, model.initial_state(learner.optimizer))
+    if model.lora is not None:
+      self.state = self.state.replace(params=model.params)
+    self.seconds: dict[str, list[float]] = {
+      "rollout": [],
+      "grade": [],
+      "update": [],
+    }
+    self.flops: dict[str, list[float]] = {"rollout": [], "update": []}
+
+  def step(self, repeat: int, prompts: np.ndarray, grader: pool.Grader) -> None:
+    """Takes a train step and adds what it took."""
+    num_rows, state = len(prompts), self.state
+    row_id = np.stack([np.arange(num_rows)] * 2, axis=1).astype(np.uint32)
+    row_key = jax.random.fold_in(jax.random.key(2), repeat)
+    begin = time.perf_counter()
+    (rollout,) = self.sampler.sample(
+      state.params, state.lora, prompts.tolist(), row_key, row_id
+    )
+    completion = np.asarray(rollout.completion)
+    self.seconds["rollout"].append(time.perf_counter() - begin)
+
+    begin = time.perf_counter()
+    texts = self.model.tokenizer.decode_batch(completion)
+    graded = grader.submit(texts, [{"gold": "1"}] * num_rows).result()
+    self.seconds["grade"].append(time.perf_counter() - begin)
+
+    # Random weights earn nothing; a random reward makes every row count.
+    noise_B = np.random.default_rng(repeat).normal(size=num_rows)
+    reward_B = jnp.asarray(graded.reward_B + noise_B, jnp.float32)
+    begin = time.perf_counter()
+    self.state, metrics = self.learn(
+      state, rollout, reward_B, row_key, row_id, None
+    )
+    metrics = jax.device_get(metrics)
+    self.seconds["update"].append(time.perf_counter() - begin)
+    num_steps = int(np.asarray(rollout.num_executed_steps).max())
+    units = float(metrics["draws/pairs"])
+    shares = self.sampling.steps_per_memory
+    self.flops["rollout"].append(
+      num_rows * self._flops(num_steps, num_steps // shares)
+    )
+    passes = 2 if self.model.lora is not None else 3
+    num_states = shares if self.visits_blocks else 1
+    self.flops["update"].append(passes * units * self._flops(num_states, 1))
+
+  def _flops(self, num_steps: int, num_opened: int) -> float:
+    """FLOPs of steps of a row that read `num_opened` memories."""
+    s, config = self.sampling, self.model.shape
+    length = self.preset.prompt_length + s.completion_length
+    wanted = s.tokens_per_step
+    if s.cache == "none":
+      return num_steps * transformer.forward_flops(config, length, wanted)
+    num_tokens = s.block_length
+    if s.cache == "prefix":  # the mean over blocks: each has its own length
+      num_tokens = (s.completion_length + s.block_length) // 2
+    windows = transformer.forward_flops(config, length, wanted, num_tokens)
+    opened = transformer.forward_flops(config, length, 0)
+    return num_steps * windows + num_opened * opened
+
+  def table(self) -> dict[str, float | str]:
+    """Returns medians over the steps after the first, which compiles."""
+    num_rows = self.preset.num_prompts * self.preset.group_size
+    median = {k: statistics.median(v[1:]) for k, v in self.seconds.items()}
+    table: dict[str, float | str] = {
+      f"{phase}_seconds": value for phase, value in median.items()
+    }
+    total = sum(median.values())
+    table["step_seconds"] = total
+    table["compile_seconds"] = sum(
+      self.seconds[phase][0] - median[phase] for phase in ("rollout", "update")
+    )
+    completion_tokens = num_rows * self.sampling.completion_length
+    table["tokens_per_second"] = completion_tokens / total
+    table["state_steps_per_second"] = (
+      num_rows * self.sampling.num_denoise_steps / median["rollout"]
+    )
+    kind = jax.devices()[0].device_kind
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
+    for phase, values in self.flops.items():
+      rate = statistics.median(values[1:]) / median[phase]
+      table[f"{phase}_model_tflops"] = rate / 1e12
+      if peak:
+        table[f"{phase}_mfu"] = rate / (peak * jax.device_count())
+    return table
+
+  def times_as_fast(self, first: "Subject") -> dict[str, float]:
+    """Returns median ratios of the first one's seconds to its own, in pairs."""
+
+    def ratio(phases: Sequence[str]) -> float:
+      pairs = zip(
+        *(
+          np.sum([of.seconds[phase][1:] for phase in phases], axis=0)
+          for of in (first, self)
+        ),
+        strict=True,
+      )
+      return statistics.median(theirs / own for theirs, own in pairs)
+
+    return {
+      "rollout_times_as_fast": ratio(["rollout"]),
+      "update_times_as_fast": ratio(["update"]),
+      "step_times_as_fast": ratio(["rollout", "grade", "update"]),
+    }
+
+
+def make_model(preset: Preset, remat: str) -> model_lib.Model:
+  """Returns a model with random weights on all devices."""
   mesh = mesh_lib.make()
   config = base.Shape(**preset.network, dtype=preset.dtype, remat=remat)
   axes = mesh_lib.shardings(
@@ -156,117 +358,60 @@ def measure(preset: Preset, remat: str, repeats: int) -> dict[str, float | str]:
     settings = lora_lib.Lora(preset.lora_rank, 64.0, lora_lib.TARGETS)
     lora = lora_lib.init(settings, params, jax.random.key(1))
   tokenizer = tokens.load(None, models.vocabulary(config))
-  model = model_lib.Model(mesh, config, params, lora, settings, tokenizer, None)
-  sampling = sampling_lib.Sampling(
-    mask_id=config.mask_id,
-    eos_id=config.eos_id,
-    completion_length=preset.completion_length,
-    block_length=preset.block_length,
-    num_denoise_steps=preset.num_denoise_steps,
-    temperature=preset.temperature,
-    top_k=preset.top_k,
-    top_p=preset.top_p,
+  return model_lib.Model(mesh, config, params, lora, settings, tokenizer, None)
+
+
+def measure(
+  preset: Preset, remat: str, variants: dict[str, Variant], repeats: int
+) -> dict[str, dict[str, float | str]]:
+  """Returns the table of each variant of one preset."""
+  model = make_model(preset, remat)
+  subjects = {
+    name: Subject(model, preset, variant) for name, variant in variants.items()
+  }
+  prompts = (
+    np.random.default_rng(0)
+    .integers(0, 200, (preset.num_prompts, preset.prompt_length))
+    .repeat(preset.group_size, axis=0)
   )
-  num_rows = preset.num_prompts * preset.group_size
-  draw = host.Draw(sampling, guidance=0.0, batch_size=num_rows, num_slots=0)
-  sampler = host.Sampler(
-    model.bind, draw, tokenizer, mesh, preset.prompt_length
-  )
-  learner = learner_lib.Learner(
-    bind=model.bind,
-    optimizer=optimizer.make(optimizer.Optimizer(learning_rate=1e-6)),
-    sampling=sampling,
-    objective=agrpo.Agrpo(num_mc_steps=preset.num_mc_steps),
-    group_size=preset.group_size,
-    microbatch=preset.microbatch,
-    shard_rows=mesh_lib.shard_rows(mesh),
-  )
-  learn = jax.jit(learner.train_step, donate_argnames="state")
-  state = model.initial_state(learner.optimizer)
-  rng = np.random.default_rng(0)
-  prompts = rng.integers(
-    0, 200, (preset.num_prompts, preset.prompt_length)
-  ).repeat(preset.group_size, axis=0)
-  seconds: dict[str, list[float]] = {"rollout": [], "grade": [], "update": []}
-  flops: dict[str, list[float]] = {"rollout": [], "update": []}
-  row_id = np.stack([np.arange(num_rows)] * 2, axis=1).astype(np.uint32)
   with pool.Grader("gsm8k") as grader:
     for repeat in range(repeats + 1):
-      row_key = jax.random.fold_in(jax.random.key(2), repeat)
-      begin = time.perf_counter()
-      (rollout,) = sampler.sample(
-        state.params, state.lora, prompts.tolist(), row_key, row_id
-      )
-      completion = np.asarray(rollout.completion)
-      seconds["rollout"].append(time.perf_counter() - begin)
-
-      begin = time.perf_counter()
-      texts = tokenizer.decode_batch(completion)
-      fields = [{"gold": "1"}] * num_rows
-      graded = grader.submit(texts, fields).result()
-      seconds["grade"].append(time.perf_counter() - begin)
-
-      # Random weights earn nothing; a random reward makes every row count.
-      reward_B = jnp.asarray(graded.reward_B + rng.normal(size=num_rows))
-      begin = time.perf_counter()
-      state, metrics = learn(
-        state, rollout, reward_B.astype(jnp.float32), row_key, row_id, None
-      )
-      metrics = jax.device_get(metrics)
-      seconds["update"].append(time.perf_counter() - begin)
-      forward = transformer.forward_flops(
-        config,
-        preset.prompt_length + preset.completion_length,
-        sampling.tokens_per_step,
-      )
-      num_executed = int(np.asarray(rollout.num_executed_steps).max())
-      flops["rollout"].append(forward * num_rows * num_executed)
-      passes = 2 if preset.lora_rank else 3
-      flops["update"].append(forward * passes * float(metrics["draws/pairs"]))
-
-  median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-  table: dict[str, float | str] = {
-    f"{phase}_seconds": value for phase, value in median.items()
-  }
-  table["step_seconds"] = sum(median.values())
-  table["compile_seconds"] = sum(
-    seconds[phase][0] - median[phase] for phase in ("rollout", "update")
-  )
-  table["tokens_per_second"] = completion.size / sum(median.values())
-  table["state_steps_per_second"] = (
-    num_rows * sampling.num_denoise_steps / median["rollout"]
-  )
-  kind = jax.devices()[0].device_kind
-  peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
-  for phase, values in flops.items():
-    rate = statistics.median(values[1:]) / median[phase]
-    table[f"{phase}_model_tflops"] = rate / 1e12
-    if peak:
-      table[f"{phase}_mfu"] = rate / (peak * jax.device_count())
+      for subject in subjects.values():
+        subject.step(repeat, prompts, grader)
+  first = next(iter(subjects.values()))
+  tables = {}
+  for name, subject in subjects.items():
+    tables[name] = subject.table()
+    if subject is not first:
+      tables[name] |= subject.times_as_fast(first)
   stats = jax.devices()[0].memory_stats() or {}
   resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  table["peak_memory_gb"] = stats.get("peak_bytes_in_use", resident) / 1e9
-  table["parameters"] = lora_lib.count(params)
-  table["device"] = f"{jax.device_count()} x {kind}"
-  table["versions"] = (
-    f"jax {jax.__version__}, Python {platform.python_version()}"
-  )
-  return table
+  kind = jax.devices()[0].device_kind
+  tables["all"] = {
+    "peak_memory_gb": stats.get("peak_bytes_in_use", resident) / 1e9,
+    "parameters": lora_lib.count(model.params),
+    "device": f"{jax.device_count()} x {kind}",
+    "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+  }
+  return tables
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   preset = PRESETS[_PRESET.value]
-  table = measure(preset, _REMAT.value, _REPEATS.value)
-  for name, value in table.items():
-    shown = f"{value:.4g}" if isinstance(value, float) else value
-    print(f"{name:>24}  {shown}")
+  variants = {text: Variant.parse(text, preset) for text in _VARIANTS.value}
+  tables = measure(preset, _REMAT.value, variants, _REPEATS.value)
+  for title, table in tables.items():
+    print(title)
+    for name, value in table.items():
+      shown = f"{value:.4g}" if isinstance(value, float) else value
+      print(f"{name:>24}  {shown}")
   if _OUTPUT.value:
     record = {
       "command": " ".join(["python", *sys.argv]),
       "date": time.strftime("%Y-%m-%d"),
       "preset": dataclasses.asdict(preset),
-      **table,
+      **tables,
     }
     pathlib.Path(_OUTPUT.value).write_text(json.dumps(record, indent=2) + "\n")
 

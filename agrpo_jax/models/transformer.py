@@ -533,18 +533,29 @@ def bind(
   return types.Network(logits, top_k, keys_values, window_logits)
 
 
-def forward_flops(shape: base.Shape, length: int, num_positions: int) -> float:
-  """FLOPs of the matrix products of one row's forward pass.
+def forward_flops(
+  shape: base.Shape,
+  length: int,
+  num_positions: int,
+  num_tokens: int | None = None,
+) -> float:
+  """Returns the FLOPs of the matrix products of one row's forward pass.
 
-  length: L, padding included; num_positions: S, positions unembedded.
+  Args:
+    shape: of the network.
+    length: L, padding included; what a query attends to.
+    num_positions: positions unembedded; 0 where keys and values are all that
+      is wanted.
+    num_tokens: tokens that go through the layers; None for all L.
   """
+  num_tokens = length if num_tokens is None else num_tokens
   width, kv = shape.width, shape.num_kv_heads * shape.head_dim
   heads = shape.num_heads * shape.head_dim
   keys_values = 2 * width * kv
   per_query = 2 * width * heads + 3 * width * shape.mlp_width
   attention = 2 * length * heads
   rest = shape.num_layers - 1
-  full = length * (keys_values + per_query + attention) * rest
-  last = length * keys_values + num_positions * (per_query + attention)
+  full = num_tokens * (keys_values + per_query + attention) * rest
+  last = num_tokens * keys_values + num_positions * (per_query + attention)
   head = num_positions * width * shape.embedding_size
   return 2.0 * (full + last + head)
