@@ -137,9 +137,9 @@ def use_objective(c: ConfigDict, name: str, **settings: Any) -> None:
     **settings: fields of the objective's dataclass; the others keep the
       defaults that they have there.
   """
-  microbatch = c.objective.microbatch
+  kept = {key: c.objective[key] for key in ("microbatch", "step_price")}
   c.objective = _free()
-  c.objective.update(name=name, microbatch=microbatch, **settings)
+  c.objective.update(name=name, **kept | settings)
 
 
 def task_options(c: ConfigDict) -> dict[str, Any]:
@@ -152,7 +152,22 @@ def _sampling(sub: ConfigDict) -> None:
   sub.completion_length = 256  # C, tokens
   sub.block_length = 32  # T, divides completion_length
   sub.num_denoise_steps = 128  # K, a multiple of the number of blocks
-  sub.unmask_rule = "confidence"  # random, confidence, entropy, threshold
+  # random, confidence, entropy, margin, threshold, dynamic, factor,
+  # entropy_bounded, soft_threshold
+  sub.unmask_rule = "confidence"
+  # Settings of some of these rules; unset (None) under the others.
+  # threshold, dynamic, soft_threshold: probability in (0, 1] of a drawn token
+  # from which on its position is unmasked.
+  sub.threshold = ml_collections.config_dict.placeholder(float)
+  # factor: positive; n positions at once are at least as probable as
+  # 1 - factor / (n + 1), each.
+  sub.factor = ml_collections.config_dict.placeholder(float)
+  # entropy_bounded: nats, 0 or more; positions that are unmasked at once have
+  # no more entropy together, the greatest of theirs apart.
+  sub.gamma = ml_collections.config_dict.placeholder(float)
+  # soft_threshold: log-odds, positive; how far about the threshold chance
+  # decides.
+  sub.soft_width = ml_collections.config_dict.placeholder(float)
   sub.temperature = 0.0  # 0: the most probable token
   sub.top_k = 0  # 0: off
   sub.top_p = 1.0  # 1: off
@@ -190,7 +205,7 @@ def rl() -> ConfigDict:
   # Those that are visited: executed, or content: up to the last non-EOS token.
   o.visited_steps = "executed"
   o.normalize = "sum"  # sum or mean over steps
-  o.likelihood = "exact"  # exact or product (matters for rule confidence)
+  o.likelihood = "exact"  # exact or product (matters if rules look at draws)
   o.baseline = "leave_one_out"  # or group_mean
   o.clip_low = 0.2
   o.clip_high = 0.2
@@ -198,6 +213,9 @@ def rl() -> ConfigDict:
   o.kl_estimator = "k3"  # k3 or k3_ratio
   o.updates_per_batch = 1  # optimizer updates per rollout; divides M
   o.microbatch = 8  # (completion, step) pairs per forward and backward pass
+  # 0 or more, in units of the reward: what a completion pays for all of its
+  # denoising steps; one that executes less of them pays less.
+  o.step_price = 0.0
 
   c.grading = grading = ConfigDict()
   grading.num_workers = 2  # processes
@@ -215,8 +233,6 @@ def rl() -> ConfigDict:
   e.every = 0  # train steps between evaluations; 0: never
   e.split = "test"
   e.num_examples = 256  # the first ones; 0: all
-  # Rule threshold: all positions this probable are unmasked at once.
-  e.threshold = ml_collections.config_dict.placeholder(float)
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion
   e.redraw_mask = False  # a position whose token is [MASK] stays masked
@@ -278,6 +294,9 @@ _GREEDY: dict[str, Any] = {
   "top_p": 1.0,
   "confidence": "model",
   "threshold": None,
+  "factor": None,
+  "gamma": None,
+  "soft_width": None,
   "guidance": 0.0,
   "stop_at_eos": False,
   "redraw_mask": False,

@@ -40,6 +40,8 @@ class Learner:
     objective: what is visited, and the loss.
     group_size: G; consecutive rows of a rollout are a group.
     microbatch: units per forward and backward pass.
+    step_price: what a completion pays for all K denoising steps; it pays for
+      those that it executed, out of its reward.
     policy: how the logits of a step were computed in the rollout.
     shard_rows: puts the leading axis of a pytree on the mesh.
   """
@@ -50,6 +52,7 @@ class Learner:
   objective: objective_lib.Objective
   group_size: int
   microbatch: int
+  step_price: float = 0.0
   policy: policies.Policy = plain.PLAIN
   shard_rows: Callable[[Any], Any] = lambda tree: tree
 
@@ -67,7 +70,7 @@ class Learner:
     Args:
       state: before.
       rollout: B completions, groups side by side.
-      reward_B: float32 [B].
+      reward_B: float32 [B], the task's.
       key: of what the objective draws.
       row_id_Bx2: uint32 [B, 2], see `noise.row_keys`.
       reference: the reference policy's parameters when the objective has one
@@ -76,11 +79,13 @@ class Learner:
 
     Returns:
       The state after, and scalars: loss, gradient norm, policy ratio, clipped
-      fractions, KL, entropy, spread of rewards, draws.
+      fractions, KL, entropy, spread of rewards, draws, price of steps.
     """
     objective = self.objective
+    share_B = rollout.num_executed_steps / self.sampling.max_steps
+    price_B = self.step_price * share_B
     advantage_NxG = jax.vmap(objective.advantage)(
-      reward_B.reshape(-1, self.group_size)
+      (reward_B - price_B).reshape(-1, self.group_size)
     )
     advantage_B = advantage_NxG.reshape(-1)
     batch_key, row_key = jax.random.split(key)
@@ -166,6 +171,8 @@ class Learner:
       "draws/pairs": norms["num_units"].sum(),
       "completions/mean_denoise_steps": rollout.num_executed_steps.mean(),
     }
+    if self.step_price:
+      metrics["step_price/mean"] = price_B.mean()
     if objective.has_reference:
       metrics["kl"] = terms.kl.sum() / num_factors
     return state, metrics | drawn
@@ -445,7 +452,7 @@ def _sizes(num_states: int, sampling: sampling_lib.Sampling) -> list[int]:
   sizes = [num_states]
   # Under a schedule every block has all of its steps. Else it ends after few of
   # those it may have, and running the rest would cost more than what is there.
-  if not sampling.rule.is_scheduled:
+  if sampling.rule.schedule != "exact":
     while sizes[-1] > 1:
       sizes.append(-(-sizes[-1] // 2))
   return sizes

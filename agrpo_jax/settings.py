@@ -118,12 +118,14 @@ class Rl(Run):
     objective: what is visited, and the loss.
     microbatch: units (visits that share what the policy computes once) per
       forward and backward pass.
+    step_price: what a completion pays for all K denoising steps.
     others: see the records.
   """
 
   rollout: Rollout
   objective: objectives.Objective
   microbatch: int
+  step_price: float
   grading: Grading
   evaluate: Evaluate
 
@@ -158,6 +160,7 @@ class Rl(Run):
       objective=self.objective,
       group_size=self.rollout.group_size,
       microbatch=self.microbatch,
+      step_price=self.step_price,
       policy=self.rollout.policy_for(vocabulary),
       shard_rows=mesh_lib.shard_rows(mesh),
     )
@@ -480,13 +483,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     sampling.temperature,
     "positive: without chance there is no policy gradient",
   )
-  found.want(
-    sampling.unmask_rule != "threshold",
-    "rollout.unmask_rule",
-    sampling.unmask_rule,
-    "another: threshold is for evaluation",
-  )
-  if not sampling_lib.problems(sampling):
+  if not sampling_lib.problems(sampling) and sampling.rule.schedule == "exact":
     found.want(
       sampling.block_length % sampling.steps_per_block == 0,
       "rollout.num_denoise_steps",
@@ -509,6 +506,13 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     f"a divisor of num_prompts * group_size = {rollout.num_rows}",
   )
   found.at_least(1, "objective", c.objective, "microbatch")
+  price = c.objective.step_price
+  found.want(
+    isinstance(price, (int, float)) and 0 <= price < math.inf,
+    "objective.step_price",
+    price,
+    "0 (none) or more",
+  )
   found.known("objective.name", c.objective.name, tuple(objectives.OBJECTIVES))
   record = objectives.OBJECTIVES.get(c.objective.name, agrpo.Agrpo)
   fields = {field.name for field in dataclasses.fields(record)}  # type: ignore
@@ -516,7 +520,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     f"objective.{key} is no setting of the objective {c.objective.name!r}, "
     f"which has {', '.join(sorted(fields))}; config.use_objective sets another"
     for key in c.objective
-    if key not in fields | {"name", "microbatch"}
+    if key not in fields | {"name", "microbatch", "step_price"}
   ]
   objective = _record(record, c.objective)
   found += [f"objective.{p}" for p in objective.problems(sampling)]
@@ -533,6 +537,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     rollout=rollout,
     objective=objective,
     microbatch=c.objective.microbatch,
+    step_price=price,
     grading=_record(Grading, c.grading),
     evaluate=evaluate,
   )

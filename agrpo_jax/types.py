@@ -105,9 +105,11 @@ class Rollout(flax.struct.PyTreeNode):
       ids [B, C, S] padded with -1; or uint8 [B, C, ceil(V / 8)], packed bits,
       when top-p acts without top-k; or None when nothing was cut.
     order_logprob: float32 [B, K], log-probability that, of the masked positions
-      of the block, just these came first, given their tokens (0 under rules
+      of the block, just these were unmasked, given their tokens (0 under rules
       that do not look at the draws).
-    num_executed_steps: int32 [B], denoising steps that the row executed.
+    num_executed_steps: int32 [B], denoising steps that the row executed. Their
+      indices may have gaps: each block has the same number of indices, and
+      leaves out those that it did not need.
     num_slot_steps: int32 [B], denoising steps of the batch during which the row
       held one of its slots: those it executed, and those it waited.
   """

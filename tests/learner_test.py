@@ -23,6 +23,15 @@ from fixtures import states
 NUM_ROWS, GROUP_SIZE = 8, 4
 ROW_ID = np.stack([np.arange(8) // 4, np.arange(8) % 4], 1).astype(np.uint32)
 
+# Of the rules that have settings: such that steps differ in what they unmask.
+OWN = {
+  "threshold": dict(threshold=0.2),
+  "dynamic": dict(threshold=0.2),
+  "factor": dict(factor=2.4),
+  "entropy_bounded": dict(gamma=3.0),
+  "soft_threshold": dict(threshold=0.2, soft_width=0.5),
+}
+
 
 def setting(rule="random", **changes):
   """(learner, state, rollout, keys) on a recorded tiny network."""
@@ -36,6 +45,7 @@ def setting(rule="random", **changes):
     unmask_rule=rule,
     temperature=0.8,
     top_k=20,
+    **OWN.get(rule, {}),
   )
 
   def bind(params, lora):
@@ -72,13 +82,47 @@ def step(learner, state, rollout, keys, reward=REWARD):
   )
 
 
-@pytest.mark.parametrize("rule", ["random", "confidence", "entropy"])
+@pytest.mark.parametrize("rule", sampling_lib.RULES)
 def test_the_first_policy_ratio_is_one(rule):
   """Rollout and objective agree on every log-probability, also the order's."""
   _, metrics = step(*setting(rule))
   np.testing.assert_allclose(metrics["policy_ratio/mean"], 1.0, atol=1e-5)
   assert metrics["policy_ratio/max_deviation"] < 1e-4
   assert metrics["clip_ratio/region_mean"] == 0
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_steps_of_rows_differ_in_number_and_lie_in_their_blocks(rule):
+  learner, _, rollout, _ = setting(rule)
+  per_block = learner.sampling.steps_per_block
+  unmask_step = np.asarray(rollout.unmask_step)
+  carries = unmask_step < learner.sampling.max_steps
+  block = np.broadcast_to(np.arange(8) // 4, unmask_step.shape)
+  np.testing.assert_array_equal(
+    unmask_step[carries] // per_block, block[carries]
+  )
+  executed = [len({*row[row < 99]} - {8, per_block * 2}) for row in unmask_step]
+  np.testing.assert_array_equal(rollout.num_executed_steps, executed)
+  assert len({*executed}) > 1
+
+
+def test_a_price_of_steps_is_taken_from_the_reward():
+  learner, state, rollout, keys = setting("threshold")
+  dear = dataclasses.replace(learner, step_price=0.5)
+  price = 0.5 * np.asarray(rollout.num_executed_steps) / 8
+  assert price.std() > 0
+  after, metrics = step(dear, state, rollout, keys)
+  np.testing.assert_allclose(metrics["step_price/mean"], price.mean(), 1e-6)
+  by_hand, other = step(
+    learner, state, rollout, keys, REWARD - jnp.asarray(price, jnp.float32)
+  )
+  chex.assert_trees_all_close(after.params, by_hand.params, rtol=1e-6)
+  assert "step_price/mean" not in other
+  free, _ = step(learner, state, rollout, keys)
+  assert (
+    optax.tree.norm(jax.tree.map(jnp.subtract, free.params, after.params))
+    > 1e-4
+  )
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 32])

@@ -92,7 +92,12 @@ def test_config_files_that_are_broken(tmp_path, text, part):
     ("train.keep", None, "train.keep=None must be of type int"),
     ("rollout.group_size", True, "group_size=True must be of type int"),
     ("objective.name", "espo", "objective.name='espo'"),
-    ("rollout.unmask_rule", "threshold", "threshold"),
+    ("rollout.unmask_rule", "threshold", "rollout.threshold=None"),
+    ("rollout.factor", 1.0, "rollout.factor=1.0 needs unmask_rule='factor'"),
+    ("evaluate.gamma", 0.1, "evaluate.gamma=0.1 needs unmask_rule="),
+    ("objective.step_price", -0.1, "step_price=-0.1"),
+    ("objective.step_price", float("nan"), "step_price=nan"),
+    ("objective.step_price", "dear", "step_price='dear'"),
   ],
 )
 def test_values_that_cannot_be(tmp_path, key, value, part):

@@ -114,6 +114,22 @@ def test_evaluation_of_model_and_checkpoint(tmp_path):
   assert [r["completion"] for r in again.records] == texts[1]
 
 
+def test_a_threshold_is_trained_on_and_its_steps_are_paid_for(tmp_path):
+  c = runs.varied(tmp_path)
+  c.rollout.update(unmask_rule="threshold", threshold=0.02)
+  c.objective.step_price = 2.0
+  c.train.num_steps = 2
+  runs.train(c)
+  log = list(metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl"))
+  assert len(log) == 2
+  for record in log:
+    assert record["policy_ratio/max_deviation"] < 1e-4
+    assert record["grad_norm"] > 0
+    num_steps = record["completions/mean_denoise_steps"]
+    assert 2 < num_steps < 8
+    np.testing.assert_allclose(record["step_price/mean"], num_steps / 4)
+
+
 def test_sft_learns_from_a_file_and_exports(tmp_path):
   file = tmp_path / "pairs.jsonl"
   pairs = [{"prompt": f"{n}?", "completion": str(n)} for n in range(8)]

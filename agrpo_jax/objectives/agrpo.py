@@ -23,7 +23,6 @@ from agrpo_jax.objectives import base
 from agrpo_jax.objectives import clip as clip_lib
 from agrpo_jax.objectives import mc_steps
 from agrpo_jax.samplers import draw
-from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
 
 LIKELIHOODS = ("exact", "product")
@@ -34,9 +33,10 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
   """Settings of AGRPO: those of the drawn steps, of the clipping, and its own.
 
   Attributes:
-    likelihood: of a step under a rule that looks at the draws: `exact` (every
-      position of the block that stayed masked has a factor) or `product` over
-      the unmasked tokens (released AGRPO; biased). The same under other rules.
+    likelihood: of a step under a rule that looks at the draws: `exact` (with a
+      factor for the choice, which tells of the positions of the block that
+      stayed masked) or `product` over the unmasked tokens (released AGRPO;
+      biased). The same under other rules.
     baseline: one of `advantage.BASELINES`.
     updates_per_batch: optimizer updates per rollout, dividing the draws: 1 is
       the paper's algorithm; the released launcher takes one per draw. Where
@@ -322,7 +322,7 @@ def step_logprob(
 ) -> base.Factors:
   """Log-likelihood of one denoising step, factor by factor.
 
-    log P(step) = sum_{targets i} log pi_i(o_i) + sum_{others j} log F_j(bar)
+    log P(step) = sum_{targets i} log pi_i(o_i) + log P(targets | their tokens)
 
   Args:
     logits_WxV: float32 [W, V] at `visit.offset`, before the step.
@@ -333,7 +333,8 @@ def step_logprob(
     top_k: see `types.Network`.
 
   Returns:
-    Factors of the W tokens and, last, of the order (`rules.order_logprob`).
+    Factors of the W tokens and, last, of the order, the second term
+    (`rules.UnmaskRule.order_logprob`).
   """
   # At positions of other steps the record tells of tokens that were not there
   # yet; nothing of them may enter.
@@ -357,12 +358,8 @@ def step_logprob(
       kept._replace(logprob=confidence_of(logits_WxV, kept, sampling)), token_W
     )
     is_masked_W = row.unmask_step[visit.offset] >= visit.denoise_step
-    order = rules.order_logprob(
-      others.logprob,
-      confidence_of(logits_WxV, others, sampling),
-      sampling.rule.bar(confidence_W, is_target_W),
-      is_masked_W & ~is_target_W,
-    )
+    seen = draw.seen(logits_WxV, others, confidence_W, is_masked_W, sampling)
+    order = sampling.rule.order_logprob(seen, is_target_W)
   return base.Factors(
     logprob=jnp.append(logprob_W, order),
     is_factor=jnp.append(is_target_W, needs_block(sampling, objective)),

@@ -100,43 +100,53 @@ class Drawn(flax.struct.PyTreeNode):
   weight: jax.Array
 
 
-def num_visitable(
+def visitable(
   rollout: types.Rollout, settings: McSteps, eos_id: int
 ) -> jax.Array:
-  """int32 [B]: the estimator visits steps 0 to this, exclusive."""
-  if settings.visited_steps == "executed":
-    return rollout.num_executed_steps
-  is_content_BxC = rollout.completion != eos_id
-  return jnp.where(is_content_BxC, rollout.unmask_step + 1, 0).max(axis=1)
+  """bool [B, K]: the steps that the estimator may visit.
+
+  Only steps that were executed are among them: indices that a block left out
+  (`Sampling.max_steps`) unmasked nothing and have no likelihood.
+  """
+  num_denoise_steps = rollout.order_logprob.shape[1]
+
+  def executed(unmask_step_C: jax.Array) -> jax.Array:
+    none_K = jnp.zeros((num_denoise_steps,), bool)
+    return none_K.at[unmask_step_C].set(True, mode="drop")
+
+  is_visitable_BxK = jax.vmap(executed)(rollout.unmask_step)
+  if settings.visited_steps == "content":
+    is_content_BxC = rollout.completion != eos_id
+    last_B = jnp.where(is_content_BxC, rollout.unmask_step, -1).max(axis=1)
+    is_visitable_BxK &= jnp.arange(num_denoise_steps) <= last_B[:, None]
+  return is_visitable_BxK
 
 
 def step_prob(
   entropy_C: jax.Array,
   unmask_step_C: jax.Array,
-  visitable: jax.Array,
+  is_visitable_K: jax.Array,
   settings: McSteps,
-  num_denoise_steps: int,
 ) -> jax.Array:
   """Probability of drawing each denoising step of one completion.
 
   Args:
     entropy_C: float32 [C], recorded entropies.
     unmask_step_C: int32 [C].
-    visitable: int32, `num_visitable` of this row.
+    is_visitable_K: bool [K], `visitable` of this row.
     settings: the proposal.
-    num_denoise_steps: K.
 
   Returns:
-    float32 [K] that sums to 1, zero from `visitable` on; all zero if that is 0.
+    float32 [K] that sums to 1, positive where visitable and 0 elsewhere; all 0
+    if nothing is.
   """
-  chex.assert_rank([entropy_C, unmask_step_C], 1)
-  weight_K = jnp.ones((num_denoise_steps,))
+  chex.assert_rank([entropy_C, unmask_step_C, is_visitable_K], 1)
+  weight_K = jnp.ones(is_visitable_K.shape)
   if settings.step_rule == "entropy":
-    weight_K = jnp.full((num_denoise_steps,), _ENTROPY_FLOOR)
+    weight_K = jnp.full(is_visitable_K.shape, _ENTROPY_FLOOR)
     weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
-  is_visitable_K = jnp.arange(num_denoise_steps) < visitable
   weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
-  return weight_K / jnp.where(visitable > 0, weight_K.sum(), 1.0)
+  return weight_K / jnp.where(is_visitable_K.any(), weight_K.sum(), 1.0)
 
 
 def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
@@ -174,34 +184,35 @@ def _below_one(uniform: jax.Array) -> jax.Array:
 
 
 def steps_at(
-  uniform_M: jax.Array,
-  prob_K: jax.Array,
-  visitable: jax.Array,
-  settings: McSteps,
+  uniform_M: jax.Array, prob_K: jax.Array, settings: McSteps
 ) -> Drawn:
   """The inverse distribution function of one completion, and the weights.
 
   Args:
     uniform_M: float32 [M] in [0, 1).
     prob_K: float32 [K], `step_prob`.
-    visitable: int32.
     settings: the proposal.
 
   Returns:
     `Drawn` of this row: step int32 [M], weight float32 [M].
   """
   chex.assert_rank([uniform_M, prob_K], 1)
+  # The steps that may be drawn come first, in order: rounding in sums over the
+  # others must not lead to one of these.
+  step_K = jnp.argsort(prob_K == 0, stable=True).astype(jnp.int32)
+  prob_K = prob_K[step_K]
+  num = (prob_K > 0).sum(dtype=jnp.int32)
   if settings.step_rule == "uniform":
-    step_M = jnp.floor(uniform_M * visitable).astype(jnp.int32)
+    rank_M = jnp.floor(uniform_M * num).astype(jnp.int32)
   else:
-    step_M = jnp.searchsorted(jnp.cumsum(prob_K), uniform_M).astype(jnp.int32)
+    rank_M = jnp.searchsorted(jnp.cumsum(prob_K), uniform_M).astype(jnp.int32)
   # The distribution function ends a rounding error away from 1.
-  step_M = jnp.clip(step_M, 0, jnp.maximum(visitable - 1, 0))
-  prob_M = prob_K[step_M]
+  rank_M = jnp.clip(rank_M, 0, jnp.maximum(num - 1, 0))
+  prob_M = prob_K[rank_M]
   weight_M = 1.0 / jnp.where(prob_M > 0, prob_M, 1.0)
   if settings.normalize == "mean":
-    weight_M /= jnp.maximum(visitable, 1)
-  return Drawn(step=step_M, weight=jnp.where(visitable > 0, weight_M, 0.0))
+    weight_M /= jnp.maximum(num, 1)
+  return Drawn(step=step_K[rank_M], weight=jnp.where(num > 0, weight_M, 0.0))
 
 
 def draw(
@@ -219,17 +230,16 @@ def draw(
     eos_id: read under `visited_steps="content"`.
   """
   chex.assert_rank(uniform_BxM, 2)
-  num_denoise_steps = rollout.order_logprob.shape[1]
-  visitable_B = num_visitable(rollout, settings, eos_id)
 
-  def one(entropy_C, unmask_step_C, visitable, uniform_M):
-    prob_K = step_prob(
-      entropy_C, unmask_step_C, visitable, settings, num_denoise_steps
-    )
-    return steps_at(uniform_M, prob_K, visitable, settings)
+  def one(entropy_C, unmask_step_C, is_visitable_K, uniform_M):
+    prob_K = step_prob(entropy_C, unmask_step_C, is_visitable_K, settings)
+    return steps_at(uniform_M, prob_K, settings)
 
   return jax.vmap(one)(
-    rollout.entropy, rollout.unmask_step, visitable_B, uniform_BxM
+    rollout.entropy,
+    rollout.unmask_step,
+    visitable(rollout, settings, eos_id),
+    uniform_BxM,
   )
 
 
@@ -251,18 +261,14 @@ def draw_blocks(
     bool [B, K], the steps that may be visited; and the blocks in place of
     steps, one column per block and no draw under `all`.
   """
-  visitable_B = num_visitable(rollout, settings, sampling.eos_id)
-  step_K = jnp.arange(sampling.max_steps)
+  is_visitable_BxK = visitable(rollout, settings, sampling.eos_id)
 
   def one(
     entropy_C: jax.Array,
     unmask_step_C: jax.Array,
-    visitable: jax.Array,
+    is_visitable_K: jax.Array,
     uniform_M: jax.Array,
-  ) -> tuple[jax.Array, Drawn]:
-    is_executed_K = jnp.zeros_like(step_K, bool)
-    is_executed_K = is_executed_K.at[unmask_step_C].set(True, mode="drop")
-    is_visitable_K = is_executed_K & (step_K < visitable)
+  ) -> Drawn:
     scale = jnp.float32(1.0)
     if settings.normalize == "mean":
       scale = 1.0 / jnp.maximum(is_visitable_K.sum(), 1)
@@ -270,8 +276,8 @@ def draw_blocks(
     if settings.step_rule == "all":
       every = jnp.arange(num_blocks)
       # One column per block, each with the whole weight: not a mean over draws.
-      return is_visitable_K, Drawn(every, jnp.full(num_blocks, scale))
-    weight_K = jnp.full(step_K.shape, _ENTROPY_FLOOR)
+      return Drawn(every, jnp.full(num_blocks, scale))
+    weight_K = jnp.full(is_visitable_K.shape, _ENTROPY_FLOOR)
     weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
     weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
     weight_N = weight_K.reshape(num_blocks, -1).sum(axis=1)
@@ -285,10 +291,10 @@ def draw_blocks(
     block_M = jnp.minimum(block_M, last)
     prob_M = prob_N[block_M]
     weight_M = scale / jnp.where(prob_M > 0, prob_M, 1.0)
-    return is_visitable_K, Drawn(block_M, jnp.where(total > 0, weight_M, 0.0))
+    return Drawn(block_M, jnp.where(total > 0, weight_M, 0.0))
 
-  return jax.vmap(one)(
-    rollout.entropy, rollout.unmask_step, visitable_B, uniform_BxM
+  return is_visitable_BxK, jax.vmap(one)(
+    rollout.entropy, rollout.unmask_step, is_visitable_BxK, uniform_BxM
   )
 
 

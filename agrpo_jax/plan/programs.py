@@ -150,7 +150,7 @@ class Planner:
     return self._compile(
       "rollout",
       sampler.program.lower(*self._rollout_arguments(s.rollout.batch_size)),
-      trips=s.rollout.sampling.num_denoise_steps,
+      trips=s.rollout.sampling.max_steps,
       runs=s.rollout.num_rows // s.rollout.batch_size,
       resident=resident,
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from agrpo_jax import types
+from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
 
 # Slots of a support beyond top_k: low-precision logits tie often.
@@ -230,3 +231,30 @@ def confidence(
     return filtered.logprob
   kept_S = jnp.isfinite(filtered.logprob)
   return jnp.where(kept_S, jax.nn.log_softmax(logits_V)[filtered.ids], -jnp.inf)
+
+
+def seen(
+  logits_TxV: jax.Array,
+  filtered: Filtered,
+  drawn_T: jax.Array,
+  is_masked_T: jax.Array,
+  sampling: sampling_lib.Sampling,
+) -> rules.Seen:
+  """Returns what the unmask rule knows of the T positions of a block.
+
+  Args:
+    logits_TxV: float32, as the network gave them.
+    filtered: [T, S], `filter_logits` of each position.
+    drawn_T: float32, confidence of the tokens drawn, see `rules.Seen`.
+    is_masked_T: bool, masked before the step.
+    sampling: the settings.
+  """
+  return rules.Seen(
+    is_masked=is_masked_T,
+    logprob=filtered.logprob,
+    confidence=jax.vmap(confidence, (0, 0, None))(
+      logits_TxV, filtered, sampling
+    ),
+    drawn=drawn_T,
+    entropy=jax.vmap(lambda one: one.entropy)(filtered),
+  )

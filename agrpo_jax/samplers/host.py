@@ -64,9 +64,7 @@ class Draw:
   @property
   def has_chance(self) -> bool:
     """True if two completions of one prompt can differ."""
-    return self.sampling.temperature > 0 or (
-      self.sampling.unmask_rule == "random"
-    )
+    return self.sampling.temperature > 0 or self.sampling.rule.has_chance
 
 
 class Sampler:

@@ -14,10 +14,15 @@ class Noise(NamedTuple):
       positions with the largest first.
     gumbel: (key, denoise_step, offset_S, ids_SxK) -> float32 [S, K], standard
       Gumbel noise for candidate tokens at offsets within the block.
+    passes: (key, denoise_step, T) -> float32 [T], uniform in [0, 1), and
+    fallback: (key, denoise_step, T) -> float32 [T], standard Gumbel: see
+      `rules.Chance`.
   """
 
   order: Callable[..., jax.Array]
   gumbel: Callable[..., jax.Array]
+  passes: Callable[..., jax.Array]
+  fallback: Callable[..., jax.Array]
 
 
 def _step_key(key: jax.Array, denoise_step: jax.Array, use: int) -> jax.Array:
@@ -31,6 +36,14 @@ def _order(key, denoise_step, block_length):
 def _gumbel(key, denoise_step, offset_S, ids_SxK):
   del offset_S
   return jax.random.gumbel(_step_key(key, denoise_step, 1), ids_SxK.shape)
+
+
+def _passes(key, denoise_step, block_length):
+  return jax.random.uniform(_step_key(key, denoise_step, 2), (block_length,))
+
+
+def _fallback(key, denoise_step, block_length):
+  return jax.random.gumbel(_step_key(key, denoise_step, 3), (block_length,))
 
 
 def row_keys(key: jax.Array, row_id_Bx2: jax.Array) -> jax.Array:
@@ -48,4 +61,4 @@ def row_keys(key: jax.Array, row_id_Bx2: jax.Array) -> jax.Array:
   )(row_id_Bx2)
 
 
-NOISE = Noise(order=_order, gumbel=_gumbel)
+NOISE = Noise(order=_order, gumbel=_gumbel, passes=_passes, fallback=_fallback)

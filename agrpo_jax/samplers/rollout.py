@@ -308,25 +308,22 @@ def _unmask_row(
   order_logprob_K = row.order_logprob
   rule = sampling.rule
   if rule.looks_at != "nothing":
-    is_masked_S = _masked(row, sampling)
-    is_chosen_S = rule.choose(
-      drawn.confidence, drawn.entropy, is_masked_S, _count(row, sampling)
+    seen = draw.seen(
+      logits_SxV, filtered, drawn.confidence, _masked(row, sampling), sampling
     )
+    chance = rules.Chance(
+      passes=noise.passes(key, row.denoise_step, sampling.window_length),
+      fallback=noise.fallback(key, row.denoise_step, sampling.window_length),
+    )
+    is_chosen_S = rule.choose(seen, _count(row, sampling), chance)
   if sampling.redraw_mask:
     is_chosen_S &= drawn.token != sampling.mask_id
   if rule.looks_at == "draws":
-    confidence_SxK = jax.vmap(draw.confidence, (0, 0, None))(
-      logits_SxV, filtered, sampling
-    )
-    factor = rules.order_logprob(
-      filtered.logprob,
-      confidence_SxK,
-      rule.bar(drawn.confidence, is_chosen_S),
-      is_masked_S & ~is_chosen_S,
-    )
     # A row that stays passes here too; nothing of it is masked, and log 1 = 0
     # is added to its next step.
-    order_logprob_K = order_logprob_K.at[row.denoise_step].add(factor)
+    order_logprob_K = order_logprob_K.at[row.denoise_step].add(
+      rule.order_logprob(seen, is_chosen_S)
+    )
 
   position_S = _window_start(row, sampling) + offset_S
 
@@ -343,9 +340,7 @@ def _unmask_row(
     entropy=write(row.entropy, drawn.entropy),
     support=jax.tree.map(write, row.support, drawn.support),  # or None
     order_logprob=order_logprob_K,
-    num_executed_steps=jnp.where(
-      row.stays, row.num_executed_steps, row.denoise_step + 1
-    ),
+    num_executed_steps=row.num_executed_steps + ~row.stays,
     num_slot_steps=row.num_slot_steps + 1,
   )
   return _move_on(row, sampling)
@@ -369,12 +364,10 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   is_last = row.block == sampling.num_blocks - 1
   if sampling.stop_at_eos:
     is_last |= (completion_T == sampling.eos_id).all()
-  next_step = row.denoise_step + 1
-  if sampling.rule.is_scheduled:
-    # Where the schedule has more steps than tokens, those that would unmask
-    # nothing are skipped but keep their index.
-    next_block_step = (row.block + 1) * sampling.steps_per_block
-    next_step = jnp.where(is_over, next_block_step, next_step)
+  # A block that needed fewer steps than it may have leaves indices out, so that
+  # a step's index says its block.
+  next_block_step = (row.block + 1) * sampling.steps_per_block
+  next_step = jnp.where(is_over, next_block_step, row.denoise_step + 1)
   ends = is_over & ~row.stays
   is_done = row.is_done | (ends & is_last)
   return row.replace(

@@ -7,12 +7,16 @@ unmasks some of them; which, says the rule. What the rule looks at decides what
 the likelihood of a step is made of:
 
   * nothing (`random`): positions are chosen before there are logits;
-  * the distributions (`entropy`): least entropy first. In both cases the
-    likelihood is the product over the tokens that were unmasked;
-  * the drawn tokens (`confidence`, `threshold`): there is a further factor for
-    every position that stayed masked: the probability that what was drawn
-    there would not be unmasked. One formula holds for all such rules
-    (`order_logprob`); they differ in the `Bar` alone.
+  * the distributions (`entropy`, `margin`, `entropy_bounded`): in both cases
+    the likelihood is the product over the tokens that were unmasked;
+  * the drawn tokens (`confidence`, `threshold`, `dynamic`, `factor`): there is
+    a further factor for every position that stayed masked: the probability that
+    what was drawn there would not be unmasked. One formula holds for all such
+    rules (`UnmaskRule.order_logprob`); they differ in the `Bar` alone;
+  * the drawn tokens and chance (`soft_threshold`): the formula is its own, and
+    has a gradient where a bar has a jump.
+
+Sampler and objective ask the same method how likely a choice is.
 """
 
 import dataclasses
@@ -27,6 +31,42 @@ import jax.numpy as jnp
 # Floor of a probability whose logarithm is taken: under a policy that has moved
 # since the rollout, what happened may have become impossible.
 _TINY = 1e-30
+# Log-probabilities between which log-odds are taken. Above the greater one the
+# rounding of a float32 log-probability is all there is of its odds.
+_LEAST, _MOST = -1e4, -1e-4
+
+
+class Seen(NamedTuple):
+  """What a denoising step sees of its block.
+
+  Attributes:
+    is_masked: bool [T], masked before the step.
+    logprob: float32 [T, S], log pi of the candidates at each position, minus
+      infinity where truncation cut them.
+    confidence: float32 [T, S], what each candidate ranks by if it is drawn.
+    drawn: float32 [T], the confidence of the token that was drawn. When a
+      record is scored it is known of the tokens that were unmasked, and means
+      nothing at other positions.
+    entropy: float32 [T], in nats, of the distributions.
+  """
+
+  is_masked: jax.Array
+  logprob: jax.Array
+  confidence: jax.Array
+  drawn: jax.Array
+  entropy: jax.Array
+
+
+class Chance(NamedTuple):
+  """What a rule may draw of its own, besides the tokens.
+
+  Attributes:
+    passes: float32 [T], uniform in [0, 1).
+    fallback: float32 [T], standard Gumbel.
+  """
+
+  passes: jax.Array
+  fallback: jax.Array
 
 
 class Bar(NamedTuple):
@@ -41,53 +81,63 @@ class Bar(NamedTuple):
   level: jax.Array
   last: jax.Array
 
+  def loses(self, confidence: jax.Array, position: jax.Array) -> jax.Array:
+    """Returns bool, where a confidence at a position does not reach the bar."""
+    return (confidence < self.level) | (
+      (confidence == self.level) & (position > self.last)
+    )
+
+
+def lower(one: Bar, other: Bar) -> Bar:
+  """Returns the bar that what loses at both has not reached."""
+  is_one = (one.level < other.level) | (
+    (one.level == other.level) & (one.last > other.last)
+  )
+  return Bar(
+    jnp.where(is_one, one.level, other.level),
+    jnp.where(is_one, one.last, other.last),
+  )
+
 
 @dataclasses.dataclass(frozen=True)
 class UnmaskRule:
   """A rule with its settings; a new one is a subclass and a line in `RULES`.
 
+  Its fields are settings of `Sampling` with the same names.
+
   Attributes:
     looks_at: what the choice depends on.
-    is_scheduled: whether a step unmasks as many positions as the schedule says
-      (`sampling.step_counts`); else at least one and up to all of the block.
+    schedule: how many positions a step unmasks: `exact`: as many as the
+      schedule says (`sampling.step_counts`); `least`: at least as many; `none`:
+      at least one. At most all of the block.
+    has_chance: whether it draws something besides the tokens.
   """
 
   looks_at: ClassVar[Literal["nothing", "distributions", "draws"]]
-  is_scheduled: ClassVar[bool] = True
+  schedule: ClassVar[Literal["exact", "least", "none"]] = "exact"
+  has_chance: ClassVar[bool] = False
 
-  def score(self, confidence_T: jax.Array, entropy_T: jax.Array) -> jax.Array:
-    """Returns float32 [T]: the greatest is unmasked first, ties by position.
-
-    Args:
-      confidence_T: float32, confidence of the token drawn at each position.
-      entropy_T: float32, in nats, of the distribution it was drawn from.
-    """
+  def score(self, seen: Seen) -> jax.Array:
+    """Returns float32 [T]: the greatest is unmasked first, ties by position."""
     raise TypeError(f"{self} does not look at draws or distributions")
 
-  def choose(
-    self,
-    confidence_T: jax.Array,
-    entropy_T: jax.Array,
-    is_masked_T: jax.Array,
-    count: jax.Array,
-  ) -> jax.Array:
+  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
     """Returns bool [T], the masked positions that this step unmasks.
 
     Args:
-      confidence_T: see `score`.
-      entropy_T: see `score`.
-      is_masked_T: bool, masked before this step.
-      count: int32, how many positions the schedule unmasks.
+      seen: of the block, with what was drawn.
+      count: int32, how many positions the schedule unmasks; 1 without one.
+      chance: read if `has_chance`.
     """
-    score_T = self.score(confidence_T, entropy_T)
-    return is_masked_T & (ranks(score_T, is_masked_T) < count)
+    del chance
+    rank_T = ranks(self.score(seen), seen.is_masked)
+    return seen.is_masked & (rank_T < count)
 
-  def bar(self, confidence_T: jax.Array, is_target_T: jax.Array) -> Bar:
+  def bar(self, seen: Seen, is_target_T: jax.Array) -> Bar:
     """Returns what the positions that stayed masked did not reach.
 
     Args:
-      confidence_T: float32, confidence of the tokens that were unmasked; other
-        positions are not read.
+      seen: of the block; of `drawn`, what was unmasked is read.
       is_target_T: bool, unmasked by this step.
 
     Raises:
@@ -95,11 +145,45 @@ class UnmaskRule:
     """
     raise TypeError(f"{self} does not look at draws")
 
+  def order_logprob(self, seen: Seen, is_target_T: jax.Array) -> jax.Array:
+    """Log-probability that just these were unmasked, given their tokens.
+
+    A position j that stayed masked must have drawn a token that loses, which
+    has probability
+
+      F_j(bar) = sum_v pi_j(v) 1[conf_j(v) < bar]
+
+    and the draws are independent, so the result is sum_j log F_j(bar). The
+    product of the targets' probabilities and of these is the exact likelihood
+    of the step. The indicators are piecewise constant in the parameters and
+    carry no gradient. Equal confidences count by position, as `ranks` has it.
+
+    Args:
+      seen: see `bar`.
+      is_target_T: bool, unmasked by this step.
+
+    Returns:
+      A float32 scalar, 0 where nothing was masked.
+    """
+    chex.assert_equal_shape([seen.logprob, seen.confidence])
+    position_T = jnp.arange(is_target_T.shape[0])
+    loses_TxS = self.bar(seen, is_target_T).loses(
+      seen.confidence, position_T[:, None]
+    )
+    prob_TxS = jnp.where(
+      jax.lax.stop_gradient(loses_TxS), jnp.exp(seen.logprob), 0.0
+    )
+    # Rounding may lift the sum of a whole distribution above 1.
+    prob_T = jnp.clip(prob_TxS.sum(axis=1), _TINY, 1.0)
+    is_other_T = seen.is_masked & ~is_target_T
+    return jnp.where(is_other_T, jnp.log(prob_T), 0.0).sum()
+
 
 class Random(UnmaskRule):
   """Any masked position, each as likely; needs logits only where it unmasks."""
 
   looks_at = "nothing"
+  has_chance = True
 
 
 class Entropy(UnmaskRule):
@@ -107,9 +191,46 @@ class Entropy(UnmaskRule):
 
   looks_at = "distributions"
 
-  def score(self, confidence_T: jax.Array, entropy_T: jax.Array) -> jax.Array:
-    del confidence_T
-    return -entropy_T
+  def score(self, seen: Seen) -> jax.Array:
+    return -seen.entropy
+
+
+class Margin(UnmaskRule):
+  """Those whose two most probable tokens differ most in probability."""
+
+  looks_at = "distributions"
+
+  def score(self, seen: Seen) -> jax.Array:
+    first_T = seen.logprob.max(axis=1)
+    # Without a sort: of a split vocabulary no device has all.
+    is_first_TxS = (
+      jnp.arange(seen.logprob.shape[1]) == seen.logprob.argmax(axis=1)[:, None]
+    )
+    second_T = jnp.where(is_first_TxS, -jnp.inf, seen.logprob).max(axis=1)
+    return jnp.exp(first_T) - jnp.exp(second_T)
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyBounded(Entropy):
+  """As many, least entropy first, as have little entropy together.
+
+  The EB-sampler (arXiv:2505.24857): the most positions whose entropies, all but
+  the greatest of them, add up to no more than a bound.
+
+  Attributes:
+    gamma: the bound in nats, 0 or more.
+  """
+
+  schedule = "none"
+  gamma: float
+
+  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+    del count, chance
+    rank_T = ranks(self.score(seen), seen.is_masked)
+    # The greatest entropy of a stretch is that of its last position.
+    is_before_TxT = rank_T[None, :] < rank_T[:, None]
+    before_T = jnp.where(is_before_TxT, seen.entropy[None, :], 0.0).sum(axis=1)
+    return seen.is_masked & (before_T <= self.gamma)
 
 
 class Confidence(UnmaskRule):
@@ -117,20 +238,49 @@ class Confidence(UnmaskRule):
 
   looks_at = "draws"
 
-  def score(self, confidence_T: jax.Array, entropy_T: jax.Array) -> jax.Array:
-    del entropy_T
-    return confidence_T
+  def score(self, seen: Seen) -> jax.Array:
+    return seen.drawn
 
-  def bar(self, confidence_T: jax.Array, is_target_T: jax.Array) -> Bar:
+  def bar(self, seen: Seen, is_target_T: jax.Array) -> Bar:
     """The lowest confidence that was kept, and the last position with it."""
-    lowest = jnp.where(is_target_T, confidence_T, jnp.inf).min()
-    is_lowest_T = is_target_T & (confidence_T == lowest)
-    position_T = jnp.arange(confidence_T.size)
+    lowest = jnp.where(is_target_T, seen.drawn, jnp.inf).min()
+    is_lowest_T = is_target_T & (seen.drawn == lowest)
+    position_T = jnp.arange(seen.drawn.size)
     return Bar(lowest, jnp.where(is_lowest_T, position_T, -1).max())
 
 
+class Levelled(Confidence):
+  """The most confident ones, and with them all that reach a level."""
+
+  def level(self, rank: jax.Array, size: int) -> Bar:
+    """Returns what the draw of a rank must reach to be unmasked for that alone.
+
+    Args:
+      rank: int32, how many masked positions of the block are more confident.
+      size: T.
+    """
+    raise NotImplementedError
+
+  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+    del chance
+    rank_T = ranks(seen.drawn, seen.is_masked)
+    size = seen.drawn.size
+    is_below_T = self.level(rank_T, size).loses(seen.drawn, jnp.arange(size))
+    return seen.is_masked & ((rank_T < count) | ~is_below_T)
+
+  def bar(self, seen: Seen, is_target_T: jax.Array) -> Bar:
+    """The level of the next one, unless what was kept is below it: then that.
+
+    What stayed masked was less confident than all that was kept, and below the
+    level that the best of it would have had to reach. That it was kept because
+    of the count, or because of the level, makes no difference.
+    """
+    level = self.level(is_target_T.sum(), seen.drawn.size)
+    return lower(super().bar(seen, is_target_T), level)
+
+
 @dataclasses.dataclass(frozen=True)
-class Threshold(Confidence):
+class Threshold(Levelled):
   """All as probable as a threshold, and the most confident one in any case.
 
   Fast-dLLM's parallel decoding (arXiv:2505.22618).
@@ -139,33 +289,137 @@ class Threshold(Confidence):
     threshold: probability in (0, 1].
   """
 
-  is_scheduled = False
+  schedule = "none"
   threshold: float
 
-  def choose(
-    self,
-    confidence_T: jax.Array,
-    entropy_T: jax.Array,
-    is_masked_T: jax.Array,
-    count: jax.Array,
-  ) -> jax.Array:
-    is_first_T = super().choose(
-      confidence_T, entropy_T, is_masked_T, jnp.ones_like(count)
-    )
-    is_sure_T = confidence_T >= jnp.log(self.threshold)
-    return is_first_T | (is_masked_T & is_sure_T)
+  def level(self, rank: jax.Array, size: int) -> Bar:
+    del rank
+    # One that equals the threshold is unmasked: no position is after the end.
+    return Bar(jnp.log(self.threshold), jnp.int32(size))
 
-  def bar(self, confidence_T: jax.Array, is_target_T: jax.Array) -> Bar:
-    """The threshold, unless what was kept is below it: then that."""
-    lowest = super().bar(confidence_T, is_target_T)
-    level = jnp.log(self.threshold)
-    is_below = lowest.level < level
-    # One that equals the threshold would have been unmasked: no position is
-    # after the block's end.
-    return Bar(
-      jnp.where(is_below, lowest.level, level),
-      jnp.where(is_below, lowest.last, confidence_T.size),
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Levelled):
+  """All above a threshold, or the most confident ones if these are too few.
+
+  SDAR's and TraDo's dynamic decoding; too few are less than the schedule says.
+
+  Attributes:
+    threshold: probability in (0, 1].
+  """
+
+  schedule = "least"
+  threshold: float
+
+  def level(self, rank: jax.Array, size: int) -> Bar:
+    del rank, size
+    # One that equals the threshold is not above it, wherever it is.
+    return Bar(jnp.log(self.threshold), jnp.int32(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor(Levelled):
+  """The more at once, the more probable they have to be.
+
+  Fast-dLLM's factor (arXiv:2505.22618): the greatest n for which the n-th most
+  confident one is at least as probable as 1 - factor / (n + 1), but at least 1.
+
+  Attributes:
+    factor: positive; the greater, the more positions at once.
+  """
+
+  schedule = "none"
+  factor: float
+
+  def level(self, rank: jax.Array, size: int) -> Bar:
+    least = jnp.maximum(1 - self.factor / (rank + 2), 0.0)  # n is rank + 1
+    return Bar(jnp.log(least), jnp.int32(size))
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftThreshold(UnmaskRule):
+  """Each by chance, the more confident the likelier: a threshold with a slope.
+
+  Where a confidence crosses a hard threshold the expected reward jumps, and no
+  gradient sees that. Here each masked position passes by itself, with
+  probability
+
+    g = sigmoid((logit conf - logit threshold) / soft_width)
+
+  of the confidence of its drawn token. Where none passes, one position i keeps
+  its token, drawn from the distributions alone: with the odds of its most
+  probable token, to the power of 1 / soft_width, among those of the others. As
+  the width goes to zero this becomes a threshold, whose fallback is the
+  position with the most probable token, drawn or not.
+
+  A probability above 1 - 1e-4 counts as that here.
+
+  Attributes:
+    threshold: probability in (0, 1] that passes every second time.
+    soft_width: positive, in units of log-odds.
+  """
+
+  looks_at = "draws"
+  schedule = "none"
+  has_chance = True
+  threshold: float
+  soft_width: float
+
+  def _height(self, confidence: jax.Array) -> jax.Array:
+    """The argument of the sigmoid."""
+    level = _logit(jnp.log(self.threshold))
+    return (_logit(confidence) - level) / self.soft_width
+
+  def _fallback_logprob(self, seen: Seen) -> jax.Array:
+    """float32 [T], of being the one that stays if none passes."""
+    height_T = self._height(seen.confidence.max(axis=1))
+    # Finite where nothing is masked any more.
+    is_open_T = seen.is_masked | ~seen.is_masked.any()
+    return jax.nn.log_softmax(jnp.where(is_open_T, height_T, -jnp.inf))
+
+  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+    del count
+    prob_T = jax.nn.sigmoid(self._height(seen.drawn))
+    passes_T = seen.is_masked & (chance.passes < prob_T)
+    only = jnp.argmax(self._fallback_logprob(seen) + chance.fallback)
+    is_only_T = seen.is_masked & (jnp.arange(prob_T.size) == only)
+    return jnp.where(passes_T.any(), passes_T, is_only_T)
+
+  def order_logprob(self, seen: Seen, is_target_T: jax.Array) -> jax.Array:
+    """Log-probability that just these were unmasked, given their tokens.
+
+    With G_j = sum_v pi_j(v) (1 - g(conf_j(v))), which a position that stayed
+    masked has drawn and missed, and q the fallback's distribution,
+
+      several targets:  sum_i log g_i + sum_j log G_j
+      one target i:     log [g_i + q_i (1 - g_i)] + sum_j log G_j
+
+    i over the targets, j over the other masked positions: one that is alone
+    passed, or did not and was the one that stays. The gradient goes through pi,
+    g and q.
+    """
+    stays_TxS = seen.logprob + jax.nn.log_sigmoid(
+      -self._height(seen.confidence)
     )
+    stays_T = jax.nn.logsumexp(stays_TxS, axis=1)
+    # Elsewhere the confidence means nothing, and may be minus infinity.
+    height_T = self._height(jnp.where(is_target_T, seen.drawn, -1.0))
+    passed_T = jax.nn.log_sigmoid(height_T)
+    fallback_T = jnp.where(is_target_T, self._fallback_logprob(seen), 0.0)
+    alone_T = jnp.logaddexp(
+      passed_T, fallback_T + jax.nn.log_sigmoid(-height_T)
+    )
+    kept_T = jnp.where(is_target_T.sum() == 1, alone_T, passed_T)
+    is_other_T = seen.is_masked & ~is_target_T
+    return (
+      jnp.where(is_target_T, kept_T, 0.0) + jnp.where(is_other_T, stays_T, 0.0)
+    ).sum()
+
+
+def _logit(logprob: jax.Array) -> jax.Array:
+  """The log-odds of log-probabilities, finite."""
+  logprob = jnp.clip(logprob, _LEAST, _MOST)
+  return logprob - jnp.log(-jnp.expm1(logprob))
 
 
 def ranks(score_T: jax.Array, is_masked_T: jax.Array) -> jax.Array:
@@ -181,43 +435,3 @@ def ranks(score_T: jax.Array, is_masked_T: jax.Array) -> jax.Array:
   order_T = order_T[jnp.argsort(~is_masked_T[order_T], stable=True)]
   rank_T = jnp.arange(score_T.shape[0], dtype=jnp.int32)
   return jnp.zeros_like(rank_T).at[order_T].set(rank_T)
-
-
-def order_logprob(
-  logprob_TxS: jax.Array,
-  confidence_TxS: jax.Array,
-  bar: Bar,
-  is_other_T: jax.Array,
-) -> jax.Array:
-  """Log-probability that nothing else of the block reached the bar.
-
-  A position j that stayed masked must have drawn a token that loses, which has
-  probability
-
-    F_j(bar) = sum_v pi_j(v) 1[conf_j(v) < bar]
-
-  and the draws are independent, so the result is sum_j log F_j(bar). The
-  product of the targets' probabilities and of these is the exact likelihood of
-  the step. The indicators are piecewise constant in the parameters and carry no
-  gradient. Equal confidences count by position, the rule of `ranks`.
-
-  Args:
-    logprob_TxS: float32 [T, S], log pi of the candidates at each position.
-    confidence_TxS: float32 [T, S], what they rank by.
-    bar: what a draw must reach to be unmasked.
-    is_other_T: bool [T], masked before this step and after it.
-
-  Returns:
-    A float32 scalar <= 0.
-  """
-  chex.assert_equal_shape([logprob_TxS, confidence_TxS])
-  position_T = jnp.arange(is_other_T.shape[0])
-  loses_TxS = (confidence_TxS < bar.level) | (
-    (confidence_TxS == bar.level) & (position_T > bar.last)[:, None]
-  )
-  prob_TxS = jnp.where(
-    jax.lax.stop_gradient(loses_TxS), jnp.exp(logprob_TxS), 0.0
-  )
-  # Rounding may lift the sum of a whole distribution above 1.
-  prob_T = jnp.clip(prob_TxS.sum(axis=1), _TINY, 1.0)
-  return jnp.where(is_other_T, jnp.log(prob_T), 0.0).sum()

@@ -5,6 +5,7 @@ divided equally over the blocks, and a block's positions over its steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -36,8 +37,8 @@ class Sampling:
     confidence: what the `confidence` rule ranks by: the log-probability of the
       drawn token under the `policy` (temperature and support applied; released
       AGRPO) or under the `model` (neither; the original LLaDA sampler).
-    threshold: of the rule `threshold`, which takes as many steps as it takes;
-      None under the other rules.
+    threshold, factor, gamma, soft_width: of the unmask rules that have a field
+      of this name (`rules`); None under the others.
     cache: which keys and values the steps of a block share, as Fast-dLLM
       (arXiv:2505.22618) has it: `none`: every step runs the whole row;
       `prefix`: those before the block; `dual`: all but the block's own.
@@ -64,6 +65,9 @@ class Sampling:
   top_p_rule: str = "keep"
   confidence: str = "policy"
   threshold: float | None = None
+  factor: float | None = None
+  gamma: float | None = None
+  soft_width: float | None = None
   cache: str = "none"
   cache_refresh: int = 0
   stop_at_eos: bool = True
@@ -71,7 +75,8 @@ class Sampling:
 
   @property
   def rule(self) -> rules.UnmaskRule:
-    return RULES[self.unmask_rule](self)
+    names = parameters(self.unmask_rule)
+    return RULES[self.unmask_rule](**{n: getattr(self, n) for n in names})
 
   @property
   def num_blocks(self) -> int:
@@ -79,8 +84,8 @@ class Sampling:
 
   @property
   def steps_per_block(self) -> int:
-    if not self.rule.is_scheduled:
-      return self.block_length
+    if self.rule.schedule == "none":
+      return self.block_length  # every step unmasks one at least
     return self.num_denoise_steps // self.num_blocks
 
   @property
@@ -97,12 +102,18 @@ class Sampling:
 
   @property
   def max_steps(self) -> int:
-    """K: no completion executes more denoising steps, none has this index."""
+    """K: no completion executes more denoising steps, none has this index.
+
+    Step s belongs to block s // steps_per_block: a block that needs fewer steps
+    leaves its last indices out.
+    """
     return self.num_blocks * self.steps_per_block
 
   @property
   def tokens_per_step(self) -> int:
     """U: the most positions that a step unmasks."""
+    if self.rule.schedule != "exact":
+      return self.block_length
     return int(step_counts(self).max())
 
   @property
@@ -110,15 +121,23 @@ class Sampling:
     return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
-RULES: dict[str, Callable[[Sampling], rules.UnmaskRule]] = {
-  "random": lambda s: rules.Random(),
-  "confidence": lambda s: rules.Confidence(),
-  "entropy": lambda s: rules.Entropy(),
-  "threshold": lambda s: rules.Threshold(
-    1.0 if s.threshold is None else s.threshold
-  ),
+RULES: dict[str, type[rules.UnmaskRule]] = {
+  "random": rules.Random,
+  "confidence": rules.Confidence,
+  "entropy": rules.Entropy,
+  "margin": rules.Margin,
+  "threshold": rules.Threshold,
+  "dynamic": rules.Dynamic,
+  "factor": rules.Factor,
+  "entropy_bounded": rules.EntropyBounded,
+  "soft_threshold": rules.SoftThreshold,
 }
-"""Name -> the unmask rule under settings."""
+"""Name -> the unmask rule."""
+
+
+def parameters(unmask_rule: str) -> list[str]:
+  """Returns the names of the settings that a rule has of its own."""
+  return [field.name for field in dataclasses.fields(RULES[unmask_rule])]
 
 
 def problems(sampling: Sampling) -> list[str]:
@@ -174,24 +193,42 @@ def problems(sampling: Sampling) -> list[str]:
   check(s.temperature >= 0, f"temperature={s.temperature} is negative")
   check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
   check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")
-  if s.unmask_rule == "threshold":
-    check(
-      s.threshold is not None and 0 < s.threshold <= 1,
-      f"threshold={s.threshold} must be in (0, 1] under "
-      "unmask_rule='threshold'",
-    )
   if s.redraw_mask and s.unmask_rule in RULES:
     check(
       s.rule.looks_at == "draws",
       f"redraw_mask={s.redraw_mask} needs a rule that looks at the drawn "
       f"tokens, not unmask_rule={s.unmask_rule!r}",
     )
-  if s.unmask_rule != "threshold":
-    check(
-      s.threshold is None,
-      f"threshold={s.threshold} needs unmask_rule='threshold', "
-      f"not {s.unmask_rule!r}",
-    )
+  if s.unmask_rule in RULES:
+    found += _parameter_problems(s)
+  return found
+
+
+# Setting of an unmask rule -> what is legal, and in words.
+_LEGAL: dict[str, tuple[Callable[[float], bool], str]] = {
+  "threshold": (lambda x: 0 < x <= 1, "in (0, 1]"),
+  "factor": (lambda x: 0 < x < math.inf, "positive"),
+  "gamma": (lambda x: 0 <= x < math.inf, "0 or more"),
+  "soft_width": (lambda x: 0 < x < math.inf, "positive"),
+}
+
+
+def _parameter_problems(s: Sampling) -> list[str]:
+  """Returns which settings of a rule's own it lacks, or are not its own."""
+  found = []
+  ours = parameters(s.unmask_rule)
+  for name, (is_legal, words) in _LEGAL.items():
+    value = getattr(s, name)
+    if name in ours and (value is None or not is_legal(value)):
+      found.append(
+        f"{name}={value} must be {words} under unmask_rule={s.unmask_rule!r}"
+      )
+    if name not in ours and value is not None:
+      having = [repr(rule) for rule in RULES if name in parameters(rule)]
+      found.append(
+        f"{name}={value} needs unmask_rule={' or '.join(having)}, "
+        f"not {s.unmask_rule!r}"
+      )
   return found
 
 

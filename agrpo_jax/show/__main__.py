@@ -27,6 +27,7 @@ from agrpo_jax import settings as settings_lib
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
+from agrpo_jax.samplers import sampling as sampling_lib
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
@@ -38,9 +39,12 @@ _SETTINGS: dict[str, tuple[Callable[..., Any], str]] = {
   "num_denoise_steps": (flags.DEFINE_integer, "In all; default 128."),
   "unmask_rule": (
     flags.DEFINE_string,
-    "random, confidence (default), entropy, threshold.",
+    f"{', '.join(sampling_lib.RULES)}; default confidence.",
   ),
-  "threshold": (flags.DEFINE_float, "Of the unmask rule threshold."),
+  "threshold": (flags.DEFINE_float, "Of threshold, dynamic, soft_threshold."),
+  "factor": (flags.DEFINE_float, "Of the unmask rule factor."),
+  "gamma": (flags.DEFINE_float, "Of the unmask rule entropy_bounded."),
+  "soft_width": (flags.DEFINE_float, "Of the unmask rule soft_threshold."),
   "temperature": (flags.DEFINE_float, "Default 0: the most probable token."),
   "top_k": (flags.DEFINE_integer, "Default 0: off."),
   "top_p": (flags.DEFINE_float, "Default 1: off."),
@@ -139,13 +143,17 @@ def _held_out(
 
 def _describe(s: settings_lib.Drawing) -> str:
   sampling = s.evaluate.sampling
-  steps = f"{sampling.num_denoise_steps} denoising steps"
-  if sampling.threshold is not None:
-    steps = f"every token more probable than {sampling.threshold:g} at once"
+  steps = f"at most {sampling.max_steps} denoising steps"
+  if sampling.rule.schedule == "exact":
+    steps = f"{sampling.num_denoise_steps} denoising steps"
+  own = "".join(
+    f" ({name} {getattr(sampling, name):g})"
+    for name in sampling_lib.parameters(sampling.unmask_rule)
+  )
   return (
     f"{sampling.completion_length} tokens in blocks of "
-    f"{sampling.block_length}, {steps}, unmask rule {sampling.unmask_rule}, "
-    f"temperature {sampling.temperature:g}, seed {s.seed}"
+    f"{sampling.block_length}, {steps}, unmask rule {sampling.unmask_rule}"
+    f"{own}, temperature {sampling.temperature:g}, seed {s.seed}"
   )
 
 

@@ -33,8 +33,9 @@ class Token:
   Attributes:
     position: within the completion, from 0.
     id: in the vocabulary.
-    unmask_step: denoising step that unmasked it, from 0; None where none did,
-      since the completion had ended before.
+    unmask_step: denoising step that unmasked it, from 0, counting those that
+      unmasked something; None where none did, since the completion had ended
+      before.
     logprob: of the token when it was drawn, nats.
     entropy: of the distribution it was drawn from, nats.
   """
@@ -121,12 +122,16 @@ def completions(
   never = rollout.order_logprob.shape[1]  # K
   found = []
   for row in range(num_rows):
-    values = (np.asarray(column[row]).tolist() for column in columns)
+    values = [np.asarray(column[row]).tolist() for column in columns]
+    # Steps that were not needed leave gaps in the indices; those that unmasked
+    # something are counted here.
+    executed = sorted({step for step in values[1] if step < never})
+    number_of = {step: number for number, step in enumerate(executed)}
     row_tokens = [
       Token(
         position=position,
         id=id_,
-        unmask_step=step if step < never else None,
+        unmask_step=number_of.get(step),
         logprob=logprob,
         entropy=entropy,
       )

@@ -12,6 +12,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import sweep
 from agrpo_jax.evaluation import table
+from agrpo_jax.samplers import sampling
 from fixtures import sudoku
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,12 +27,12 @@ def test_every_combination_is_a_cell(tmp_path):
   (group,) = sweep.cells(config(), [], [], axes, str(tmp_path))
   found = [
     (
-      sampling.completion_length,
-      sampling.num_denoise_steps,
-      sampling.unmask_rule,
-      sampling.temperature,
+      s.completion_length,
+      s.num_denoise_steps,
+      s.unmask_rule,
+      s.temperature,
     )
-    for sampling in (cell.settings.evaluate.sampling for cell in group)
+    for s in (cell.settings.evaluate.sampling for cell in group)
   ]
   assert found == [
     (16, 2, "confidence", 0.0),
@@ -80,7 +81,7 @@ def test_all_that_is_wrong_at_once(tmp_path):
   assert message.startswith("Nothing was run.")
   for part in (
     "completion_length=40 is not a multiple of block_length=16\n  (in 12 of 36",
-    "'greedy' is not one of random, confidence, entropy, threshold\n  (in 18",
+    f"'greedy' is not one of {', '.join(sampling.RULES)}\n  (in 18",
     "temperature=-1.0 is negative\n  (in 18 of 36 cells; the first is tiny-sud",
     "make 5072 tokens, more than the model's 4096; lower one of them.",
     "./nowhere",

@@ -22,9 +22,11 @@ from agrpo_jax import learner as learner_lib
 from agrpo_jax import types
 from agrpo_jax.objectives import advantage as advantage_lib
 from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import base
 from agrpo_jax.objectives import mc_steps
 from agrpo_jax.policies import row as row_lib
 from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
 from fixtures import states
 
@@ -86,10 +88,10 @@ def distribution(logits: np.ndarray, s: sampling_lib.Sampling) -> np.ndarray:
 
 @dataclasses.dataclass
 class Path:
-  """One way a rollout can go; equal records are merged later."""
+  """One outcome of a rollout."""
 
   prob: float
-  score: np.ndarray  # gradient of log prob in the table
+  score: np.ndarray  # mean gradient of log prob in the table
   completion: tuple[int, ...]
   unmask_step: tuple[int, ...]
   logprob: dict[int, float]
@@ -98,15 +100,142 @@ class Path:
   num_steps: int
 
 
+def choices(
+  s: sampling_lib.Sampling,
+  still: list[int],
+  token: dict[int, int],
+  prob: dict[int, np.ndarray],
+  count: int,
+) -> list[tuple[list[int], float, dict[int, np.ndarray]]]:
+  """What a step may unmask of what was drawn: positions, chance, its score.
+
+  Straight from the rules' definitions; the score is the gradient of the
+  chance's logarithm in the logits.
+  """
+  conf = {c: prob[c][token[c]] for c in still}
+  entropy = {c: entropy_of(prob[c]) for c in still}
+  margin = {c: np.sort(prob[c])[-1] - np.sort(prob[c])[-2] for c in still}
+  confident = sorted(still, key=lambda c: (-conf[c], c))
+  certain = sorted(still, key=lambda c: (entropy[c], c))
+  if s.unmask_rule == "confidence":
+    chosen = confident[:count]
+  elif s.unmask_rule == "entropy":
+    chosen = certain[:count]
+  elif s.unmask_rule == "margin":
+    chosen = sorted(still, key=lambda c: (-margin[c], c))[:count]
+  elif s.unmask_rule == "threshold":
+    chosen = [c for c in still if conf[c] >= s.threshold] or confident[:1]
+  elif s.unmask_rule == "dynamic":
+    above = [c for c in still if conf[c] > s.threshold]
+    chosen = above if len(above) >= count else confident[:count]
+  elif s.unmask_rule == "factor":
+    fine = [
+      n
+      for n in range(1, len(still) + 1)
+      if conf[confident[n - 1]] >= 1 - s.factor / (n + 1)
+    ]
+    chosen = confident[: max([1, *fine])]
+  elif s.unmask_rule == "entropy_bounded":
+    held = [[entropy[c] for c in certain[:n]] for n in range(1, len(still) + 1)]
+    chosen = certain[
+      : max([1, *(len(h) for h in held if sum(h) - max(h) <= s.gamma)])
+    ]
+  else:
+    assert s.unmask_rule == "soft_threshold"
+    return soft_choices(s, still, token, prob)
+  return [(chosen, 1.0, {})]
+
+
+def soft_choices(s, still, token, prob):
+  """Each passes or not; if none does, one is drawn from the distributions."""
+  most = np.exp(-1e-4)  # a greater probability counts as this
+
+  def height(p):
+    p = min(p, most)
+    return (np.log(p / (1 - p))) / s.soft_width
+
+  def slope(c, v):
+    """Of the height of token v's probability at c, in the logits there."""
+    p = prob[c][v]
+    if p > most:
+      return np.zeros(V)
+    onehot = np.arange(V) == v
+    return (onehot - prob[c]) / (s.temperature * (1 - p) * s.soft_width)
+
+  g = {
+    c: 1 / (1 + np.exp(height(s.threshold) - height(prob[c][token[c]])))
+    for c in still
+  }
+  q = {c: np.exp(height(prob[c].max())) for c in still}
+  q = {c: weight / sum(q.values()) for c, weight in q.items()}
+  found = []
+  for bits in itertools.product([False, True], repeat=len(still)):
+    passes = dict(zip(still, bits, strict=True))
+    chance = np.prod([g[c] if passes[c] else 1 - g[c] for c in still])
+    score = {c: (passes[c] - g[c]) * slope(c, token[c]) for c in still}
+    if any(bits):
+      found.append(([c for c in still if passes[c]], chance, score))
+      continue
+    for only in still:
+      more = {
+        c: score[c] + ((c == only) - q[c]) * slope(c, prob[c].argmax())
+        for c in still
+      }
+      found.append(([only], chance * q[only], more))
+  return found
+
+
+def entropy_of(prob: np.ndarray) -> float:
+  return float(-sum(p * np.log(p) for p in prob if p > 0))
+
+
+def outcomes(s, still, prob, count) -> dict:
+  """(positions unmasked, their tokens) -> (probability, mean score [C, V]).
+
+  The sum over everything that leads there, what was drawn and discarded too.
+  """
+  orders: list = [None]
+  if s.unmask_rule == "random":
+    orders = list(itertools.combinations(still, count))
+  found: dict = {}
+  for order in orders:
+    # Under `random` nothing is drawn elsewhere.
+    drawn_at = order if order else still
+    for tokens in itertools.product(range(V), repeat=len(drawn_at)):
+      token = dict(zip(drawn_at, tokens, strict=True))
+      drawn = np.prod([prob[c][t] for c, t in token.items()]) / len(orders)
+      if drawn == 0:
+        continue
+      if order:
+        ways = [(list(order), 1.0, {})]
+      else:
+        ways = choices(s, still, token, prob, count)
+      for chosen, chance, more in ways:
+        score = np.zeros((s.completion_length, V))
+        for c, t in token.items():
+          score[c] += ((np.arange(V) == t) - prob[c]) / s.temperature
+          score[c] += more.get(c, 0.0)
+        kept = tuple((c, token[c]) for c in sorted(chosen))
+        total, weighted = found.get(kept, (0.0, 0.0))
+        found[kept] = (
+          total + drawn * chance,
+          weighted + drawn * chance * score,
+        )
+  return {kept: (p, weighted / p) for kept, (p, weighted) in found.items()}
+
+
 def walk(table: np.ndarray, s: sampling_lib.Sampling) -> list[Path]:
-  """Every raw path: order drawn, tokens drawn at every masked position."""
+  """Every way: order drawn, tokens drawn at every masked position."""
   num_tokens, length = s.completion_length, s.block_length
-  per_step = s.completion_length // s.num_denoise_steps
+  per_block = length
+  if s.unmask_rule in ("random", "confidence", "entropy", "margin", "dynamic"):
+    per_block = s.num_denoise_steps // (num_tokens // length)
+  never = per_block * (num_tokens // length)
   start = Path(
     1.0,
     np.zeros_like(table),
     (0,) * num_tokens,
-    (s.num_denoise_steps,) * num_tokens,
+    (never,) * num_tokens,
     {},
     {},
     {},
@@ -114,84 +243,63 @@ def walk(table: np.ndarray, s: sampling_lib.Sampling) -> list[Path]:
   )
   open_paths, done = [(start, 0, 0)], []
   while open_paths:
-    path, block, step = open_paths.pop()
+    path, block, block_step = open_paths.pop()
+    here = slice(block * length, (block + 1) * length)
+    step = block * per_block + block_step
     still = [
       c
       for c in range(block * length, (block + 1) * length)
-      if path.unmask_step[c] == s.num_denoise_steps
+      if path.unmask_step[c] == never
     ]
     partial = [
-      MASK if u == s.num_denoise_steps else t
+      MASK if u == never else t
       for t, u in zip(path.completion, path.unmask_step, strict=True)
     ]
     state = sum(t * (V + 1) ** c for c, t in enumerate(partial))
     prob = {c: distribution(table[state, c], s) for c in still}
-    entropy = {c: -sum(p * np.log(p) for p in prob[c] if p > 0) for c in still}
-    orders = [None]
-    if s.unmask_rule == "random":
-      orders = list(itertools.combinations(still, per_step))
-    for order in orders:
-      # Under `random` nothing is drawn elsewhere.
-      drawn_at = order if order else still
-      for tokens in itertools.product(range(V), repeat=len(drawn_at)):
-        token = dict(zip(drawn_at, tokens, strict=True))
-        chance = np.prod([prob[c][t] for c, t in token.items()])
-        chance /= len(orders)
-        if chance == 0:
-          continue
-        if s.unmask_rule == "confidence":
-          rank = sorted(still, key=lambda c: (-prob[c][token[c]], c))
-          chosen = rank[:per_step]
-        elif s.unmask_rule == "entropy":
-          chosen = sorted(still, key=lambda c: (entropy[c], c))[:per_step]
-        else:
-          chosen = order
-        score = path.score.copy()
-        for c, t in token.items():
-          score[state, c] += ((np.arange(V) == t) - prob[c]) / s.temperature
-        new = Path(
-          path.prob * chance,
-          score,
-          tuple(
-            token[c] if c in chosen else t
-            for c, t in enumerate(path.completion)
-          ),
-          tuple(
-            step if c in chosen else u for c, u in enumerate(path.unmask_step)
-          ),
-          path.logprob | {c: float(np.log(prob[c][token[c]])) for c in chosen},
-          path.entropy | {c: float(entropy[c]) for c in chosen},
-          path.keep | {c: prob[c] > 0 for c in chosen},
-          step + 1,
-        )
-        here = slice(block * length, (block + 1) * length)
-        if s.num_denoise_steps in new.unmask_step[here]:
-          open_paths.append((new, block, step + 1))
-        elif block + 1 == s.num_blocks or not any(new.completion[here]):
-          done.append(new)
-        else:
-          open_paths.append((new, block + 1, step + 1))
+    for kept, (chance, more) in outcomes(
+      s, still, prob, length // per_block
+    ).items():
+      token = dict(kept)
+      score = path.score.copy()
+      score[state] += more
+      new = Path(
+        path.prob * chance,
+        score,
+        tuple(token.get(c, t) for c, t in enumerate(path.completion)),
+        tuple(
+          step if c in token else u for c, u in enumerate(path.unmask_step)
+        ),
+        path.logprob | {c: float(np.log(prob[c][t])) for c, t in kept},
+        path.entropy | {c: entropy_of(prob[c]) for c, _ in kept},
+        path.keep | {c: prob[c] > 0 for c, _ in kept},
+        path.num_steps + 1,
+      )
+      if never in new.unmask_step[here]:
+        open_paths.append((new, block, block_step + 1))
+      elif (block + 1) * length == num_tokens or not any(new.completion[here]):
+        done.append(new)
+      else:
+        open_paths.append((new, block + 1, 0))
   return done
 
 
 @functools.cache
 def enumerated(s: sampling_lib.Sampling):
-  """(value, gradient, records, prob of each record) of the toy.
+  """(value, gradient, records, prob of each record) of the toy."""
+  return enumerate_table(make_table(s.completion_length), s)
+
+
+def enumerate_table(table: np.ndarray, s: sampling_lib.Sampling):
+  """The same of any table.
 
   Records are the package's `Rollout`, one row per distinct outcome.
   """
-  table = make_table(s.completion_length)
-  paths = walk(table, s)
-  np.testing.assert_allclose(sum(p.prob for p in paths), 1.0, atol=1e-12)
-  value = sum(p.prob * reward_of(p.completion) for p in paths)
-  gradient = sum(p.prob * reward_of(p.completion) * p.score for p in paths)
-  merged: dict = {}
-  for path in paths:
-    key = (path.completion, path.unmask_step)
-    first, prob = merged.get(key, (path, 0.0))
-    merged[key] = (first, prob + path.prob)
-  rows = [row for row, _ in merged.values()]
-  prob = np.array([p for _, p in merged.values()])
+  rows = walk(table, s)
+  prob = np.array([p.prob for p in rows])
+  np.testing.assert_allclose(prob.sum(), 1.0, atol=1e-12)
+  value = sum(p.prob * reward_of(p.completion) for p in rows)
+  gradient = sum(p.prob * reward_of(p.completion) * p.score for p in rows)
   num_tokens = s.completion_length
 
   def column(field, fill):
@@ -219,7 +327,7 @@ def enumerated(s: sampling_lib.Sampling):
     logprob=jnp.asarray(column("logprob", 0.0), jnp.float32),
     entropy=jnp.asarray(column("entropy", 0.0), jnp.float32),
     support=support,
-    order_logprob=jnp.zeros((num_rows, s.num_denoise_steps)),
+    order_logprob=jnp.zeros((num_rows, s.max_steps)),
     num_executed_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
     num_slot_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
   )
@@ -234,19 +342,19 @@ def expected_estimate(
   reward = np.array(
     [reward_of(tuple(c)) for c in np.asarray(records.completion)]
   )
-  visitable_B = mc_steps.num_visitable(records, objective, s.eos_id)
+  is_visitable_BxK = mc_steps.visitable(records, objective, s.eos_id)
 
-  def visits(entropy_C, unmask_step_C, visitable):
+  def visits(entropy_C, unmask_step_C, is_visitable_K):
     prob_K = mc_steps.step_prob(
-      entropy_C, unmask_step_C, visitable, objective, s.num_denoise_steps
+      entropy_C, unmask_step_C, is_visitable_K, objective
     )
     # One uniform in the middle of each stretch of the inverse distribution
     # function, counted by the stretch's length: the integral over [0, 1).
     middle_K = jnp.cumsum(prob_K) - prob_K / 2
-    return prob_K, mc_steps.steps_at(middle_K, prob_K, visitable, objective)
+    return prob_K, mc_steps.steps_at(middle_K, prob_K, objective)
 
   prob_BxK, drawn = jax.jit(jax.vmap(visits))(
-    records.entropy, records.unmask_step, visitable_B
+    records.entropy, records.unmask_step, is_visitable_BxK
   )
   rows, columns = np.nonzero(np.asarray(prob_BxK))
   drawn_steps = np.asarray(drawn.step)[rows, columns]
@@ -311,11 +419,67 @@ def with_order_logprob(rows, table, visits, s, objective):
   return rows.replace(order_logprob=order_BxK)
 
 
+def exact_gradient(
+  s: sampling_lib.Sampling,
+  objective: agrpo.Agrpo,
+  table: np.ndarray,
+  records: types.Rollout,
+  prob: np.ndarray,
+) -> np.ndarray:
+  """float64: the sum of the package's scores of all steps, times the reward."""
+  rows, steps = np.nonzero(mc_steps.visitable(records, objective, s.eos_id))
+  reward = [reward_of(tuple(c)) for c in np.asarray(records.completion)]
+  weight = (prob * np.array(reward))[rows]
+  records = jax.tree.map(lambda x: np.asarray(x)[rows], records)
+  with jax.enable_x64(True):
+
+    def one(table, row, denoise_step):
+      is_masked_C, offset_W = agrpo.state(row, denoise_step, s, objective)
+      visit = base.Visits(
+        is_masked=is_masked_C,
+        offset=offset_W,
+        block=denoise_step // s.steps_per_block,
+        denoise_step=denoise_step,
+        weight=jnp.float64(1.0),
+      )
+      logits_BxWxV = row_lib.logits_at(
+        table_network(table),
+        row.prompt[None],
+        row.prompt_length[None],
+        jnp.where(is_masked_C, MASK, row.completion)[None],
+        offset_W[None],
+      )
+      factors = agrpo.step_logprob(logits_BxWxV[0], row, visit, s, objective)
+      return jnp.where(factors.is_factor, factors.logprob, 0.0).sum()
+
+    def total(table):
+      score = jax.vmap(one, (None, 0, 0))(
+        table, records, jnp.asarray(steps, jnp.int32)
+      )
+      return (jnp.asarray(weight) * score).sum()
+
+    gradient = jax.jit(jax.grad(total))(jnp.asarray(table, jnp.float64))
+    assert gradient.dtype == jnp.float64
+    return np.asarray(gradient)
+
+
 def error(estimate: np.ndarray, truth: np.ndarray) -> float:
   return float(np.linalg.norm(estimate - truth) / np.linalg.norm(truth))
 
 
-RULES = ("random", "confidence", "entropy")
+# The parameters are such that, on the toys, steps unmask one, some, or all.
+RULES: dict[str, dict[str, float]] = {
+  "random": {},
+  "confidence": {},
+  "entropy": {},
+  "margin": {},
+  "threshold": dict(threshold=0.55),
+  "dynamic": dict(threshold=0.55),
+  "factor": dict(factor=1.3),
+  "entropy_bounded": dict(gamma=0.8),
+  "soft_threshold": dict(threshold=0.55, soft_width=0.7),
+}
+PARALLEL = ("threshold", "dynamic", "factor", "soft_threshold")
 TOYS = {
   "one_block": dict(completion_length=3, block_length=3, num_denoise_steps=3),
   "two_at_once": dict(completion_length=4, block_length=4, num_denoise_steps=2),
@@ -348,7 +512,7 @@ TOYS = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("toy", TOYS)
 def test_the_estimator_is_unbiased(toy, rule, step_rule):
-  s = make_sampling(unmask_rule=rule, **TOYS[toy])
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   _, gradient, _, _ = enumerated(s)
   estimate = expected_estimate(
     s, agrpo.Agrpo(num_mc_steps=1, step_rule=step_rule)
@@ -357,9 +521,34 @@ def test_the_estimator_is_unbiased(toy, rule, step_rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("toy", ["one_block", "blocks", "cold", "top_k"])
+def test_the_scores_of_all_steps_are_the_gradient_in_float64(toy, rule):
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
+  _, gradient, records, prob = enumerated(s)
+  table = make_table(s.completion_length)
+  found = exact_gradient(s, agrpo.Agrpo(), table, records, prob)
+  assert error(found, gradient) < 1e-9
+
+
+@pytest.mark.parametrize("rule", [*PARALLEL, "entropy_bounded"])
+def test_steps_unmask_one_some_or_all(rule):
+  """What the toys are to prove is there to be seen."""
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["one_block"])
+  _, _, records, prob = enumerated(s)
+  num = np.asarray(records.num_executed_steps)
+  assert all(prob[num == n].sum() > 0.02 for n in (1, 2, 3))
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["blocks"])
+  _, _, records, _ = enumerated(s)
+  # The second block's steps begin at its own first index, whatever the first
+  # one took.
+  num = np.asarray(records.num_executed_steps)
+  assert ((num == 2) & (np.asarray(records.unmask_step)[:, 2] == 2)).any()
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("toy", ["blocks", "top_k_and_p"])
 def test_the_enumerated_gradient_is_the_slope_of_the_expected_reward(toy, rule):
-  s = make_sampling(unmask_rule=rule, **TOYS[toy])
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   table = make_table(s.completion_length)
   _, gradient, _, _ = enumerated(s)
   direction = np.random.default_rng(1).normal(size=table.shape)
@@ -372,9 +561,10 @@ def test_the_enumerated_gradient_is_the_slope_of_the_expected_reward(toy, rule):
   np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["confidence", *PARALLEL])
 @pytest.mark.parametrize("toy", ["one_block", "two_at_once", "blocks"])
-def test_the_released_product_is_biased_under_confidence(toy):
-  s = make_sampling(unmask_rule="confidence", **TOYS[toy])
+def test_the_released_product_is_biased_under_rules_that_see_draws(toy, rule):
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   _, gradient, _, _ = enumerated(s)
   estimate = expected_estimate(
     s, agrpo.Agrpo(num_mc_steps=1, likelihood="product")
@@ -382,14 +572,64 @@ def test_the_released_product_is_biased_under_confidence(toy):
   assert error(estimate, gradient) > 0.05
 
 
-@pytest.mark.parametrize("rule", ["random", "entropy"])
+@pytest.mark.parametrize(
+  "rule", ["random", "entropy", "margin", "entropy_bounded"]
+)
 def test_the_product_is_exact_where_the_order_ignores_the_draws(rule):
-  s = make_sampling(unmask_rule=rule, **TOYS["blocks"])
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["blocks"])
   _, gradient, _, _ = enumerated(s)
   estimate = expected_estimate(
     s, agrpo.Agrpo(num_mc_steps=1, likelihood="product")
   )
   assert error(estimate, gradient) < 2e-5
+
+
+def at_the_threshold(threshold: float) -> np.ndarray:
+  """A table in which one confidence of the first step is the threshold."""
+  table = make_table(3)
+  start = sum(MASK * (V + 1) ** c for c in range(3))
+  rest = 1 - threshold
+  table[start, 0] = np.log([threshold, rest * 0.6, rest * 0.4])
+  return table
+
+
+@pytest.mark.parametrize("rule", ["threshold", "soft_threshold"])
+def test_at_the_threshold_only_a_soft_one_has_a_gradient(rule):
+  """Where a hard threshold jumps the slope grows as the shift goes to zero."""
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["one_block"])
+  table = at_the_threshold(s.threshold)
+  _, _, records, prob = enumerate_table(table, s)
+  gradient = exact_gradient(s, agrpo.Agrpo(), table, records, prob)
+  direction = np.random.default_rng(1).normal(size=table.shape)
+
+  def value(shift):
+    paths = walk(table + shift * direction, s)
+    return sum(p.prob * reward_of(p.completion) for p in paths)
+
+  slope, closer = ((value(h) - value(-h)) / (2 * h) for h in (1e-4, 1e-5))
+  ours = (gradient * direction).sum()
+  if rule == "soft_threshold":
+    np.testing.assert_allclose(ours, closer, rtol=1e-6)
+    np.testing.assert_allclose(slope, closer, rtol=1e-5)
+  else:
+    assert abs(closer) > 5 * abs(slope) > 50 * abs(ours)
+
+
+def test_the_gradient_through_the_passes_is_needed():
+  """Stopped at the confidences, the soft threshold's score is another."""
+  rule = "soft_threshold"
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["one_block"])
+  _, gradient, records, prob = enumerated(s)
+
+  class Stopped(rules.SoftThreshold):
+    def _height(self, confidence):
+      return jax.lax.stop_gradient(super()._height(confidence))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sampling_lib.RULES, rule, Stopped)
+    table = make_table(s.completion_length)
+    found = exact_gradient(s, agrpo.Agrpo(), table, records, prob)
+  assert error(found, gradient) > 0.05
 
 
 def test_confidence_of_the_untempered_model_is_unbiased_too():
@@ -457,7 +697,7 @@ def test_the_whole_train_step_is_unbiased(baseline):
 @pytest.mark.parametrize("rule", RULES)
 def test_rollouts_follow_the_enumerated_law(rule):
   """Frequencies of 20,000 rollouts, and what each of them recorded."""
-  s = make_sampling(unmask_rule=rule, **TOYS["top_k"])
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["top_k"])
   _, _, records, prob = enumerated(s)
   num = 20_000
   prompts = types.Prompts(

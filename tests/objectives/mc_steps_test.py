@@ -40,70 +40,113 @@ def settings(**changes):
   return mc_steps.McSteps(**(dict(num_mc_steps=3) | changes))
 
 
+# Two blocks of up to three steps: the first took two, the second one or three.
+GAPS = rollout(
+  completion=[[5, 6, 7, 8, 8, 8], [5, 6, 7, 8, 0, 0]],
+  unmask_step=[[0, 1, 0, 3, 3, 3], [1, 0, 0, 3, 5, 4]],
+  entropy=[[0.1, 0.2, 0.3, 0.1, 0.1, 0.2], [0.1] * 6],
+  num_denoise_steps=6,
+  num_steps=[3, 5],
+)
+
+
+def steps_of(is_visitable) -> list[list[int]]:
+  return [np.flatnonzero(row).tolist() for row in is_visitable]
+
+
 def test_which_steps_can_be_visited():
-  executed = mc_steps.num_visitable(ROWS, settings(), 0)
-  assert executed.tolist() == [4, 2, 2]
-  content = mc_steps.num_visitable(ROWS, settings(visited_steps="content"), 0)
-  assert content.tolist() == [3, 1, 0]
+  content = settings(visited_steps="content")
+  assert steps_of(mc_steps.visitable(ROWS, settings(), 0)) == [
+    [0, 1, 2, 3],
+    [0, 1],
+    [0, 1],
+  ]
+  assert steps_of(mc_steps.visitable(ROWS, content, 0)) == [[0, 1, 2], [0], []]
+  assert steps_of(mc_steps.visitable(GAPS, settings(), 0)) == [
+    [0, 1, 3],
+    [0, 1, 3, 4, 5],
+  ]
+  assert steps_of(mc_steps.visitable(GAPS, content, 0)) == [
+    [0, 1, 3],
+    [0, 1, 3],
+  ]
 
 
 def test_entropy_proposal_by_hand():
+  chosen = settings(step_rule="entropy")
   prob = mc_steps.step_prob(
-    ROWS.entropy[0],
-    ROWS.unmask_step[0],
-    jnp.int32(3),
-    settings(step_rule="entropy"),
-    4,
+    ROWS.entropy[0], ROWS.unmask_step[0], jnp.arange(4) < 3, chosen
   )
   # Steps 0, 1, 2 unmasked 0.25, 0.5 and 0.25 nats; step 3 is out of reach.
   np.testing.assert_allclose(prob, [0.25, 0.5, 0.25, 0.0], atol=1e-6)
+  prob = mc_steps.step_prob(
+    GAPS.entropy[0],
+    GAPS.unmask_step[0],
+    mc_steps.visitable(GAPS, chosen, 0)[0],
+    chosen,
+  )
+  np.testing.assert_allclose(prob, [0.4, 0.2, 0.0, 0.4, 0.0, 0.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
 @pytest.mark.parametrize("steps", mc_steps.VISITED_STEPS)
-def test_weights_undo_the_proposal(step_rule, steps):
+@pytest.mark.parametrize("rows", [ROWS, GAPS])
+def test_weights_undo_the_proposal(rows, step_rule, steps):
   chosen = settings(step_rule=step_rule, visited_steps=steps)
-  for row, visitable in enumerate(mc_steps.num_visitable(ROWS, chosen, 0)):
+  for row, is_visitable in enumerate(mc_steps.visitable(rows, chosen, 0)):
     prob = mc_steps.step_prob(
-      ROWS.entropy[row], ROWS.unmask_step[row], visitable, chosen, 4
+      rows.entropy[row], rows.unmask_step[row], is_visitable, chosen
     )
-    uniform = jnp.linspace(0.0, 0.9999, 7)
-    drawn = mc_steps.steps_at(uniform, prob, visitable, chosen)
-    if visitable == 0:
-      assert drawn.weight.tolist() == [0.0] * 7
+    uniform = jnp.linspace(0.0, 0.9999, 37)
+    drawn = mc_steps.steps_at(uniform, prob, chosen)
+    if not is_visitable.any():
+      assert drawn.weight.tolist() == [0.0] * 37
       continue
     np.testing.assert_allclose(drawn.weight * prob[drawn.step], 1.0, rtol=1e-6)
-    assert int(drawn.step.max()) < visitable
+    assert set(drawn.step.tolist()) == {*np.flatnonzero(is_visitable).tolist()}
     mean = mc_steps.steps_at(
-      uniform, prob, visitable, settings(normalize="mean", visited_steps=steps)
+      uniform,
+      prob,
+      settings(step_rule=step_rule, normalize="mean", visited_steps=steps),
     )
     np.testing.assert_allclose(
-      mean.weight * prob[mean.step] * visitable, 1.0, rtol=1e-6
+      mean.weight * prob[mean.step] * is_visitable.sum(), 1.0, rtol=1e-6
     )
+
+
+def test_rounding_never_leads_to_a_step_that_did_not_run():
+  """Sums over many steps without probability round, and differ."""
+  is_executed = jax.random.bernoulli(jax.random.key(0), 0.3, (512,))
+  step = jnp.where(is_executed, jnp.arange(512), 512)
+  entropy = jax.random.uniform(jax.random.key(1), (512,))
+  for step_rule in mc_steps.STEP_RULES:
+    chosen = settings(step_rule=step_rule)
+    prob = mc_steps.step_prob(entropy, step, is_executed, chosen)
+    total = jnp.cumsum(prob)
+    uniform = jnp.concatenate([total, jnp.nextafter(total, 1.0), total * 0])
+    drawn = mc_steps.steps_at(jnp.minimum(uniform, 1 - 2**-24), prob, chosen)
+    assert is_executed[drawn.step].all()
 
 
 def test_the_inverse_distribution_function_never_runs_past_the_end():
   entropy = jnp.full((1000,), 0.1)
   step = jnp.arange(1000)
   chosen = settings(step_rule="entropy")
-  prob = mc_steps.step_prob(entropy, step, jnp.int32(1000), chosen, 1000)
+  prob = mc_steps.step_prob(entropy, step, jnp.ones(1000, bool), chosen)
   almost_one = jnp.array([1 - 2**-24, 1.0], jnp.float32)
-  drawn = mc_steps.steps_at(almost_one, prob, jnp.int32(1000), chosen)
+  drawn = mc_steps.steps_at(almost_one, prob, chosen)
   assert drawn.step.tolist() == [999, 999]
 
 
 def test_steps_without_entropy_have_finite_weights():
   chosen = settings(step_rule="entropy")
-  prob = mc_steps.step_prob(
-    jnp.zeros(4), jnp.arange(4), jnp.int32(4), chosen, 4
-  )
+  every = jnp.ones(4, bool)
+  prob = mc_steps.step_prob(jnp.zeros(4), jnp.arange(4), every, chosen)
   np.testing.assert_allclose(prob, 0.25)
   prob = mc_steps.step_prob(
-    jnp.array([1.0, 0, 0, 0]), jnp.arange(4), jnp.int32(4), chosen, 4
+    jnp.array([1.0, 0, 0, 0]), jnp.arange(4), every, chosen
   )
-  drawn = mc_steps.steps_at(
-    jnp.array([0.0, 0.5, 1 - 2**-24]), prob, jnp.int32(4), chosen
-  )
+  drawn = mc_steps.steps_at(jnp.array([0.0, 0.5, 1 - 2**-24]), prob, chosen)
   assert np.isfinite(drawn.weight).all()
 
 

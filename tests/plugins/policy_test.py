@@ -86,6 +86,7 @@ def trained(rule: str, scored_by: type):
     block_length=T,
     num_denoise_steps=C,
     unmask_rule=rule,
+    threshold=0.5 if rule == "threshold" else None,
     stop_at_eos=False,
   )
   num_states = (V + 1) ** C
@@ -127,7 +128,9 @@ def trained(rule: str, scored_by: type):
   return rollout, metrics
 
 
-@pytest.mark.parametrize("rule", ["random", "confidence", "entropy"])
+@pytest.mark.parametrize(
+  "rule", ["random", "confidence", "entropy", "threshold"]
+)
 def test_the_first_policy_ratio_is_one(rule):
   _, metrics = trained(rule, TwoStates)
   assert metrics["policy_ratio/max_deviation"] < 1e-4

@@ -27,7 +27,7 @@ def recorded_noise(meta: dict, num_rows: int) -> noise_lib.Noise:
   gumbel = jnp.asarray(-np.log(-np.log(uniform)), jnp.float32)
   orders = np.random.Generator(np.random.PCG64(meta["noise_seed"] + 1))
   order = jnp.asarray(orders.random(shape).astype(np.float32))
-  return noise_lib.Noise(
+  return noise_lib.NOISE._replace(
     order=lambda row, step, length: order[step, row],
     gumbel=lambda row, step, offset_S, ids_SxK: gumbel[
       step, row, offset_S[:, None], ids_SxK

@@ -2,11 +2,36 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from agrpo_jax.samplers import rules
+
+# Draws of equal confidence are among them, at one position and between two.
+PROB = np.array([[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]])
+CHANCE = rules.Chance(passes=jnp.zeros(3), fallback=jnp.zeros(3))
+
+
+def seen(drawn, prob=PROB, is_masked=None) -> rules.Seen:
+  """A block whose draws have these probabilities."""
+  prob = np.asarray(prob)
+  entropy = -(prob * np.log(prob)).sum(axis=1)
+  if is_masked is None:
+    is_masked = np.ones(len(prob), bool)
+  return rules.Seen(
+    is_masked=jnp.asarray(is_masked),
+    logprob=jnp.log(jnp.asarray(prob)),
+    confidence=jnp.log(jnp.asarray(prob)),
+    drawn=jnp.log(jnp.asarray(drawn)),
+    entropy=jnp.asarray(entropy),
+  )
+
+
+def chosen_by(rule, block: rules.Seen, count=1) -> list[int]:
+  chosen = rule.choose(block, jnp.int32(count), CHANCE)
+  return np.flatnonzero(chosen).tolist()
 
 
 def test_ranks_order_masked_positions_by_score_then_position():
@@ -18,62 +43,144 @@ def test_ranks_order_masked_positions_by_score_then_position():
   assert np.asarray(tied).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("num_targets", [1, 2])
-def test_order_logprob_of_confidence_by_enumerating_every_draw(num_targets):
+def by_rank(confidence) -> list[int]:
+  return sorted(range(3), key=lambda i: (-confidence[i], i))
+
+
+def confidence_of(count):
+  return rules.Confidence(), count, lambda c: by_rank(c)[:count]
+
+
+def threshold_of(tau):
+  def expected(c):
+    return [i for i in range(3) if c[i] >= tau] or by_rank(c)[:1]
+
+  return rules.Threshold(tau), 1, expected
+
+
+def dynamic_of(tau, count):
+  def expected(c):
+    above = [i for i in range(3) if c[i] > tau]
+    return above if len(above) >= count else by_rank(c)[:count]
+
+  return rules.Dynamic(tau), count, expected
+
+
+def factor_of(factor):
+  def expected(c):
+    order = by_rank(c)
+    num = 1
+    for n in (2, 3):
+      if c[order[n - 1]] >= np.float32(1 - factor / (n + 1)):
+        num = n
+    return order[:num]
+
+  return rules.Factor(factor), 1, expected
+
+
+@pytest.mark.parametrize(
+  "rule,count,expected",
+  [
+    *map(confidence_of, (1, 2, 3)),
+    # Where all, some or none reach it, and confidences equal to it.
+    *map(threshold_of, (0.2, 0.3, 0.45, 0.5, 0.6)),
+    *itertools.starmap(
+      dynamic_of, itertools.product((0.2, 0.25, 0.3, 0.5, 0.6), (1, 2, 3))
+    ),
+    # Its level for two at once, then three, is 0.5, 0.625; 0.3, 0.475; 0.2,
+    # 0.4; below zero.
+    *map(factor_of, (1.5, 2.1, 2.4, 5.0)),
+  ],
+)
+def test_order_logprob_by_enumerating_every_draw(rule, count, expected):
   """Including draws of equal confidence, which count by position."""
-  prob = np.array([[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]])
   total: dict = {}
   for draws in itertools.product(range(3), repeat=3):
-    confidence = prob[np.arange(3), draws]
-    order = sorted(range(3), key=lambda i: (-confidence[i], i))
-    chosen = tuple(sorted(order[:num_targets]))
+    confidence = PROB[np.arange(3), draws]
+    chosen = tuple(sorted(expected(confidence)))
+    assert chosen_by(rule, seen(confidence), count) == [*chosen]
     kept = (chosen, tuple(draws[i] for i in chosen))
     total[kept] = total.get(kept, 0.0) + confidence.prod()
-  for (chosen, tokens), expected in total.items():
-    drawn = np.zeros(3)
-    drawn[list(chosen)] = prob[list(chosen), list(tokens)]
-    is_target = np.isin(np.arange(3), chosen)
-    order = rules.order_logprob(
-      jnp.log(jnp.asarray(prob)),
-      jnp.asarray(prob),
-      rules.Confidence().bar(jnp.asarray(drawn), jnp.asarray(is_target)),
-      jnp.asarray(~is_target),
-    )
+  for (chosen, tokens), probability in total.items():
+    drawn = np.full(3, 0.01)  # must not be read
+    drawn[list(chosen)] = PROB[list(chosen), list(tokens)]
+    is_target = jnp.asarray(np.isin(np.arange(3), chosen))
+    order = rule.order_logprob(seen(drawn), is_target)
     likelihood = np.exp(float(order)) * drawn[list(chosen)].prod()
-    np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
+    np.testing.assert_allclose(likelihood, probability, rtol=1e-5)
   np.testing.assert_allclose(sum(total.values()), 1.0)
 
 
-@pytest.mark.parametrize("threshold", [0.2, 0.3, 0.45, 0.5, 0.6])
-def test_order_logprob_of_threshold_by_enumerating_every_draw(threshold):
-  """Where all, some or none reach it; confidences equal to it pass."""
-  prob = np.array([[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]])
-  rule = rules.Threshold(threshold)
-  total: dict = {}
-  for draws in itertools.product(range(3), repeat=3):
-    confidence = prob[np.arange(3), draws]
-    best = min(range(3), key=lambda i: (-confidence[i], i))
-    chosen = tuple(
-      i for i in range(3) if confidence[i] >= threshold or i == best
-    )
-    ours = rule.choose(
-      jnp.log(jnp.asarray(confidence)),
-      jnp.zeros(3),
-      jnp.ones(3, bool),
-      jnp.int32(1),
-    )
-    assert np.flatnonzero(ours).tolist() == list(chosen)
-    kept = (chosen, tuple(draws[i] for i in chosen))
-    total[kept] = total.get(kept, 0.0) + confidence.prod()
-  for (chosen, tokens), expected in total.items():
-    drawn = np.full(3, 0.99)
-    drawn[list(chosen)] = prob[list(chosen), list(tokens)]
-    is_target = np.isin(np.arange(3), chosen)
-    order = rules.order_logprob(
-      jnp.log(jnp.asarray(prob)),
-      jnp.log(jnp.asarray(prob)),
-      rule.bar(jnp.log(jnp.asarray(drawn)), jnp.asarray(is_target)),
-      jnp.asarray(~is_target),
-    )
-    likelihood = np.exp(float(order)) * drawn[list(chosen)].prod()
-    np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
+def test_margin_is_of_the_two_most_probable():
+  prob = [[0.5, 0.4, 0.1], [0.4, 0.2, 0.4], [0.45, 0.1, 0.45], [0.3, 0.5, 0.2]]
+  block = seen([0.1] * 4, prob)
+  np.testing.assert_allclose(
+    rules.Margin().score(block), [0.1, 0.0, 0.0, 0.2], atol=1e-6
+  )
+  assert chosen_by(rules.Margin(), block, 3) == [0, 1, 3]  # ties by position
+
+
+def test_entropy_bounded_by_hand():
+  """Entropies 0.1, 0.2, 0.3 and 0.4; the greatest of a stretch is free."""
+  block = rules.Seen(
+    is_masked=jnp.array([True, True, True, True, False]),
+    logprob=jnp.zeros((5, 1)),
+    confidence=jnp.zeros((5, 1)),
+    drawn=jnp.zeros(5),
+    entropy=jnp.array([0.3, 0.1, 0.4, 0.2, 0.0]),
+  )
+  for gamma, expected in (
+    (0.0, [1]),
+    (0.09, [1]),
+    (0.15, [1, 3]),
+    (0.35, [0, 1, 3]),
+    (0.65, [0, 1, 2, 3]),
+  ):
+    rule = rules.EntropyBounded(gamma)
+    chosen = rule.choose(block, jnp.int32(1), CHANCE)
+    assert np.flatnonzero(chosen).tolist() == expected, gamma
+
+
+SOFT = rules.SoftThreshold(threshold=0.5, soft_width=0.5)
+
+
+def test_a_soft_threshold_by_hand():
+  """Odds of 4 to the power of 2 pass 16 times in 17."""
+  block = seen([0.8, 0.5, 0.2])
+  passes = jnp.array([0.94, 0.51, 0.05])
+  for uniform, expected in (
+    (passes, [0]),
+    (passes.at[1].set(0.49), [0, 1]),
+    (passes + 0.002, [2]),  # none passes: the largest Gumbel, all else equal
+  ):
+    chance = rules.Chance(uniform, jnp.array([0.0, 0.0, 9.0]))
+    chosen = SOFT.choose(block, jnp.int32(1), chance)
+    assert np.flatnonzero(chosen).tolist() == expected
+  # The fallback is drawn from the distributions alone: odds 1, 1, 9.
+  block = seen(
+    [0.2] * 3, [[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.05, 0.05, 0.9]]
+  )
+  np.testing.assert_allclose(
+    jnp.exp(SOFT._fallback_logprob(block)), np.array([1, 1, 81]) / 83, rtol=1e-4
+  )
+
+
+def test_a_soft_threshold_stays_finite_at_the_ends():
+  """Certain tokens, cut candidates, positions that are not masked."""
+  logprob = jnp.log(jnp.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
+  for is_masked in ([True] * 3, [False] * 3, [True, False, True]):
+
+    def value(logprob, is_masked=is_masked):
+      block = rules.Seen(
+        is_masked=jnp.array(is_masked),
+        logprob=logprob,
+        confidence=logprob,
+        drawn=jnp.array([0.0, -jnp.inf, -jnp.inf]),
+        entropy=jnp.zeros(3),
+      )
+      is_target = jnp.array([True, False, False]) & jnp.array(is_masked)
+      return SOFT.order_logprob(block, is_target)
+
+    found, gradient = jax.value_and_grad(value)(logprob)
+    assert np.isfinite(found) and np.isfinite(gradient).all()
+    assert any(is_masked) or found == 0.0

@@ -39,9 +39,54 @@ def test_problems_are_reported_together():
   for part in ("block_length=3", "low_confidence", "top_p=0.0", "top_k=-1"):
     assert part in text
   assert sampling_lib.problems(make()) == []
-  assert "threshold" in sampling_lib.problems(make(threshold=0.9))[0]
-  found = sampling_lib.problems(make(unmask_rule="threshold"))
-  assert "threshold=None" in found[0]
   assert (
     "num_denoise_steps=0" in sampling_lib.problems(make(num_denoise_steps=0))[0]
   )
+
+
+OWN = {
+  "threshold": dict(threshold=0.9),
+  "dynamic": dict(threshold=0.9),
+  "factor": dict(factor=1.0),
+  "entropy_bounded": dict(gamma=0.0),
+  "soft_threshold": dict(threshold=0.9, soft_width=0.5),
+}
+WRONG = dict(
+  threshold=(0.0, 1.1, float("nan")),
+  factor=(0.0, float("inf"), float("nan")),
+  gamma=(-0.1, float("inf"), float("nan")),
+  soft_width=(0.0, -1.0, float("inf")),
+)
+
+
+@pytest.mark.parametrize("rule", sampling_lib.RULES)
+def test_settings_of_rules_are_asked_for_and_refused_by_name(rule):
+  own = OWN.get(rule, {})
+  assert {*sampling_lib.parameters(rule)} == {*own}
+  assert sampling_lib.problems(make(unmask_rule=rule, **own)) == []
+  assert make(unmask_rule=rule, **own).rule is not None
+  for name, values in WRONG.items():
+    if name in own:
+      for value in (None, *values):
+        (found,) = sampling_lib.problems(
+          make(unmask_rule=rule, **own | {name: value})
+        )
+        assert found.startswith(f"{name}={value} must be ")
+        assert f"unmask_rule={rule!r}" in found
+    else:
+      (found,) = sampling_lib.problems(
+        make(unmask_rule=rule, **own, **{name: 0.5})
+      )
+      assert found.startswith(f"{name}=0.5 needs unmask_rule=")
+      assert all(repr(having) in found for having in OWN if name in OWN[having])
+
+
+@pytest.mark.parametrize("rule", sampling_lib.RULES)
+def test_how_many_steps_a_rule_may_take(rule):
+  """Two blocks of 4 positions, 3 steps each by the schedule: 2, 1, 1."""
+  own = OWN.get(rule, {})
+  sampling = make(unmask_rule=rule, num_denoise_steps=6, **own)
+  is_free = rule in OWN and rule != "dynamic"
+  assert sampling.steps_per_block == (4 if is_free else 3)
+  assert sampling.max_steps == 2 * sampling.steps_per_block
+  assert sampling.tokens_per_step == (4 if rule in OWN else 2)
