@@ -118,7 +118,7 @@ def visitable(
   if settings.visited_steps == "content":
     is_content_BxC = rollout.completion != eos_id
     last_B = jnp.where(is_content_BxC, rollout.unmask_step, -1).max(axis=1)
-    is_visitable_BxK &= jnp.arange(num_denoise_steps) <= last_B[:, None]
+    is_visitable_BxK &= jnp.arange(num_denoise_steps)[None] <= last_B[:, None]
   return is_visitable_BxK
 
 

@@ -311,10 +311,13 @@ def _unmask_row(
     seen = draw.seen(
       logits_SxV, filtered, drawn.confidence, _masked(row, sampling), sampling
     )
-    chance = rules.Chance(
-      passes=noise.passes(key, row.denoise_step, sampling.window_length),
-      fallback=noise.fallback(key, row.denoise_step, sampling.window_length),
-    )
+    chance = None
+    if rule.has_chance:
+      size = sampling.window_length
+      chance = rules.Chance(
+        passes=noise.passes(key, row.denoise_step, size),
+        fallback=noise.fallback(key, row.denoise_step, size),
+      )
     is_chosen_S = rule.choose(seen, _count(row, sampling), chance)
   if sampling.redraw_mask:
     is_chosen_S &= drawn.token != sampling.mask_id

@@ -121,13 +121,15 @@ class UnmaskRule:
     """Returns float32 [T]: the greatest is unmasked first, ties by position."""
     raise TypeError(f"{self} does not look at draws or distributions")
 
-  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+  def choose(
+    self, seen: Seen, count: jax.Array, chance: Chance | None
+  ) -> jax.Array:
     """Returns bool [T], the masked positions that this step unmasks.
 
     Args:
       seen: of the block, with what was drawn.
       count: int32, how many positions the schedule unmasks; 1 without one.
-      chance: read if `has_chance`.
+      chance: for a rule that `has_chance`, else None.
     """
     del chance
     rank_T = ranks(self.score(seen), seen.is_masked)
@@ -203,9 +205,9 @@ class Margin(UnmaskRule):
   def score(self, seen: Seen) -> jax.Array:
     first_T = seen.logprob.max(axis=1)
     # Without a sort: of a split vocabulary no device has all.
-    is_first_TxS = (
-      jnp.arange(seen.logprob.shape[1]) == seen.logprob.argmax(axis=1)[:, None]
-    )
+    first_id_T = seen.logprob.argmax(axis=1)
+    candidate_S = jnp.arange(seen.logprob.shape[1])
+    is_first_TxS = candidate_S[None, :] == first_id_T[:, None]
     second_T = jnp.where(is_first_TxS, -jnp.inf, seen.logprob).max(axis=1)
     return jnp.exp(first_T) - jnp.exp(second_T)
 
@@ -224,7 +226,9 @@ class EntropyBounded(Entropy):
   schedule = "none"
   gamma: float
 
-  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+  def choose(
+    self, seen: Seen, count: jax.Array, chance: Chance | None
+  ) -> jax.Array:
     del count, chance
     rank_T = ranks(self.score(seen), seen.is_masked)
     # The greatest entropy of a stretch is that of its last position.
@@ -261,7 +265,9 @@ class Levelled(Confidence):
     """
     raise NotImplementedError
 
-  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+  def choose(
+    self, seen: Seen, count: jax.Array, chance: Chance | None
+  ) -> jax.Array:
     del chance
     rank_T = ranks(seen.drawn, seen.is_masked)
     size = seen.drawn.size
@@ -377,8 +383,11 @@ class SoftThreshold(UnmaskRule):
     is_open_T = seen.is_masked | ~seen.is_masked.any()
     return jax.nn.log_softmax(jnp.where(is_open_T, height_T, -jnp.inf))
 
-  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+  def choose(
+    self, seen: Seen, count: jax.Array, chance: Chance | None
+  ) -> jax.Array:
     del count
+    assert chance is not None
     prob_T = jax.nn.sigmoid(self._height(seen.drawn))
     passes_T = seen.is_masked & (chance.passes < prob_T)
     only = jnp.argmax(self._fallback_logprob(seen) + chance.fallback)

@@ -103,7 +103,9 @@ def test_weights_undo_the_proposal(rows, step_rule, steps):
       assert drawn.weight.tolist() == [0.0] * 37
       continue
     np.testing.assert_allclose(drawn.weight * prob[drawn.step], 1.0, rtol=1e-6)
-    assert set(drawn.step.tolist()) == {*np.flatnonzero(is_visitable).tolist()}
+    assert is_visitable[drawn.step].all()
+    if step_rule == "uniform":
+      assert len({*drawn.step.tolist()}) == is_visitable.sum()
     mean = mc_steps.steps_at(
       uniform,
       prob,
