@@ -329,6 +329,8 @@ class Factor(Levelled):
 
   Fast-dLLM's factor (arXiv:2505.22618): the greatest n for which the n-th most
   confident one is at least as probable as 1 - factor / (n + 1), but at least 1.
+  If that leaves a single position masked it goes too, as released: then all of
+  the block is unmasked, and there is none left of which the order could tell.
 
   Attributes:
     factor: positive; the greater, the more positions at once.
@@ -336,6 +338,11 @@ class Factor(Levelled):
 
   schedule = "none"
   factor: float
+
+  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+    is_chosen_T = super().choose(seen, count, chance)
+    leaves_one = (seen.is_masked & ~is_chosen_T).sum() == 1
+    return jnp.where(leaves_one, seen.is_masked, is_chosen_T)
 
   def level(self, rank: jax.Array, size: int) -> Bar:
     least = jnp.maximum(1 - self.factor / (rank + 2), 0.0)  # n is rank + 1

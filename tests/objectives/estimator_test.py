@@ -1,16 +1,14 @@
 """The gradient is unbiased: proved by enumeration on a toy.
 
 The toy's network is a table: every partial completion has its own logits at
-every position. A slow float64 program, independent of the package, walks
+every position. A slow float64 program, `fixtures/enumeration.py`, walks
 through everything that can happen in a rollout, down to the tokens drawn and
 discarded, and knows the expected reward and its gradient. The package's
 estimator, summed over all rollouts and all drawn steps with their
 probabilities, must give the same gradient.
 """
 
-import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +26,11 @@ from agrpo_jax.policies import row as row_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
+from fixtures import enumeration
 from fixtures import states
 
-V = 3  # tokens 0 (EOS), 1, 2; 3 is [MASK]
-MASK = V
-
-
-def make_sampling(**settings) -> sampling_lib.Sampling:
-  return sampling_lib.Sampling(mask_id=MASK, eos_id=0, **settings)
+V, MASK, RULES = enumeration.V, enumeration.MASK, enumeration.RULES
+make_sampling, reward_of = enumeration.make_sampling, enumeration.reward_of
 
 
 def make_table(num_tokens: int, seed: int = 0) -> np.ndarray:
@@ -59,279 +54,34 @@ def table_network(table: jax.Array) -> types.Network:
   return types.Network(logits)
 
 
-def reward_of(completion: tuple[int, ...]) -> float:
-  """Anything that is not symmetric in tokens or positions."""
-  weights = np.array([1.0, -0.7, 0.45, 0.2])[: len(completion)]
-  return float(np.sin(3 * (weights * completion).sum()) + completion[0])
+def walk(table: np.ndarray, s: sampling_lib.Sampling):
+  """All paths of a table's rollouts; the keys are states."""
 
-
-def distribution(logits: np.ndarray, s: sampling_lib.Sampling) -> np.ndarray:
-  """float64 [V]: what a token is drawn from."""
-  logits = logits / s.temperature
-  keep = np.ones(V, bool)
-  if s.top_k:
-    keep &= logits >= np.sort(logits)[-s.top_k]
-  if s.top_p < 1:
-    order = np.argsort(-logits)
-    prob = np.exp(logits[order]) * keep[order]
-    mass = np.cumsum(prob / prob.sum())
-    if s.top_p_rule == "keep":
-      mass -= prob / prob.sum()
-      stays = mass < s.top_p
-    else:
-      stays = mass <= s.top_p
-    stays[0] = True
-    keep[order] &= stays
-  prob = np.where(keep, np.exp(logits - logits.max()), 0.0)
-  return prob / prob.sum()
-
-
-@dataclasses.dataclass
-class Path:
-  """One outcome of a rollout."""
-
-  prob: float
-  score: np.ndarray  # mean gradient of log prob in the table
-  completion: tuple[int, ...]
-  unmask_step: tuple[int, ...]
-  logprob: dict[int, float]
-  entropy: dict[int, float]
-  keep: dict[int, np.ndarray]
-  num_steps: int
-
-
-def choices(
-  s: sampling_lib.Sampling,
-  still: list[int],
-  token: dict[int, int],
-  prob: dict[int, np.ndarray],
-  count: int,
-) -> list[tuple[list[int], float, dict[int, np.ndarray]]]:
-  """What a step may unmask of what was drawn: positions, chance, its score.
-
-  Straight from the rules' definitions; the score is the gradient of the
-  chance's logarithm in the logits.
-  """
-  conf = {c: prob[c][token[c]] for c in still}
-  entropy = {c: entropy_of(prob[c]) for c in still}
-  margin = {c: np.sort(prob[c])[-1] - np.sort(prob[c])[-2] for c in still}
-  confident = sorted(still, key=lambda c: (-conf[c], c))
-  certain = sorted(still, key=lambda c: (entropy[c], c))
-  if s.unmask_rule == "confidence":
-    chosen = confident[:count]
-  elif s.unmask_rule == "entropy":
-    chosen = certain[:count]
-  elif s.unmask_rule == "margin":
-    chosen = sorted(still, key=lambda c: (-margin[c], c))[:count]
-  elif s.unmask_rule == "threshold":
-    chosen = [c for c in still if conf[c] >= s.threshold] or confident[:1]
-  elif s.unmask_rule == "dynamic":
-    above = [c for c in still if conf[c] > s.threshold]
-    chosen = above if len(above) >= count else confident[:count]
-  elif s.unmask_rule == "factor":
-    fine = [
-      n
-      for n in range(1, len(still) + 1)
-      if conf[confident[n - 1]] >= 1 - s.factor / (n + 1)
-    ]
-    chosen = confident[: max([1, *fine])]
-  elif s.unmask_rule == "entropy_bounded":
-    held = [[entropy[c] for c in certain[:n]] for n in range(1, len(still) + 1)]
-    chosen = certain[
-      : max([1, *(len(h) for h in held if sum(h) - max(h) <= s.gamma)])
-    ]
-  else:
-    assert s.unmask_rule == "soft_threshold"
-    return soft_choices(s, still, token, prob)
-  return [(chosen, 1.0, {})]
-
-
-def soft_choices(s, still, token, prob):
-  """Each passes or not; if none does, one is drawn from the distributions."""
-  most = np.exp(-1e-4)  # a greater probability counts as this
-
-  def height(p):
-    p = min(p, most)
-    return (np.log(p / (1 - p))) / s.soft_width
-
-  def slope(c, v):
-    """Of the height of token v's probability at c, in the logits there."""
-    p = prob[c][v]
-    if p > most:
-      return np.zeros(V)
-    onehot = np.arange(V) == v
-    return (onehot - prob[c]) / (s.temperature * (1 - p) * s.soft_width)
-
-  g = {
-    c: 1 / (1 + np.exp(height(s.threshold) - height(prob[c][token[c]])))
-    for c in still
-  }
-  q = {c: np.exp(height(prob[c].max())) for c in still}
-  q = {c: weight / sum(q.values()) for c, weight in q.items()}
-  found = []
-  for bits in itertools.product([False, True], repeat=len(still)):
-    passes = dict(zip(still, bits, strict=True))
-    chance = np.prod([g[c] if passes[c] else 1 - g[c] for c in still])
-    score = {c: (passes[c] - g[c]) * slope(c, token[c]) for c in still}
-    if any(bits):
-      found.append(([c for c in still if passes[c]], chance, score))
-      continue
-    for only in still:
-      more = {
-        c: score[c] + ((c == only) - q[c]) * slope(c, prob[c].argmax())
-        for c in still
-      }
-      found.append(([only], chance * q[only], more))
-  return found
-
-
-def entropy_of(prob: np.ndarray) -> float:
-  return float(-sum(p * np.log(p) for p in prob if p > 0))
-
-
-def outcomes(s, still, prob, count) -> dict:
-  """(positions unmasked, their tokens) -> (probability, mean score [C, V]).
-
-  The sum over everything that leads there, what was drawn and discarded too.
-  """
-  orders: list = [None]
-  if s.unmask_rule == "random":
-    orders = list(itertools.combinations(still, count))
-  found: dict = {}
-  for order in orders:
-    # Under `random` nothing is drawn elsewhere.
-    drawn_at = order if order else still
-    for tokens in itertools.product(range(V), repeat=len(drawn_at)):
-      token = dict(zip(drawn_at, tokens, strict=True))
-      drawn = np.prod([prob[c][t] for c, t in token.items()]) / len(orders)
-      if drawn == 0:
-        continue
-      if order:
-        ways = [(list(order), 1.0, {})]
-      else:
-        ways = choices(s, still, token, prob, count)
-      for chosen, chance, more in ways:
-        score = np.zeros((s.completion_length, V))
-        for c, t in token.items():
-          score[c] += ((np.arange(V) == t) - prob[c]) / s.temperature
-          score[c] += more.get(c, 0.0)
-        kept = tuple((c, token[c]) for c in sorted(chosen))
-        total, weighted = found.get(kept, (0.0, 0.0))
-        found[kept] = (
-          total + drawn * chance,
-          weighted + drawn * chance * score,
-        )
-  return {kept: (p, weighted / p) for kept, (p, weighted) in found.items()}
-
-
-def walk(table: np.ndarray, s: sampling_lib.Sampling) -> list[Path]:
-  """Every way: order drawn, tokens drawn at every masked position."""
-  num_tokens, length = s.completion_length, s.block_length
-  per_block = length
-  if s.unmask_rule in ("random", "confidence", "entropy", "margin", "dynamic"):
-    per_block = s.num_denoise_steps // (num_tokens // length)
-  never = per_block * (num_tokens // length)
-  start = Path(
-    1.0,
-    np.zeros_like(table),
-    (0,) * num_tokens,
-    (never,) * num_tokens,
-    {},
-    {},
-    {},
-    0,
-  )
-  open_paths, done = [(start, 0, 0)], []
-  while open_paths:
-    path, block, block_step = open_paths.pop()
-    here = slice(block * length, (block + 1) * length)
-    step = block * per_block + block_step
-    still = [
-      c
-      for c in range(block * length, (block + 1) * length)
-      if path.unmask_step[c] == never
-    ]
-    partial = [
-      MASK if u == never else t
-      for t, u in zip(path.completion, path.unmask_step, strict=True)
-    ]
+  def logits_of(start, partial, block):
+    del start, block
     state = sum(t * (V + 1) ** c for c, t in enumerate(partial))
-    prob = {c: distribution(table[state, c], s) for c in still}
-    for kept, (chance, more) in outcomes(
-      s, still, prob, length // per_block
-    ).items():
-      token = dict(kept)
-      score = path.score.copy()
-      score[state] += more
-      new = Path(
-        path.prob * chance,
-        score,
-        tuple(token.get(c, t) for c, t in enumerate(path.completion)),
-        tuple(
-          step if c in token else u for c, u in enumerate(path.unmask_step)
-        ),
-        path.logprob | {c: float(np.log(prob[c][t])) for c, t in kept},
-        path.entropy | {c: entropy_of(prob[c]) for c, _ in kept},
-        path.keep | {c: prob[c] > 0 for c, _ in kept},
-        path.num_steps + 1,
-      )
-      if never in new.unmask_step[here]:
-        open_paths.append((new, block, block_step + 1))
-      elif (block + 1) * length == num_tokens or not any(new.completion[here]):
-        done.append(new)
-      else:
-        open_paths.append((new, block + 1, 0))
-  return done
+    return state, table[state]
+
+  return enumeration.walk(logits_of, s)
+
+
+def enumerate_table(table: np.ndarray, s: sampling_lib.Sampling):
+  """(value, gradient, records, prob of each record) of a table."""
+  rows = walk(table, s)
+  prob = np.array([p.prob for p in rows])
+  np.testing.assert_allclose(prob.sum(), 1.0, atol=1e-12)
+  value = sum(p.prob * reward_of(p.completion) for p in rows)
+  gradient = np.zeros_like(table)
+  for state, part in enumeration.gradient_of(rows).items():
+    gradient[state] = part
+  records = jax.tree.map(jnp.asarray, enumeration.records_of(rows, s))
+  return value, gradient, records, prob
 
 
 @functools.cache
 def enumerated(s: sampling_lib.Sampling):
   """(value, gradient, records, prob of each record) of the toy."""
   return enumerate_table(make_table(s.completion_length), s)
-
-
-def enumerate_table(table: np.ndarray, s: sampling_lib.Sampling):
-  """The same of any table.
-
-  Records are the package's `Rollout`, one row per distinct outcome.
-  """
-  rows = walk(table, s)
-  prob = np.array([p.prob for p in rows])
-  np.testing.assert_allclose(prob.sum(), 1.0, atol=1e-12)
-  value = sum(p.prob * reward_of(p.completion) for p in rows)
-  gradient = sum(p.prob * reward_of(p.completion) * p.score for p in rows)
-  num_tokens = s.completion_length
-
-  def column(field, fill):
-    return np.array(
-      [
-        [getattr(r, field).get(c, fill) for c in range(num_tokens)]
-        for r in rows
-      ],
-    )
-
-  support = None
-  if s.is_truncated:
-    keep = column("keep", np.zeros(V, bool))
-    if s.top_k:
-      ids = np.where(keep, np.arange(V), -1)
-      support = jnp.asarray(ids, jnp.int32)
-    else:
-      support = jnp.packbits(jnp.asarray(keep), axis=-1)
-  num_rows = len(rows)
-  records = types.Rollout(
-    prompt=jnp.tile(jnp.array([[1, 2, 0]]), (num_rows, 1)),
-    prompt_length=jnp.asarray(np.arange(num_rows) % 3 + 1, jnp.int32),
-    completion=jnp.asarray([r.completion for r in rows], jnp.int32),
-    unmask_step=jnp.asarray([r.unmask_step for r in rows], jnp.int32),
-    logprob=jnp.asarray(column("logprob", 0.0), jnp.float32),
-    entropy=jnp.asarray(column("entropy", 0.0), jnp.float32),
-    support=support,
-    order_logprob=jnp.zeros((num_rows, s.max_steps)),
-    num_executed_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
-    num_slot_steps=jnp.asarray([r.num_steps for r in rows], jnp.int32),
-  )
-  return value, gradient, records, prob
 
 
 def expected_estimate(
@@ -391,32 +141,12 @@ def estimator(s: sampling_lib.Sampling, objective: agrpo.Agrpo):
       step=step_B[:, None], weight=weight_B[:, None] * weight_B.size
     )
     visits = agrpo.visits_of(rows, drawn, s, objective)
-    rows = with_order_logprob(rows, table, visits, s, objective)
     found, terms, _ = learner.gradient(
       states.initial(learner, table), rows, reward_B, visits
     )
     return found, terms.ratio_deviation
 
   return jax.jit(gradient)
-
-
-def with_order_logprob(rows, table, visits, s, objective):
-  """Fills in what the rollout would have recorded for the drawn steps."""
-  visit_B = jax.tree.map(lambda x: x[:, 0, 0], visits)
-  logits = row_lib.logits_at(
-    table_network(table),
-    rows.prompt,
-    rows.prompt_length,
-    jnp.where(visit_B.is_masked, MASK, rows.completion),
-    visit_B.offset,
-  )
-  factors = jax.vmap(lambda *x: agrpo.step_logprob(*x, s, objective))(
-    logits, rows, visit_B
-  )
-  order_BxK = jax.vmap(lambda row, step, x: row.at[step].set(x))(
-    rows.order_logprob, visit_B.denoise_step, factors.logprob[:, -1]
-  )
-  return rows.replace(order_logprob=order_BxK)
 
 
 def exact_gradient(
@@ -467,18 +197,6 @@ def error(estimate: np.ndarray, truth: np.ndarray) -> float:
   return float(np.linalg.norm(estimate - truth) / np.linalg.norm(truth))
 
 
-# The parameters are such that, on the toys, steps unmask one, some, or all.
-RULES: dict[str, dict[str, float]] = {
-  "random": {},
-  "confidence": {},
-  "entropy": {},
-  "margin": {},
-  "threshold": dict(threshold=0.55),
-  "dynamic": dict(threshold=0.55),
-  "factor": dict(factor=1.3),
-  "entropy_bounded": dict(gamma=0.8),
-  "soft_threshold": dict(threshold=0.55, soft_width=0.7),
-}
 PARALLEL = ("threshold", "dynamic", "factor", "soft_threshold")
 TOYS = {
   "one_block": dict(completion_length=3, block_length=3, num_denoise_steps=3),
@@ -508,7 +226,7 @@ TOYS = {
 }
 
 
-@pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
+@pytest.mark.parametrize("step_rule", mc_steps.DRAWN_STEPS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("toy", TOYS)
 def test_the_estimator_is_unbiased(toy, rule, step_rule):
