@@ -472,11 +472,11 @@ RULES: dict[str, dict[str, float]] = {
   "confidence": {},
   "entropy": {},
   "margin": {},
-  "threshold": dict(threshold=0.55),
-  "dynamic": dict(threshold=0.55),
-  "factor": dict(factor=1.3),
+  "threshold": dict(threshold=0.3),
+  "dynamic": dict(threshold=0.3),
+  "factor": dict(factor=2.0),
   "entropy_bounded": dict(gamma=0.8),
-  "soft_threshold": dict(threshold=0.55, soft_width=0.7),
+  "soft_threshold": dict(threshold=0.5, soft_width=0.7),
 }
 PARALLEL = ("threshold", "dynamic", "factor", "soft_threshold")
 TOYS = {
@@ -530,18 +530,18 @@ def test_the_scores_of_all_steps_are_the_gradient_in_float64(toy, rule):
 
 
 @pytest.mark.parametrize("rule", [*PARALLEL, "entropy_bounded"])
-def test_steps_unmask_one_some_or_all(rule):
+def test_blocks_take_one_step_or_two_and_keep_their_indices(rule):
   """What the toys are to prove is there to be seen."""
-  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["one_block"])
-  _, _, records, prob = enumerated(s)
-  num = np.asarray(records.num_executed_steps)
-  assert all(prob[num == n].sum() > 0.02 for n in (1, 2, 3))
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["blocks"])
-  _, _, records, _ = enumerated(s)
-  # The second block's steps begin at its own first index, whatever the first
-  # one took.
-  num = np.asarray(records.num_executed_steps)
-  assert ((num == 2) & (np.asarray(records.unmask_step)[:, 2] == 2)).any()
+  _, _, records, prob = enumerated(s)
+  step = np.asarray(records.unmask_step)
+  is_quick = (step[:, :2] == 0).all(axis=1)
+  goes_on = step[:, 2] < s.max_steps
+  assert prob[is_quick & goes_on].sum() > 0.02
+  if rule != "entropy_bounded":  # which sees one first state, the same always
+    assert prob[~is_quick & goes_on].sum() > 0.02
+  # The second block begins with its own first index in any case.
+  assert {*step[goes_on, 2:].min(axis=1).tolist()} == {2}
 
 
 @pytest.mark.parametrize("rule", RULES)
