@@ -258,14 +258,16 @@ class Learner:
       (_, more_terms), more = jax.value_and_grad(microbatch_loss, has_aux=True)(
         state.trainable, at
       )
-      # Summed in float32: thousands of small bfloat16 terms would be lost.
       gradient = jax.tree.map(
-        lambda total, part: total + part.astype(jnp.float32), gradient, more
+        lambda total, part: total + part.astype(total.dtype), gradient, more
       )
       return gradient, terms + more_terms
 
+    # Summed in float32 at least: thousands of small bfloat16 terms would be
+    # lost.
     zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable
+      lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+      state.trainable,
     )
     gradient, terms = units.loop(accumulate, (zeros, base.Terms.zeros()))
     return gradient, terms if whole is None else whole, units.num

@@ -269,7 +269,7 @@ def draw_blocks(
     is_visitable_K: jax.Array,
     uniform_M: jax.Array,
   ) -> Drawn:
-    scale = jnp.float32(1.0)
+    scale = jnp.ones(())
     if settings.normalize == "mean":
       scale = 1.0 / jnp.maximum(is_visitable_K.sum(), 1)
     num_blocks = sampling.num_blocks

@@ -339,7 +339,9 @@ class Factor(Levelled):
   schedule = "none"
   factor: float
 
-  def choose(self, seen: Seen, count: jax.Array, chance: Chance) -> jax.Array:
+  def choose(
+    self, seen: Seen, count: jax.Array, chance: Chance | None
+  ) -> jax.Array:
     is_chosen_T = super().choose(seen, count, chance)
     leaves_one = (seen.is_masked & ~is_chosen_T).sum() == 1
     return jnp.where(leaves_one, seen.is_masked, is_chosen_T)

@@ -249,18 +249,20 @@ def test_the_scores_of_all_steps_are_the_gradient_in_float64(toy, rule):
 
 
 @pytest.mark.parametrize("rule", [*PARALLEL, "entropy_bounded"])
-def test_steps_unmask_one_some_or_all(rule):
+def test_blocks_take_one_step_or_two_and_keep_their_indices(rule):
   """What the toys are to prove is there to be seen."""
-  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["one_block"])
-  _, _, records, prob = enumerated(s)
-  num = np.asarray(records.num_executed_steps)
-  assert all(prob[num == n].sum() > 0.02 for n in (1, 2, 3))
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["blocks"])
-  _, _, records, _ = enumerated(s)
-  # The second block's steps begin at its own first index, whatever the first
-  # one took.
-  num = np.asarray(records.num_executed_steps)
-  assert ((num == 2) & (np.asarray(records.unmask_step)[:, 2] == 2)).any()
+  _, _, records, prob = enumerated(s)
+  step = np.asarray(records.unmask_step)
+  is_quick = (step[:, :2] == 0).all(axis=1)
+  goes_on = step[:, 2] < s.max_steps
+  assert prob[is_quick & goes_on].sum() > 0.02
+  # The first state is the same always, which is all that one of them looks at;
+  # and of two positions the factor takes both.
+  if rule not in ("entropy_bounded", "factor"):
+    assert prob[~is_quick & goes_on].sum() > 0.02
+  # The second block begins with its own first index in any case.
+  assert {*step[goes_on, 2:].min(axis=1).tolist()} == {2}
 
 
 @pytest.mark.parametrize("rule", RULES)
