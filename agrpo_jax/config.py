@@ -284,6 +284,8 @@ def paper(c: ConfigDict) -> None:
 # agrpo: AGRPO's evaluation: as d1, but a block of nothing but EOS ends it.
 # fast_dllm: Fast-dLLM's parallel decoding without its caches: every token more
 #   probable than 0.9 is unmasked at once (its published settings for LLaDA).
+# prefix, dual: the same with its caches. A [MASK] that is drawn is a token like
+#   any other then.
 _GREEDY: dict[str, Any] = {
   "completion_length": 256,
   "block_length": 32,
@@ -297,21 +299,21 @@ _GREEDY: dict[str, Any] = {
   "factor": None,
   "gamma": None,
   "soft_width": None,
+  "cache": "none",
+  "cache_refresh": 0,
   "guidance": 0.0,
   "stop_at_eos": False,
   "redraw_mask": False,
 }
+_PARALLEL = {**_GREEDY, "unmask_rule": "threshold", "threshold": 0.9}
 SAMPLERS: dict[str, dict[str, Any]] = {
   "config": {},
   "llada": {**_GREEDY, "completion_length": 128, "redraw_mask": True},
   "d1": _GREEDY,
   "agrpo": {**_GREEDY, "stop_at_eos": True},
-  "fast_dllm": {
-    **_GREEDY,
-    "unmask_rule": "threshold",
-    "threshold": 0.9,
-    "redraw_mask": True,
-  },
+  "fast_dllm": {**_PARALLEL, "redraw_mask": True},
+  "prefix": {**_PARALLEL, "cache": "prefix"},
+  "dual": {**_PARALLEL, "cache": "dual"},
 }
 
 

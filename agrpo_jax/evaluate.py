@@ -106,7 +106,7 @@ def measure(
   """
   dataset = data.Dataset(examples, model.tokenizer, s.data.max_prompt_length)
   prompts = dataset.prompts[: s.evaluate.num_examples or None]
-  model.check_length(s.data.max_prompt_length, s.evaluate)
+  model.check_draw(s.data.max_prompt_length, s.evaluate)
   sampler = host.Sampler(
     model.bind, s.evaluate, model.tokenizer, model.mesh, s.data.bucket
   )
@@ -251,6 +251,7 @@ def report(result: statistics.Result, ks: Sequence[int] = ()) -> str:
     f"{result.grades['accuracy'].size} problems x {result.num_samples}, mean "
     f"length {found['mean_length']:.1f} tokens, "
     f"{found['mean_denoise_steps']:.1f} denoising steps, "
+    f"{found['mean_whole_passes']:.1f} passes over the whole row, "
     f"{result.seconds:.1f} s, {found['tokens_per_second']:.0f} tokens/s"
   )
   return "\n".join(lines)

@@ -170,6 +170,10 @@ class Learner:
       "frac_reward_zero_std": (advantage_NxG == 0).all(axis=1).mean(),
       "draws/pairs": norms["num_units"].sum(),
       "completions/mean_denoise_steps": rollout.num_executed_steps.mean(),
+      "completions/mean_whole_passes": rollout.num_whole_passes.mean(),
+      # Of the steps during which a completion held a slot, those that it used.
+      "slot_occupancy": rollout.num_executed_steps.sum()
+      / rollout.num_slot_steps.sum(),
     }
     if self.step_price:
       metrics["step_price/mean"] = price_B.mean()

@@ -3,7 +3,8 @@ r"""Accuracy over a grid of sampling settings, for several models.
     python -m agrpo_jax.sweep --config=configs/gsm8k.py --output=FOLDER \
       [--model=A --model=B] [--checkpoint=WORKDIR ...] [--sampler=NAME] \
       [--completion_length=128,256] [--num_denoise_steps=32,64,128] \
-      [--unmask_rule=confidence,random] [--temperature=0,0.6]
+      [--unmask_rule=confidence,random] [--cache=none,dual] \
+      [--temperature=0,0.6]
 
 Every combination is one cell. A model is loaded once; a cell that is complete
 in FOLDER is not done again, one that was stopped goes on. --checkpoint is a run
@@ -176,7 +177,7 @@ def _check(
       mesh_lib.check_rows(
         s.mesh.make(), "config.evaluate.batch_size", s.evaluate.batch_size
       )
-      model_lib.check_length(
+      model_lib.check_draw(
         load_shape(s.model), s.data.max_prompt_length, s.evaluate
       )
     except errors.UserError as error:
@@ -213,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
       "The picture needs matplotlib: pip install 'agrpo_jax[plot]'."
     )
   asked = flags.FLAGS
-  kinds = {"unmask_rule": str, "temperature": float}
+  kinds = {"unmask_rule": str, "cache": str, "temperature": float}
   axes = {
     name: command.numbers(name, getattr(asked, name), kinds.get(name, int))
     for name in table.AXES

@@ -46,7 +46,7 @@ def train(s: settings_lib.Rl) -> None:
       model.bind, rollout, tokenizer, model.mesh, s.data.bucket
     )
     for draw in (rollout, s.evaluate):
-      model.check_length(s.data.max_prompt_length, draw)
+      model.check_draw(s.data.max_prompt_length, draw)
     held_out: Sequence[data.Prompt] = []
     if s.evaluate.every:
       evaluated = data.load_dataset(s.task, s.data, tokenizer, s.evaluate.split)

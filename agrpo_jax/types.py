@@ -110,6 +110,8 @@ class Rollout(flax.struct.PyTreeNode):
     num_executed_steps: int32 [B], denoising steps that the row executed. Their
       indices may have gaps: each block has the same number of indices, and
       leaves out those that it did not need.
+    num_whole_passes: int32 [B], passes of the network over the whole row: as
+      many as steps, or as memories that were opened for its blocks.
     num_slot_steps: int32 [B], denoising steps of the batch during which the row
       held one of its slots: those it executed, and those it waited.
   """
@@ -123,6 +125,7 @@ class Rollout(flax.struct.PyTreeNode):
   support: jax.Array | None
   order_logprob: jax.Array
   num_executed_steps: jax.Array
+  num_whole_passes: jax.Array
   num_slot_steps: jax.Array
 
 

@@ -41,10 +41,10 @@ def evaluate(
   """Draws and grades completions, and goes on from those that are `kept`.
 
   A record is {"id", "index", "prompt", "completion", "answer", "reward",
-  "grades", "num_tokens", "num_executed_steps", "fields"}: id of the prompt,
-  index of the completion among its prompt's, the extracted answer ("" for
-  none), every verdict by name, tokens up to the last that is not EOS,
-  denoising steps.
+  "grades", "num_tokens", "num_executed_steps", "num_whole_passes",
+  "fields"}: id of the prompt, index of the completion among its prompt's, the
+  extracted answer ("" for none), every verdict by name, tokens up to the last
+  that is not EOS, denoising steps, passes of the network over the whole row.
 
   Args:
     sampler: with the evaluation's settings.
@@ -93,11 +93,11 @@ def evaluate(
     pending = shares.submit(rollout, batch, tokenizer, grader)
     if ahead is not None:
       keep(*ahead)
-    num_executed_steps_B = processes.to_host(rollout.num_executed_steps)
-    ahead = (
-      _records(batch, pending, num_executed_steps_B, tokenizer.eos_id),
-      pending,
-    )
+    counts = {
+      name: processes.to_host(getattr(rollout, name))
+      for name in ("num_executed_steps", "num_whole_passes")
+    }
+    ahead = _records(batch, pending, counts, tokenizer.eos_id), pending
   if ahead is not None:
     keep(*ahead)
   bar.close()
@@ -107,7 +107,7 @@ def evaluate(
 def _records(
   batch: data.Batch,
   pending: shares.Pending,
-  num_executed_steps_B: np.ndarray,
+  counts: dict[str, np.ndarray],
   eos_id: int,
 ) -> list[dict[str, Any]]:
   """Returns the records of a batch, without its grades."""
@@ -120,7 +120,7 @@ def _records(
       "prompt": example.messages[-1]["content"],
       "completion": text,
       "num_tokens": int(length_B[row]),
-      "num_executed_steps": int(num_executed_steps_B[row]),
+      **{name: int(count_B[row]) for name, count_B in counts.items()},
       "fields": example.fields,
     }
     for row, (example, index, text) in enumerate(

@@ -207,17 +207,19 @@ class Result:
       found["accuracy_standard_error"] = self.standard_error
       low, high = bootstrap_interval(self.grades["accuracy"])
       found |= {"accuracy_low": low, "accuracy_high": high}
-    lengths = [r["num_tokens"] for r in self.records]
+    num_tokens = sum(r["num_tokens"] for r in self.records)
     found |= {
       "num_disagree": float(self.num_disagree),
-      "mean_length": float(np.mean(lengths)),
-      "mean_denoise_steps": float(
-        np.mean([r["num_executed_steps"] for r in self.records])
-      ),
+      "mean_length": self._mean("num_tokens"),
+      "mean_denoise_steps": self._mean("num_executed_steps"),
+      "mean_whole_passes": self._mean("num_whole_passes"),
       "seconds": self.seconds,
-      "tokens_per_second": float(np.sum(lengths)) / max(self.seconds, 1e-9),
+      "tokens_per_second": num_tokens / max(self.seconds, 1e-9),
     }
     return {prefix + name: value for name, value in found.items()}
+
+  def _mean(self, field: str) -> float:
+    return float(np.mean([record[field] for record in self.records]))
 
   def at_k(self, ks: Sequence[int]) -> dict[str, float]:
     """Returns pass@k and majority@k of every verdict, as `accuracy/pass_at_4`.

@@ -13,7 +13,13 @@ import rich.text
 
 from agrpo_jax.evaluation import statistics
 
-AXES = ("completion_length", "num_denoise_steps", "unmask_rule", "temperature")
+AXES = (
+  "completion_length",
+  "num_denoise_steps",
+  "unmask_rule",
+  "cache",
+  "temperature",
+)
 _FIGURES = (
   "accuracy",
   "accuracy_standard_error",
@@ -23,6 +29,7 @@ _FIGURES = (
   "num_disagree",
   "mean_length",
   "mean_denoise_steps",
+  "mean_whole_passes",
   "seconds",
   "tokens_per_second",
 )
@@ -30,12 +37,15 @@ _COLUMNS = {  # shown on screen: head and width, to the left where negative
   "model": ("model", -24),
   "completion_length": ("length", 6),
   "num_denoise_steps": ("steps", 5),
-  "unmask_rule": ("unmask_rule", -11),
+  "unmask_rule": ("unmask_rule", -15),
+  "cache": ("cache", -6),
   "temperature": ("temp", 5),
   "accuracy": ("accuracy", 8),
   "accuracy_standard_error": ("± error", 7),
   "accuracy_tolerant": ("tolerant", 8),
   "mean_length": ("tokens", 7),
+  "mean_denoise_steps": ("taken", 6),
+  "mean_whole_passes": ("passes", 6),
   "seconds": ("seconds", 8),
   "tokens_per_second": ("tokens/s", 9),
 }
@@ -97,7 +107,13 @@ def write_csv(file: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 # What tells one line of a picture from another.
-_LINE_KEYS = ("model", "unmask_rule", "completion_length", "temperature")
+_LINE_KEYS = (
+  "model",
+  "unmask_rule",
+  "cache",
+  "completion_length",
+  "temperature",
+)
 _SHORT = {"completion_length": "length", "temperature": "temperature"}
 
 

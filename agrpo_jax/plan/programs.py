@@ -138,7 +138,7 @@ class Planner:
     # Only the ids of special tokens matter, and those are the network's.
     tokenizer = tokens.load(None, models.vocabulary(shape))
     self._model = model_lib.describe_model(shape, s.lora, mesh, tokenizer)
-    self._model.check_length(prompt_length, s.rollout)
+    self._model.check_draw(prompt_length, s.rollout)
     self.prompt_length = -(-prompt_length // s.data.bucket) * s.data.bucket
 
   def rollout(self, s: settings_lib.Rl) -> Program:

@@ -89,15 +89,24 @@ class Model:
       mesh_lib.replicated(self.mesh),
     )
 
-  def check_length(self, prompt_length: int, draw: host.Draw) -> None:
-    """Raises UserError when prompt and completion are too long together."""
-    check_length(self.shape, prompt_length, draw)
+  def check_draw(self, prompt_length: int, draw: host.Draw) -> None:
+    """Raises UserError where the network cannot draw like that."""
+    check_draw(self.shape, prompt_length, draw)
 
 
-def check_length(
-  shape: base.Shape, prompt_length: int, draw: host.Draw
-) -> None:
-  """Raises UserError when a sequence is longer than the network takes."""
+def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
+  """Raises UserError where a network of this shape cannot draw like that.
+
+  Prompt and completion may be too long together, or its logits shifted: then
+  those of a window's first position come from before the window, and there is
+  no cache.
+  """
+  cache = draw.sampling.cache
+  if cache != "none" and shape.shift:
+    raise errors.UserError(
+      f"cache={cache!r} is not for a model whose logits are shifted "
+      f"(model_type {shape.model_type!r}); use cache='none'."
+    )
   completion_length = draw.sampling.completion_length
   longest = prompt_length + completion_length
   if longest > shape.max_length:

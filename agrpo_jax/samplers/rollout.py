@@ -47,6 +47,7 @@ class _Row(flax.struct.PyTreeNode):
   support: jax.Array | None
   order_logprob: jax.Array
   num_executed_steps: jax.Array
+  num_whole_passes: jax.Array
   num_slot_steps: jax.Array
   block: jax.Array  # int32, the active block
   block_step: jax.Array  # int32, denoising steps since it began
@@ -137,7 +138,10 @@ def sample_rollout(
   def finish_round(row_B: _Row, of: types.Prompts) -> _Row:
     """The steps of all rows until the memory has to be opened anew."""
     memory = open_memory(row_B, of)
-    row_B = row_B.replace(is_waiting=jnp.zeros_like(row_B.is_waiting))
+    row_B = row_B.replace(
+      is_waiting=jnp.zeros_like(row_B.is_waiting),
+      num_whole_passes=row_B.num_whole_passes + ~row_B.is_done,
+    )
     if policy.refresh == 1:
       return denoise(row_B, of, memory)
 
@@ -191,6 +195,7 @@ def sample_rollout(
     support=row_B.support,
     order_logprob=row_B.order_logprob,
     num_executed_steps=row_B.num_executed_steps,
+    num_whole_passes=row_B.num_whole_passes,
     num_slot_steps=row_B.num_slot_steps,
   )
 
@@ -207,6 +212,7 @@ def _start(
     support=support_CxS,
     order_logprob=jnp.zeros((max_steps,)),
     num_executed_steps=jnp.int32(0),
+    num_whole_passes=jnp.int32(0),
     num_slot_steps=jnp.int32(0),
     block=jnp.int32(0),
     block_step=jnp.int32(0),

@@ -95,7 +95,7 @@ def draw(
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
   if not ids:
     raise errors.UserError("The prompt is empty; write one in quotes.")
-  model.check_length(len(ids), s.evaluate)
+  model.check_draw(len(ids), s.evaluate)
   # One batch: as many rows as asked for, and those that fill the devices.
   shards = mesh_lib.num_row_shards(mesh)
   batch_size = -(-num_completions // shards) * shards

@@ -240,6 +240,7 @@ def test_report():
     "answer": "7",
     "num_tokens": 10,
     "num_executed_steps": 4,
+    "num_whole_passes": 2,
   }
   other = {**line, "grades": {"accuracy": 0.0, "accuracy_tolerant": 1.0}}
   result = statistics.Result([line, other], 2, 5.0, "the published one")
@@ -253,6 +254,7 @@ def test_report():
     "accuracy/majority_at_2 50.0 %",
     "accuracy_tolerant/pass_at_2 100.0 %",
     "accuracy_tolerant/majority_at_2 100.0 %",
-    "1 problems x 2, mean length 10.0 tokens, 4.0 denoising steps, 5.0 s, 4 "
+    "1 problems x 2, mean length 10.0 tokens, 4.0 denoising steps, "
+    "2.0 passes over the whole row, 5.0 s, 4 "
     "tokens/s",
   ]

@@ -116,6 +116,7 @@ def record(accuracy: float, tolerant: float, answer: str, num_tokens: int):
     "answer": answer,
     "num_tokens": num_tokens,
     "num_executed_steps": 4,
+    "num_whole_passes": 4,
   }
 
 
@@ -125,7 +126,13 @@ def test_result_by_hand():
       record(1, 1, "2", 3),
       record(0, 1, "2", 5),
       record(0, 0, "", 0),
-      {"grades": {}, "answer": "", "num_tokens": 4, "num_executed_steps": 8},
+      {
+        "grades": {},
+        "answer": "",
+        "num_tokens": 4,
+        "num_executed_steps": 8,
+        "num_whole_passes": 2,
+      },
     ],
     num_samples=2,
     seconds=6.0,
@@ -137,6 +144,7 @@ def test_result_by_hand():
   assert found["eval/accuracy"] == 0.25
   assert found["eval/accuracy_standard_error"] == 0.25
   assert found["eval/mean_length"] == 3.0
+  assert found["eval/mean_whole_passes"] == 3.5
   assert found["eval/mean_denoise_steps"] == 5.0
   assert found["eval/tokens_per_second"] == 2.0
   assert result.at_k([1, 2]) == {

@@ -146,12 +146,15 @@ def row(model: str, steps: int, rule: str, accuracy: float) -> dict:
     "completion_length": 256,
     "num_denoise_steps": steps,
     "unmask_rule": rule,
+    "cache": "none",
     "temperature": 0.0,
     "num_problems": 100,
     "accuracy": accuracy,
     "accuracy_standard_error": 0.05,
     "accuracy_tolerant": None,
     "mean_length": 200.25,
+    "mean_denoise_steps": 32.0,
+    "mean_whole_passes": 8.0,
     "seconds": 12.0,
     "tokens_per_second": 1000.0,
   }
@@ -180,12 +183,13 @@ def test_curves_name_what_differs():
 def test_line_by_hand():
   head, line = table.line(), table.line(ROWS[0])
   assert head.split() == [
-    *("model", "length", "steps", "unmask_rule", "temp", "accuracy"),
-    *("±", "error", "tolerant", "tokens", "seconds", "tokens/s"),
+    *("model", "length", "steps", "unmask_rule", "cache", "temp", "accuracy"),
+    *("±", "error", "tolerant", "tokens", "taken", "passes", "seconds"),
+    "tokens/s",
   ]
   assert line.split() == [
-    *("base", "256", "64", "confidence", "0.0", "70.0", "%"),
-    *("5.0", "%", "-", "200.2", "12.0", "1000.0"),
+    *("base", "256", "64", "confidence", "none", "0.0", "70.0", "%"),
+    *("5.0", "%", "-", "200.2", "32.0", "8.0", "12.0", "1000.0"),
   ]
   assert len(head) == len(line)
 

@@ -51,6 +51,7 @@ def recorded_rollout():
     support=jnp.asarray(np.where(ids < 96, ids, -1), jnp.int32),
     order_logprob=jnp.zeros((8, sampling.max_steps)),
     num_executed_steps=jnp.asarray(num_steps, jnp.int32),
+    num_whole_passes=jnp.asarray(num_steps, jnp.int32),
     num_slot_steps=jnp.asarray(num_steps, jnp.int32),
   )
   return rollout, arrays, config, params, sampling

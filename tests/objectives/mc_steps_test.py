@@ -21,6 +21,7 @@ def rollout(completion, unmask_step, entropy, num_denoise_steps, num_steps):
     support=None,
     order_logprob=jnp.zeros((completion.shape[0], num_denoise_steps)),
     num_executed_steps=jnp.asarray(num_steps, jnp.int32),
+    num_whole_passes=jnp.asarray(num_steps, jnp.int32),
     num_slot_steps=jnp.asarray(num_steps, jnp.int32),
   )
 
