@@ -1,4 +1,4 @@
-"""Rollouts with a cache: what they record, slots, and the first policy ratio."""
+"""Rollouts with a cache: their record, slots, the first policy ratio."""
 
 import functools
 
@@ -116,8 +116,8 @@ def test_the_first_policy_ratio_is_one(cache, rule):
     assert num_steps.min() < 12
   memories = {"none": num_steps.sum(), "refreshed": 6 * B}.get(cache, 3 * B)
   assert np.asarray(rollout.num_whole_passes).sum() <= memories
-  if cache != "none" and rule == "random":
-    assert first_step(plain.PLAIN)["policy_ratio/max_deviation"] > 0.01
+  if cache == "dual" and rule == "random":
+    assert first_step(plain.PLAIN)["policy_ratio/max_deviation"] > 1e-3
 
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
