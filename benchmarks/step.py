@@ -152,12 +152,6 @@ PRESETS = {
 # Dense peak of one device in FLOP/s, vendors' data sheets, bf16.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5e": 197e12}
 
-_PRESET = flags.DEFINE_enum("preset", "mid", sorted(PRESETS), "What to time.")
-_VARIANTS = flags.DEFINE_list("variants", ["none"], "Caches and step rules.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed steps.")
-_REMAT = flags.DEFINE_string("remat", "none", "none, dots or full.")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -398,23 +392,29 @@ def measure(
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  preset = PRESETS[_PRESET.value]
-  variants = {text: Variant.parse(text, preset) for text in _VARIANTS.value}
-  tables = measure(preset, _REMAT.value, variants, _REPEATS.value)
+  asked = flags.FLAGS
+  preset = PRESETS[asked.preset]
+  variants = {text: Variant.parse(text, preset) for text in asked.variants}
+  tables = measure(preset, asked.remat, variants, asked.repeats)
   for title, table in tables.items():
     print(title)
     for name, value in table.items():
       shown = f"{value:.4g}" if isinstance(value, float) else value
       print(f"{name:>24}  {shown}")
-  if _OUTPUT.value:
+  if asked.output:
     record = {
       "command": " ".join(["python", *sys.argv]),
       "date": time.strftime("%Y-%m-%d"),
       "preset": dataclasses.asdict(preset),
       **tables,
     }
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(record, indent=2) + "\n")
+    pathlib.Path(asked.output).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
+  flags.DEFINE_enum("preset", "mid", sorted(PRESETS), "What to time.")
+  flags.DEFINE_list("variants", ["none"], "Caches and step rules.")
+  flags.DEFINE_integer("repeats", 3, "Timed steps.")
+  flags.DEFINE_string("remat", "none", "none, dots or full.")
+  flags.DEFINE_string("output", "", "JSON file to write.")
   app.run(main)

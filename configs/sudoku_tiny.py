@@ -6,6 +6,9 @@ Two CPU cores, minutes, nothing to download. The base model learned Sudoku and
 then a careless habit on top of it (configs/sft_sudoku.py); training on the
 share of blanks filled right brings out what it knows. It does not show
 reinforcement learning teaching the task from nothing.
+
+`configs/sudoku_tiny.py:blocks` draws completions in two blocks, and `:dual`
+with Fast-dLLM's dual cache besides, scored through the cache at every step.
 """
 
 import pathlib
@@ -16,7 +19,14 @@ from agrpo_jax import config as config_lib
 _ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
 
 
-def get_config() -> config_lib.ConfigDict:
+_VARIANTS = ("", "blocks", "dual")
+
+
+def get_config(variant: str = "") -> config_lib.ConfigDict:
+  if variant not in _VARIANTS:
+    raise ValueError(
+      f"sudoku_tiny.py:{variant} is not of {', '.join(_VARIANTS[1:])}"
+    )
   c = config_lib.rl()
   c.workdir = "runs/sudoku_tiny"
   c.model.path = str(_ASSETS / "tiny-sudoku")
@@ -47,4 +57,11 @@ def get_config() -> config_lib.ConfigDict:
   c.evaluate.block_length = 16
   c.evaluate.num_denoise_steps = 16
   c.evaluate.unmask_rule = "confidence"
+
+  if variant:
+    c.rollout.block_length = c.evaluate.block_length = 8
+  if variant == "dual":
+    c.rollout.cache = c.evaluate.cache = "dual"
+    c.objective.step_rule = "all"
+    c.objective.microbatch = 64  # blocks, of four steps each
   return c
