@@ -98,7 +98,7 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
       rollout,
       mc_steps.uniforms(batch_key, key_B, self),
       self,
-      sampling.eos_id,
+      sampling,
     )
     visits = jax.vmap(visits_of, (None, 0, None, None))(
       rollout, jax.tree.map(self._dealt, drawn), sampling, self

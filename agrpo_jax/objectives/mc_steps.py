@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from agrpo_jax import types
+from agrpo_jax.samplers import sampling as sampling_lib
 
 STEP_RULES = ("uniform", "entropy")
 STRATA = ("row", "batch", "none")
@@ -32,7 +33,8 @@ class McSteps:
   Attributes:
     num_mc_steps: M, draws per completion and update batch.
     step_rule: `uniform`, or `entropy`: proportional to the entropy of what the
-      step unmasked (arXiv:2510.04019, section on variance reduction).
+      step unmasked (arXiv:2510.04019, section on variance reduction), or half
+      of it that, see `is_mixed`.
     stratified: `row`: one uniform in each of M equal slices of [0, 1) for every
       completion; `batch`: one in each of B * M slices, shuffled over the batch
       (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
@@ -103,11 +105,24 @@ def visitable(
   return is_visitable_BxK
 
 
+def is_mixed(sampling: sampling_lib.Sampling) -> bool:
+  """Returns whether the entropy proposal is half uniform under a sampler.
+
+  Where the number of positions depends on what was drawn, those that stayed
+  masked have a score however certain the unmasked ones were, as under a
+  threshold they are: in proportion to entropy alone, such steps would be drawn
+  next to never, with weights without bound.
+  """
+  rule = sampling.rule
+  return rule.looks_at == "draws" and rule.schedule != "exact"
+
+
 def step_prob(
   entropy_C: jax.Array,
   unmask_step_C: jax.Array,
   is_visitable_K: jax.Array,
   settings: McSteps,
+  mixed: bool = False,
 ) -> jax.Array:
   """Probability of drawing each denoising step of one completion.
 
@@ -116,6 +131,7 @@ def step_prob(
     unmask_step_C: int32 [C].
     is_visitable_K: bool [K], `visitable` of this row.
     settings: the proposal.
+    mixed: see `is_mixed`; the uniform proposal is without effect on itself.
 
   Returns:
     float32 [K] that sums to 1, positive where visitable and 0 elsewhere; all 0
@@ -127,7 +143,12 @@ def step_prob(
     weight_K = jnp.full(is_visitable_K.shape, _ENTROPY_FLOOR)
     weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
   weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
-  return weight_K / jnp.where(is_visitable_K.any(), weight_K.sum(), 1.0)
+  prob_K = weight_K / jnp.where(is_visitable_K.any(), weight_K.sum(), 1.0)
+  if mixed and settings.step_rule == "entropy":
+    prob_K = (
+      prob_K + is_visitable_K / jnp.maximum(is_visitable_K.sum(), 1)
+    ) / 2
+  return prob_K
 
 
 def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
@@ -200,7 +221,7 @@ def draw(
   rollout: types.Rollout,
   uniform_BxM: jax.Array,
   settings: McSteps,
-  eos_id: int,
+  sampling: sampling_lib.Sampling,
 ) -> Drawn:
   """Draws M steps of every completion.
 
@@ -208,18 +229,20 @@ def draw(
     rollout: B completions.
     uniform_BxM: float32 [B, M] in [0, 1), see `uniforms`.
     settings: the proposal.
-    eos_id: read under `visited_steps="content"`.
+    sampling: how the rollout was drawn.
   """
   chex.assert_rank(uniform_BxM, 2)
 
   def one(entropy_C, unmask_step_C, is_visitable_K, uniform_M):
-    prob_K = step_prob(entropy_C, unmask_step_C, is_visitable_K, settings)
+    prob_K = step_prob(
+      entropy_C, unmask_step_C, is_visitable_K, settings, is_mixed(sampling)
+    )
     return steps_at(uniform_M, prob_K, settings)
 
   return jax.vmap(one)(
     rollout.entropy,
     rollout.unmask_step,
-    visitable(rollout, settings, eos_id),
+    visitable(rollout, settings, sampling.eos_id),
     uniform_BxM,
   )
 
