@@ -111,7 +111,7 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     # All M at once, so that the strata cover a row's steps over all updates.
     uniform_BxM = mc_steps.uniforms(batch_key, key_B, self)
     if self.step_rule in mc_steps.DRAWN_STEPS:
-      drawn = mc_steps.draw(rollout, uniform_BxM, self, sampling.eos_id)
+      drawn = mc_steps.draw(rollout, uniform_BxM, self, sampling)
       visits = jax.vmap(visits_of, (None, 0, None, None))(
         rollout, jax.tree.map(self._dealt, drawn), sampling, self
       )

@@ -21,6 +21,7 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 DRAWN_STEPS = ("uniform", "entropy")
 DRAWN_BLOCKS = ("blocks", "entropy_blocks")
+_BY_ENTROPY = ("entropy", "entropy_blocks")
 STEP_RULES = (*DRAWN_STEPS, *DRAWN_BLOCKS, "all")
 STRATA = ("row", "batch", "none")
 VISITED_STEPS = ("executed", "content")
@@ -39,9 +40,10 @@ class McSteps:
     num_mc_steps: M, steps drawn per completion under `uniform` and `entropy`.
     num_mc_blocks: M, blocks drawn under `blocks` and `entropy_blocks`.
     step_rule: `uniform`, or `entropy`: proportional to the entropy of what the
-      step unmasked (arXiv:2510.04019, section on variance reduction); `blocks`
-      or `entropy_blocks`: whole blocks are drawn, each as likely or in
-      proportion to the entropy of their steps; `all`: nothing is drawn.
+      step unmasked (arXiv:2510.04019, section on variance reduction), or half
+      of it that, see `is_mixed`; `blocks` or `entropy_blocks`: whole blocks are
+      drawn, each as likely or as likely as `entropy` draws one of its steps;
+      `all`: nothing is drawn.
     stratified: `row`: one uniform in each of M equal slices of [0, 1) for every
       completion; `batch`: one in each of B * M slices, shuffled over the batch
       (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
@@ -122,11 +124,24 @@ def visitable(
   return is_visitable_BxK
 
 
+def is_mixed(sampling: sampling_lib.Sampling) -> bool:
+  """Returns whether the entropy proposal is half uniform under a sampler.
+
+  Where the number of positions depends on what was drawn, those that stayed
+  masked have a score however certain the unmasked ones were, as under a
+  threshold they are: in proportion to entropy alone, such steps would be drawn
+  next to never, with weights without bound.
+  """
+  rule = sampling.rule
+  return rule.looks_at == "draws" and rule.schedule != "exact"
+
+
 def step_prob(
   entropy_C: jax.Array,
   unmask_step_C: jax.Array,
   is_visitable_K: jax.Array,
   settings: McSteps,
+  mixed: bool = False,
 ) -> jax.Array:
   """Probability of drawing each denoising step of one completion.
 
@@ -135,6 +150,7 @@ def step_prob(
     unmask_step_C: int32 [C].
     is_visitable_K: bool [K], `visitable` of this row.
     settings: the proposal.
+    mixed: see `is_mixed`; the uniform proposal is without effect on itself.
 
   Returns:
     float32 [K] that sums to 1, positive where visitable and 0 elsewhere; all 0
@@ -142,11 +158,16 @@ def step_prob(
   """
   chex.assert_rank([entropy_C, unmask_step_C, is_visitable_K], 1)
   weight_K = jnp.ones(is_visitable_K.shape)
-  if settings.step_rule == "entropy":
+  if settings.step_rule in _BY_ENTROPY:
     weight_K = jnp.full(is_visitable_K.shape, _ENTROPY_FLOOR)
     weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
   weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
-  return weight_K / jnp.where(is_visitable_K.any(), weight_K.sum(), 1.0)
+  prob_K = weight_K / jnp.where(is_visitable_K.any(), weight_K.sum(), 1.0)
+  if mixed and settings.step_rule in _BY_ENTROPY:
+    prob_K = (
+      prob_K + is_visitable_K / jnp.maximum(is_visitable_K.sum(), 1)
+    ) / 2
+  return prob_K
 
 
 def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
@@ -219,7 +240,7 @@ def draw(
   rollout: types.Rollout,
   uniform_BxM: jax.Array,
   settings: McSteps,
-  eos_id: int,
+  sampling: sampling_lib.Sampling,
 ) -> Drawn:
   """Draws M steps of every completion.
 
@@ -227,18 +248,20 @@ def draw(
     rollout: B completions.
     uniform_BxM: float32 [B, M] in [0, 1), see `uniforms`.
     settings: the proposal.
-    eos_id: read under `visited_steps="content"`.
+    sampling: how the rollout was drawn.
   """
   chex.assert_rank(uniform_BxM, 2)
 
   def one(entropy_C, unmask_step_C, is_visitable_K, uniform_M):
-    prob_K = step_prob(entropy_C, unmask_step_C, is_visitable_K, settings)
+    prob_K = step_prob(
+      entropy_C, unmask_step_C, is_visitable_K, settings, is_mixed(sampling)
+    )
     return steps_at(uniform_M, prob_K, settings)
 
   return jax.vmap(one)(
     rollout.entropy,
     rollout.unmask_step,
-    visitable(rollout, settings, eos_id),
+    visitable(rollout, settings, sampling.eos_id),
     uniform_BxM,
   )
 
@@ -277,21 +300,19 @@ def draw_blocks(
       every = jnp.arange(num_blocks)
       # One column per block, each with the whole weight: not a mean over draws.
       return Drawn(every, jnp.full(num_blocks, scale))
-    weight_K = jnp.full(is_visitable_K.shape, _ENTROPY_FLOOR)
-    weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
-    weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
-    weight_N = weight_K.reshape(num_blocks, -1).sum(axis=1)
+    prob_K = step_prob(
+      entropy_C, unmask_step_C, is_visitable_K, settings, is_mixed(sampling)
+    )
+    prob_N = prob_K.reshape(num_blocks, -1).sum(axis=1)
     if settings.step_rule == "blocks":
-      weight_N = (weight_N > 0).astype(jnp.float32)
-    total = weight_N.sum()
-    prob_N = weight_N / jnp.where(total > 0, total, 1.0)
+      prob_N = (prob_N > 0) / jnp.maximum((prob_N > 0).sum(), 1)
     block_M = jnp.searchsorted(jnp.cumsum(prob_N), uniform_M, side="right")
     # The distribution function ends a rounding error away from 1.
     last = jnp.where(prob_N > 0, jnp.arange(num_blocks), 0).max()
     block_M = jnp.minimum(block_M, last)
     prob_M = prob_N[block_M]
     weight_M = scale / jnp.where(prob_M > 0, prob_M, 1.0)
-    return Drawn(block_M, jnp.where(total > 0, weight_M, 0.0))
+    return Drawn(block_M, jnp.where(prob_M > 0, weight_M, 0.0))
 
   return is_visitable_BxK, jax.vmap(one)(
     rollout.entropy, rollout.unmask_step, is_visitable_BxK, uniform_BxM

@@ -317,14 +317,12 @@ def _unmask_row(
     seen = draw.seen(
       logits_SxV, filtered, drawn.confidence, _masked(row, sampling), sampling
     )
-    chance = None
-    if rule.has_chance:
-      size = sampling.window_length
-      chance = rules.Chance(
-        passes=noise.passes(key, row.denoise_step, size),
-        fallback=noise.fallback(key, row.denoise_step, size),
-      )
-    is_chosen_S = rule.choose(seen, _count(row, sampling), chance)
+    at = key, row.denoise_step, sampling.window_length
+    is_chosen_S = rule.choose(
+      seen,
+      _count(row, sampling),
+      lambda: rules.Chance(noise.passes(*at), noise.fallback(*at)),
+    )
   if sampling.redraw_mask:
     is_chosen_S &= drawn.token != sampling.mask_id
   if rule.looks_at == "draws":

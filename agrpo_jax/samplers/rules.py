@@ -20,6 +20,7 @@ Sampler and objective ask the same method how likely a choice is.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 from typing import Literal
 from typing import NamedTuple
@@ -122,14 +123,14 @@ class UnmaskRule:
     raise TypeError(f"{self} does not look at draws or distributions")
 
   def choose(
-    self, seen: Seen, count: jax.Array, chance: Chance | None
+    self, seen: Seen, count: jax.Array, chance: Callable[[], Chance]
   ) -> jax.Array:
     """Returns bool [T], the masked positions that this step unmasks.
 
     Args:
       seen: of the block, with what was drawn.
       count: int32, how many positions the schedule unmasks; 1 without one.
-      chance: for a rule that `has_chance`, else None.
+      chance: draws what a rule that `has_chance` draws of its own.
     """
     del chance
     rank_T = ranks(self.score(seen), seen.is_masked)
@@ -227,7 +228,7 @@ class EntropyBounded(Entropy):
   gamma: float
 
   def choose(
-    self, seen: Seen, count: jax.Array, chance: Chance | None
+    self, seen: Seen, count: jax.Array, chance: Callable[[], Chance]
   ) -> jax.Array:
     del count, chance
     rank_T = ranks(self.score(seen), seen.is_masked)
@@ -263,10 +264,10 @@ class Levelled(Confidence):
       rank: int32, how many masked positions of the block are more confident.
       size: T.
     """
-    raise NotImplementedError
+    raise TypeError(f"{self} has no level")
 
   def choose(
-    self, seen: Seen, count: jax.Array, chance: Chance | None
+    self, seen: Seen, count: jax.Array, chance: Callable[[], Chance]
   ) -> jax.Array:
     del chance
     rank_T = ranks(seen.drawn, seen.is_masked)
@@ -393,13 +394,13 @@ class SoftThreshold(UnmaskRule):
     return jax.nn.log_softmax(jnp.where(is_open_T, height_T, -jnp.inf))
 
   def choose(
-    self, seen: Seen, count: jax.Array, chance: Chance | None
+    self, seen: Seen, count: jax.Array, chance: Callable[[], Chance]
   ) -> jax.Array:
     del count
-    assert chance is not None
+    drawn = chance()
     prob_T = jax.nn.sigmoid(self._height(seen.drawn))
-    passes_T = seen.is_masked & (chance.passes < prob_T)
-    only = jnp.argmax(self._fallback_logprob(seen) + chance.fallback)
+    passes_T = seen.is_masked & (drawn.passes < prob_T)
+    only = jnp.argmax(self._fallback_logprob(seen) + drawn.fallback)
     is_only_T = seen.is_masked & (jnp.arange(prob_T.size) == only)
     return jnp.where(passes_T.any(), passes_T, is_only_T)
 

@@ -94,9 +94,7 @@ def test_equals_the_released_loss(name, microbatch):
     kl_coef=meta["beta"],
     kl_estimator="k3_ratio",
   )
-  drawn = mc_steps.draw(
-    rollout, jnp.asarray(golden["u"]), objective, sampling.eos_id
-  )
+  drawn = mc_steps.draw(rollout, jnp.asarray(golden["u"]), objective, sampling)
   np.testing.assert_array_equal(drawn.step, golden["mc_steps"])
   if "importance_weights" in golden:
     np.testing.assert_allclose(

@@ -96,7 +96,11 @@ def expected_estimate(
 
   def visits(entropy_C, unmask_step_C, is_visitable_K):
     prob_K = mc_steps.step_prob(
-      entropy_C, unmask_step_C, is_visitable_K, objective
+      entropy_C,
+      unmask_step_C,
+      is_visitable_K,
+      objective,
+      mc_steps.is_mixed(s),
     )
     # One uniform in the middle of each stretch of the inverse distribution
     # function, counted by the stretch's length: the integral over [0, 1).
@@ -226,9 +230,19 @@ TOYS = {
 }
 
 
+# Through the whole learner, which takes a while: the scores of all rules on more
+# toys are proved below.
+CASES = [
+  (toy, rule)
+  for toy in TOYS
+  for rule in RULES
+  if rule in ("random", "confidence", "entropy")
+  or toy in ("blocks", "top_k_and_p")
+]
+
+
 @pytest.mark.parametrize("step_rule", mc_steps.DRAWN_STEPS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("toy,rule", CASES)
 def test_the_estimator_is_unbiased(toy, rule, step_rule):
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   _, gradient, _, _ = enumerated(s)

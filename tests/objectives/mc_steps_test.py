@@ -87,16 +87,22 @@ def test_entropy_proposal_by_hand():
     chosen,
   )
   np.testing.assert_allclose(prob, [0.4, 0.2, 0.0, 0.4, 0.0, 0.0], atol=1e-6)
+  mixed = mc_steps.step_prob(
+    GAPS.entropy[0], GAPS.unmask_step[0], prob > 0, chosen, mixed=True
+  )
+  expected = (np.asarray(prob) + np.array([1, 1, 0, 1, 0, 0]) / 3) / 2
+  np.testing.assert_allclose(mixed, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
 @pytest.mark.parametrize("steps", mc_steps.VISITED_STEPS)
 @pytest.mark.parametrize("rows", [ROWS, GAPS])
-def test_weights_undo_the_proposal(rows, step_rule, steps):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weights_undo_the_proposal(mixed, rows, step_rule, steps):
   chosen = settings(step_rule=step_rule, visited_steps=steps)
   for row, is_visitable in enumerate(mc_steps.visitable(rows, chosen, 0)):
     prob = mc_steps.step_prob(
-      rows.entropy[row], rows.unmask_step[row], is_visitable, chosen
+      rows.entropy[row], rows.unmask_step[row], is_visitable, chosen, mixed
     )
     uniform = jnp.linspace(0.0, 0.9999, 37)
     drawn = mc_steps.steps_at(uniform, prob, chosen)
@@ -105,7 +111,8 @@ def test_weights_undo_the_proposal(rows, step_rule, steps):
       continue
     np.testing.assert_allclose(drawn.weight * prob[drawn.step], 1.0, rtol=1e-6)
     assert is_visitable[drawn.step].all()
-    if step_rule == "uniform":
+    if step_rule == "uniform" or mixed:
+      assert drawn.weight.max() <= 2.0001 * is_visitable.sum()
       assert len({*drawn.step.tolist()}) == is_visitable.sum()
     mean = mc_steps.steps_at(
       uniform,

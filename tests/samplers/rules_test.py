@@ -13,6 +13,10 @@ from agrpo_jax.samplers import rules
 PROB = np.array([[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]])
 
 
+def no_chance() -> rules.Chance:
+  raise AssertionError("nothing is left to chance")
+
+
 def seen(drawn, prob=PROB, is_masked=None) -> rules.Seen:
   """A block whose draws have these probabilities."""
   prob = np.asarray(prob)
@@ -29,7 +33,7 @@ def seen(drawn, prob=PROB, is_masked=None) -> rules.Seen:
 
 
 def chosen_by(rule, block: rules.Seen, count=1) -> list[int]:
-  chosen = rule.choose(block, jnp.int32(count), None)
+  chosen = rule.choose(block, jnp.int32(count), no_chance)
   return np.flatnonzero(chosen).tolist()
 
 
@@ -136,7 +140,7 @@ def test_entropy_bounded_by_hand():
     (0.65, [0, 1, 2, 3]),
   ):
     rule = rules.EntropyBounded(gamma)
-    chosen = rule.choose(block, jnp.int32(1), None)
+    chosen = rule.choose(block, jnp.int32(1), no_chance)
     assert np.flatnonzero(chosen).tolist() == expected, gamma
 
 
@@ -153,7 +157,7 @@ def test_a_soft_threshold_by_hand():
     (passes + 0.002, [2]),  # none passes: the largest Gumbel, all else equal
   ):
     chance = rules.Chance(uniform, jnp.array([0.0, 0.0, 9.0]))
-    chosen = SOFT.choose(block, jnp.int32(1), chance)
+    chosen = SOFT.choose(block, jnp.int32(1), lambda chance=chance: chance)
     assert np.flatnonzero(chosen).tolist() == expected
   # The fallback is drawn from the distributions alone: odds 1, 1, 9.
   prob = [[0.5, 0.3, 0.2], [0.5, 0.25, 0.25], [0.05, 0.05, 0.9]]
