@@ -341,7 +341,7 @@ class Factor(Levelled):
   factor: float
 
   def choose(
-    self, seen: Seen, count: jax.Array, chance: Chance | None
+    self, seen: Seen, count: jax.Array, chance: Callable[[], Chance]
   ) -> jax.Array:
     is_chosen_T = super().choose(seen, count, chance)
     leaves_one = (seen.is_masked & ~is_chosen_T).sum() == 1

@@ -94,7 +94,7 @@ def test_entropy_proposal_by_hand():
   np.testing.assert_allclose(mixed, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("step_rule", mc_steps.STEP_RULES)
+@pytest.mark.parametrize("step_rule", mc_steps.DRAWN_STEPS)
 @pytest.mark.parametrize("steps", mc_steps.VISITED_STEPS)
 @pytest.mark.parametrize("rows", [ROWS, GAPS])
 @pytest.mark.parametrize("mixed", [False, True])
@@ -129,7 +129,7 @@ def test_rounding_never_leads_to_a_step_that_did_not_run():
   is_executed = jax.random.bernoulli(jax.random.key(0), 0.3, (512,))
   step = jnp.where(is_executed, jnp.arange(512), 512)
   entropy = jax.random.uniform(jax.random.key(1), (512,))
-  for step_rule in mc_steps.STEP_RULES:
+  for step_rule in mc_steps.DRAWN_STEPS:
     chosen = settings(step_rule=step_rule)
     prob = mc_steps.step_prob(entropy, step, is_executed, chosen)
     total = jnp.cumsum(prob)
