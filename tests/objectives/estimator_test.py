@@ -511,8 +511,8 @@ TOYS = {
 }
 
 
-# Through the whole learner, which takes a while: the scores of all rules on more
-# toys are proved below.
+# Through the whole learner, which takes a while: the scores of all rules on
+# more toys are proved below.
 CASES = [
   (toy, rule)
   for toy in TOYS
