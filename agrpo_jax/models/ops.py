@@ -6,27 +6,33 @@ CPUs, transpose whole activations.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agrpo_jax.models import splash
 from agrpo_jax.parallel import mesh as mesh_lib
 
 # Stands for -inf in scores: a row without any key must not become NaN.
 _NEVER = -1e30
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
   x: jax.Array,
   kernel: jax.Array,
   shardings: mesh_lib.Shardings | None = None,
+  out_dtype: Any = jnp.float32,
 ) -> jax.Array:
   """x [..., in] @ kernel [in, out], in x's dtype, accumulated to float32.
 
-  Returns float32. The gradient of `kernel` has the dtype of `kernel`, and is
-  accumulated in float32 too.
+  The gradient of `kernel` has the dtype of `kernel`, and is accumulated in
+  float32 too.
+
+  out_dtype: of the product. Where it would be rounded next, asking for the
+    rounded one keeps the float32 sums on the chip.
 
   shardings: where the kernel is kept, which is where its gradient goes, and
     where it is while it is multiplied. Left to itself the compiler may pass
@@ -38,7 +44,7 @@ def matmul(
     x,
     _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (0,)), ((), ())),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=out_dtype,
   )
 
 
@@ -48,11 +54,12 @@ def _put(array, sharding):
   return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def _matmul_fwd(x, kernel, shardings):
-  return matmul(x, kernel, shardings), (x, kernel)
+def _matmul_fwd(x, kernel, shardings, out_dtype):
+  return matmul(x, kernel, shardings, out_dtype), (x, kernel)
 
 
-def _matmul_bwd(shardings, saved, gradient):
+def _matmul_bwd(shardings, out_dtype, saved, gradient):
+  del out_dtype
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
   gradient = gradient.astype(x.dtype)
@@ -60,7 +67,7 @@ def _matmul_bwd(shardings, saved, gradient):
     gradient,
     _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (1,)), ((), ())),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=x.dtype,
   )
   # The rows of x are contracted as they lie in memory; automatic
   # differentiation asks for the product in the other order, transposed.
@@ -71,7 +78,7 @@ def _matmul_bwd(shardings, saved, gradient):
     preferred_element_type=jnp.float32,
   )
   gradient_kernel = _put(gradient_kernel, shardings and shardings.kept)
-  return gradient_x.astype(x.dtype), gradient_kernel.astype(kernel.dtype)
+  return gradient_x, gradient_kernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -80,7 +87,8 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """silu(gate) * up; keeps only its arguments for the backward pass."""
-  return jax.nn.silu(gate) * up
+  # Held back, so that `up` is written as rounded, see `rotate`.
+  return jax.nn.silu(gate) * jax.lax.optimization_barrier(up)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -120,7 +128,10 @@ def rotate(x_BxLxHxDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   cos, sin: float32, [1 or B, L, 1, Dh / 2].
   """
-  first, second = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
+  # Held back, or the compiler leaves out that x was rounded, and passes it on in
+  # float32 through memory.
+  halves = jnp.split(jax.lax.optimization_barrier(x_BxLxHxDh), 2, axis=-1)
+  first, second = (half.astype(jnp.float32) for half in halves)
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
@@ -133,14 +144,19 @@ def attend(
   v_BxLxHxDh: jax.Array,
   length_B: jax.Array,
   implementation: str = "xla",
+  rows: mesh_lib.NamedSharding | None = None,
 ) -> jax.Array:
   """softmax(q k / sqrt(Dh)) v over the first `length` keys of each row.
 
   k and v may have fewer heads than q; then consecutive heads of q share one.
 
   Args:
-    implementation: "xla", or "cudnn" (GPU only, not float32).
+    implementation: "xla", "cudnn" (GPU only, not float32), or "splash" (TPU
+      only).
+    rows: how the rows are split over devices, None for one device.
   """
+  if implementation == "splash":
+    return splash.attend(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B, rows)
   if implementation == "cudnn":
     return jax.nn.dot_product_attention(
       q_BxSxHxDh,
@@ -184,19 +200,14 @@ def _attend_bwd(saved, gradient):
   # FlashAttention-2 (arXiv:2307.08691), instead of being kept.
   q, k, v, bias, mixed, log_total = saved
   weight = jnp.exp(_scores(q, k, bias) - log_total)
-  gradient_v = _batched(weight.astype(v.dtype), gradient, 2, 2)
+  gradient_v = _batched(weight.astype(v.dtype), gradient, 2, 2, v.dtype)
   gradient_weight = _batched(gradient, v, 3, 3)
   shared = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
   gradient_scores = weight * (gradient_weight - shared) * q.shape[-1] ** -0.5
   gradient_scores = gradient_scores.astype(q.dtype)
-  gradient_q = _batched(gradient_scores, k, 3, 2)
-  gradient_k = _batched(gradient_scores, q, 2, 2)
-  return (
-    gradient_q.astype(q.dtype),
-    gradient_k.astype(k.dtype),
-    gradient_v.astype(v.dtype),
-    None,
-  )
+  gradient_q = _batched(gradient_scores, k, 3, 2, q.dtype)
+  gradient_k = _batched(gradient_scores, q, 2, 2, k.dtype)
+  return gradient_q, gradient_k, gradient_v, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -206,11 +217,11 @@ def _scores(q, k, bias):
   return _batched(q, k, 3, 3) * q.shape[-1] ** -0.5 + bias
 
 
-def _batched(left, right, contract_left, contract_right):
-  """A float32 product per row and head."""
+def _batched(left, right, contract_left, contract_right, dtype=jnp.float32):
+  """A product per row and head, accumulated to float32, then rounded."""
   return jax.lax.dot_general(
     left,
     right,
     (((contract_left,), (contract_right,)), ((0, 1), (0, 1))),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=dtype,
   )

@@ -23,6 +23,7 @@ from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import ops
 from agrpo_jax.models import parameters
+from agrpo_jax.models import splash
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import split
 
@@ -30,9 +31,9 @@ abstract_params = parameters.abstract_params
 init = parameters.init
 logical_axes = parameters.logical_axes
 
-# Below this many queries the scores of the last layer are small, and cuDNN's
-# tiles would be mostly empty.
-_FEWEST_CUDNN_QUERIES = 64
+# Below this many queries the scores of the last layer are small, and the tiles
+# of a kernel that keeps them on the chip would be mostly empty.
+_FEWEST_KERNEL_QUERIES = 64
 
 # What remat "dots" keeps: the name of every projection's output.
 _PROJECTION = "projection"
@@ -64,18 +65,28 @@ class Projection(nn.Module):
     x = x.astype(dtype)
     kernel = self.param("kernel", self.specs["kernel"].initial)
     fan_in, fan_out = self.specs["kernel"].axes
-    y = ops.matmul(x, kernel, self._shardings(fan_in, fan_out))
+    out_dtype = out_dtype or dtype
+    # What is added to is rounded after the sum.
+    is_sum = self.has_variable("lora", "a") or "bias" in self.specs
+    y = ops.matmul(
+      x,
+      kernel,
+      self._shardings(fan_in, fan_out),
+      jnp.float32 if is_sum else out_dtype,
+    )
     if self.has_variable("lora", "a"):
       a: jax.Array = self.get_variable("lora", "a")
       b: jax.Array = self.get_variable("lora", "b")
-      inner = ops.matmul(x, a, self._shardings(fan_in, "rank")).astype(dtype)
-      outer = ops.matmul(inner, b, self._shardings("rank", fan_out))
-      # Rounded, since it passes through memory: half the traffic.
-      y += self.lora_scale * outer.astype(dtype)
+      # Rounded, since they pass through memory: half the traffic.
+      inner = ops.matmul(x, a, self._shardings(fan_in, "rank"), dtype)
+      outer = ops.matmul(inner, b, self._shardings("rank", fan_out), dtype)
+      # Held back, or the compiler finishes y first and adds up in the smaller
+      # product: the float32 sums of y would pass through memory.
+      y += self.lora_scale * jax.lax.optimization_barrier(outer)
     if "bias" in self.specs:
       bias = self.param("bias", self.specs["bias"].initial)
       y += ops.last_axis(bias, y.ndim)
-    y = y.astype(out_dtype or dtype)
+    y = y.astype(out_dtype)
     return ad_checkpoint.checkpoint_name(y, _PROJECTION)
 
   def _shardings(self, *axes: str) -> mesh_lib.Shardings | None:
@@ -142,8 +153,8 @@ class Layer(nn.Module):
         normed = take_positions(normed, positions_BxS)
         cos, sin = (one[positions_BxS][:, :, None, :] for one in rope)
       q = ops.rotate(heads(project("q", normed)), cos, sin)
-      how = _attention(shape, num_queries=q.shape[1])
-      mixed = ops.attend(q, k, v, length_B, how)
+      how = _attention(shape, q.shape[1], self.rows)
+      mixed = ops.attend(q, k, v, length_B, how, self.rows)
       mixed = mixed.reshape(*mixed.shape[:2], -1)
       x_BxLxD = x_BxLxD + project("attn_out", mixed)
     with jax.named_scope("mlp"):
@@ -160,12 +171,17 @@ def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
   return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
-def _attention(shape: base.Shape, num_queries: int) -> str:
+def _attention(
+  shape: base.Shape, num_queries: int, rows: mesh_lib.NamedSharding | None
+) -> str:
   if shape.attention != "auto":
     return shape.attention
-  on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
-  many = num_queries >= _FEWEST_CUDNN_QUERIES
-  return "cudnn" if on_gpu and many else "xla"
+  if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
+    return "xla"
+  platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
+  if platform == "tpu" and splash.problems(shape, rows):
+    return "xla"
+  return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 
 
 def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:

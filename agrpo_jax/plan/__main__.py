@@ -11,11 +11,11 @@ their memory as an upper bound.
 
 Times are floors: all K denoising steps run, no pair of the update is left out,
 and compute, memory and network overlap perfectly at their datasheet rates.
---fit searches the largest `rollout.batch_size` and `objective.microbatch`.
+--search compiles many: it tries meshes, batches, microbatches and recomputation
+in place of the config's, and prints the fastest that fit.
 """
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 
 import jax
@@ -24,9 +24,9 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax import settings as settings_lib
-from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import programs as programs_lib
+from agrpo_jax.plan import search
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Such as v5e:4x8, v5p:2x2x1, h100:8 or cpu:8."
@@ -34,99 +34,53 @@ _TOPOLOGY = flags.DEFINE_string(
 _PROMPT_LENGTH = flags.DEFINE_integer(
   "prompt_length", 0, "Tokens; 0: config.data.max_prompt_length."
 )
-_FIT = flags.DEFINE_bool("fit", False, "Search the largest batches that fit.")
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Search the fastest mesh, batches and recomputation."
+)
 
+_NUM_CHOICES = 10
 _NUM_COLLECTIVES = 8
 _NUM_BUFFERS = 5
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  s = settings_lib.rl(command.CONFIG.value)
+  c = command.CONFIG.value
+  if _SEARCH.value:  # what is searched need not be right before
+    c.rollout.batch_size = c.rollout.num_prompts * c.rollout.group_size
+  s = settings_lib.rl(c)
   topology = chips.parse(_TOPOLOGY.value or "")
-  devices = chips.devices(topology)
-  mesh = s.mesh.make(devices)
-  length = _PROMPT_LENGTH.value or s.data.max_prompt_length
-  planner = programs_lib.Planner(s, mesh, length)
-  shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  chip, devices = topology.chip, chips.devices(topology)
+
+  def make_planner(s: settings_lib.Rl) -> programs_lib.Planner:
+    length = _PROMPT_LENGTH.value or s.data.max_prompt_length
+    return programs_lib.Planner(s, s.mesh.make(devices), length)
+
+  found: Iterable[programs_lib.Program] = ()
+  if _SEARCH.value:
+    if chip is None:
+      raise errors.UserError(
+        f"--search on --topology={topology.name}: CPUs have neither a memory "
+        "to fit nor a time to tell. Name an accelerator, such as h100:8."
+      )
+    choices = search.fastest(s, make_planner, len(devices), chip)
+    print("\nThe fastest that fit, seconds a train step at the roofline:")
+    for choice in choices[:_NUM_CHOICES]:
+      print(f"  {choice}")
+    s, found = choices[0].s, (choices[0].rollout, choices[0].update)
+  planner = make_planner(s)
+  shape = ", ".join(f"{axis} {n}" for axis, n in planner.mesh.shape.items())
   print(
     f"{s.model.path} on {topology.name}: {len(devices)} devices as {shape}; "
     f"{'LoRA' if s.lora else 'full fine-tuning'}, remat {s.model.remat}, "
-    f"prompts of {planner.prompt_length} tokens."
+    f"prompts of {planner.prompt_length} tokens.",
+    flush=True,
   )
-  if _FIT.value:
-    s = fit(s, planner, topology.chip)
   programs = []
-  for build_program in (planner.rollout, planner.update):
-    programs.append(build_program(s))
-    print(describe(programs[-1], topology.chip), flush=True)
-  print(summary(s, programs, topology.chip, len(devices)))
-
-
-def fit(
-  s: settings_lib.Rl,
-  planner: programs_lib.Planner,
-  chip: chips.Chip | None,
-) -> settings_lib.Rl:
-  """Returns settings with the largest batches that fit.
-
-  They are powers of two times the row shards.
-
-  Raises:
-    UserError: not even the smallest fits.
-  """
-  shards = mesh_lib.num_row_shards(planner.mesh)
-  rows = s.rollout.num_rows
-
-  def with_batch_size(s: settings_lib.Rl, size: int) -> settings_lib.Rl:
-    rollout = dataclasses.replace(s.rollout, batch_size=size)
-    return dataclasses.replace(s, rollout=rollout)
-
-  def with_microbatch(s: settings_lib.Rl, size: int) -> settings_lib.Rl:
-    return dataclasses.replace(s, microbatch=size)
-
-  for key, build_program, change, most in (
-    ("rollout.batch_size", planner.rollout, with_batch_size, rows),
-    (
-      "objective.microbatch",
-      planner.update,
-      with_microbatch,
-      planner.units_per_update(s),
-    ),
-  ):
-    sizes = [shards << i for i in range(most.bit_length())]
-    sizes = [n for n in sizes if n <= most and (key[0] == "o" or rows % n == 0)]
-
-    def fits(
-      size: int,
-      key: str = key,
-      make: Callable = build_program,
-      change: Callable = change,
-      s: settings_lib.Rl = s,
-    ) -> bool:
-      program = make(change(s, size))
-      verdict = "fits" if program.fits(chip) else "does not fit"
-      print(f"  --config.{key}={size} {verdict}", flush=True)
-      return program.fits(chip)
-
-    size = largest(sizes, fits)
-    if size is None:
-      raise errors.UserError(
-        f"Not even config.{key}={sizes[0] if sizes else shards} fits. Split "
-        "the model over more devices (config.mesh), or recompute more "
-        "(config.model.remat=full)."
-      )
-    s = change(s, size)
-  return s
-
-
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-  """The largest of ascending sizes that fits, by bisection; None if none."""
-  low, high = -1, len(sizes)
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-  return sizes[low] if low >= 0 else None
+  for program in found or (f(s) for f in (planner.rollout, planner.update)):
+    print(describe(program, chip), flush=True)
+    programs.append(program)
+  print(summary(s, programs, chip, len(devices)))
 
 
 def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
@@ -179,9 +133,7 @@ def summary(
   verdict = "It fits." if does_fit else "IT DOES NOT FIT."
   if any(program.refusal for program in programs):
     return f"\n{verdict}"
-  step = sum(
-    program.runs * max(program.seconds(chip).values()) for program in programs
-  )
+  step = sum(program.step_seconds(chip) for program in programs)
   hours = step * s.train.num_steps / 3600
   num_chips = num_devices // chip.per_chip
   return (

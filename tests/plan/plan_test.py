@@ -346,58 +346,6 @@ def test_the_run_as_a_whole():
   )
 
 
-@pytest.mark.parametrize("limit", range(9))
-def test_bisection_finds_the_largest(limit):
-  tried = []
-
-  def fits(size):
-    tried.append(size)
-    return size <= limit
-
-  sizes = [1, 2, 4, 8]
-  found = plan.largest(sizes, fits)
-  assert found == max((n for n in sizes if n <= limit), default=None)
-  assert len(tried) == len(set(tried)) <= 3
-
-
-class _FakePlanner:
-  """Takes a GiB per completion, or per pair of a device, and nothing else."""
-
-  mesh = type("Mesh", (), {"shape": {"data": 1, "fsdp": 4, "tensor": 2}})()
-
-  def __init__(self, gib=1):
-    self.gib = gib
-
-  def rollout(self, s):
-    return _program(arguments=self.gib * s.rollout.batch_size * 2**30 // 4)
-
-  def update(self, s):
-    return _program(arguments=self.gib * s.microbatch * 2**30 // 4)
-
-  def units_per_update(self, s):
-    return s.rollout.num_rows * s.objective.num_mc_steps
-
-
-def test_the_search_sets_what_fits(capsys):
-  c = gsm8k.get_config()
-  s = plan.fit(settings.rl(c), _FakePlanner(), chips.CHIPS["v5e"])
-  assert (s.rollout.batch_size, s.microbatch) == (32, 32)
-  assert "objective.microbatch=64 does not fit" in capsys.readouterr().out
-  c.rollout.num_prompts = 5  # 40 rows: 32 does not divide them
-  c.rollout.batch_size = 4
-  s = plan.fit(settings.rl(c), _FakePlanner(), chips.CHIPS["v5e"])
-  assert s.rollout.batch_size == 8
-
-
-def test_the_search_says_when_nothing_fits():
-  with pytest.raises(errors.UserError, match=r"rollout\.batch_size=4 fits"):
-    plan.fit(
-      settings.rl(gsm8k.get_config()),
-      _FakePlanner(gib=20),
-      chips.CHIPS["v5e"],
-    )
-
-
 def _command(*arguments):
   done = subprocess.run(
     [
@@ -432,6 +380,24 @@ def test_a_whole_plan_on_eight_virtual_devices():
   assert printed == pytest.approx(flops, rel=0.02)
   assert "update: 1 a train step, outer loop 2 times" in out
   assert "all-gather" in out
+
+
+def test_a_search_needs_no_batch_that_divides():
+  code, out, err = _command(
+    *("--search", "--topology=h100:1", "--config.rollout.batch_size=3"),
+    *("--config.rollout.num_prompts=1", "--config.objective.num_mc_steps=1"),
+  )
+  assert code == 0, err
+  best = out.split("The fastest that fit")[1].splitlines()[1]
+  assert "--config.mesh.data=1 --config.mesh.fsdp=1" in best
+  assert "--config.rollout.batch_size=" in best
+  assert "It fits." in out
+
+
+def test_a_search_needs_an_accelerator_to_rank_by():
+  code, _, err = _command("--search")
+  assert code == 2
+  assert "--search on --topology=cpu:8" in err
 
 
 def test_a_mesh_that_does_not_divide_the_shapes():

@@ -61,9 +61,23 @@ def test_a_damaged_best_is_told_with_the_others(c, tmp_path):
   assert "train steps [3, 2, 1]" in str(e.value)
 
 
-def test_cudnn_is_refused_where_there_is_no_gpu(c):
+@pytest.mark.parametrize(
+  "attention, words", [("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")]
+)
+def test_attention_is_refused_where_its_hardware_is_not(c, attention, words):
   other = c.copy_and_resolve_references()
-  other.model.attention = "cudnn"
+  other.model.attention = attention
   other.model.path = "nowhere"  # nothing is looked for before
-  with pytest.raises(errors.UserError, match=r"'cudnn' needs an NVIDIA GPU"):
+  with pytest.raises(
+    errors.UserError, match=f"'{attention}' needs {words}; here .* the cpu"
+  ):
     load(other, "")
+
+
+def test_splash_is_refused_for_heads_that_it_cannot_compute(c, monkeypatch):
+  monkeypatch.setattr(model_lib.mesh_lib, "platform", lambda mesh: "tpu")
+  other = c.copy_and_resolve_references()
+  other.model.attention = "splash"
+  with pytest.raises(errors.UserError, match="cannot compute .* head_dim=") as e:
+    load(other, "")
+  assert "'auto'" in str(e.value)
