@@ -17,29 +17,23 @@ from agrpo_jax.parallel import mesh as mesh_lib
 # Sequences are padded to a multiple: the width of a TPU's vector registers.
 _LANES = 128
 
-# Blocks of keys and queries, and of those that are multiplied at once: larger
-# ones overflow the on-chip memory that a kernel can have.
+# Of queries by keys: their float32 scores are 4 MiB of on-chip memory, of which
+# a kernel can have 16 on every generation.
 _LARGEST_BLOCK = 1024
-_LARGEST_PRODUCT = 512
 
 
-def problems(
-  shape: base.Shape, rows: mesh_lib.NamedSharding | None
-) -> str:
+def problem(shape: base.Shape, rows: mesh_lib.NamedSharding | None) -> str:
   """Returns why the kernel cannot compute a network's heads; "" if it can.
 
   Args:
     shape: of the network.
     rows: how a batch is split over devices, None for one device.
   """
-  if shape.head_dim % _LANES:
-    return f"head_dim={shape.head_dim} is not a multiple of {_LANES}"
   axis = mesh_lib.RULES["kv_heads"]
   parts = rows.mesh.shape[axis] if rows else 1
   if shape.num_kv_heads % parts:
     return (
-      f"mesh.{axis}={parts} does not divide its {shape.num_kv_heads} heads of "
-      "keys"
+      f"mesh.{axis}={parts} splits one of its {shape.num_kv_heads} KV heads"
     )
   return ""
 
@@ -110,26 +104,24 @@ def _by_head(x_BxLxHxDh):
 
 
 def _blocks(queries: int, keys: int) -> splash_attention.BlockSizes:
-  block_q, block_kv = (_divisor(n, _LARGEST_BLOCK) for n in (queries, keys))
-  at_once = _divisor(block_kv, _LARGEST_PRODUCT)
+  block_q, block_kv = _block(queries), _block(keys)
   # One kernel for all gradients adds up those of q over blocks of keys in q's
   # dtype; where there are several blocks, q has a kernel of its own.
   is_fused = block_kv == keys
   return splash_attention.BlockSizes(
     block_q=block_q,
     block_kv=block_kv,
-    block_kv_compute=at_once,
+    block_kv_compute=block_kv,
     block_q_dkv=block_q,
     block_kv_dkv=block_kv,
-    block_kv_dkv_compute=at_once,
+    block_kv_dkv_compute=block_kv,
     block_q_dq=None if is_fused else block_q,
     block_kv_dq=None if is_fused else block_kv,
     use_fused_bwd_kernel=is_fused,
   )
 
 
-def _divisor(size: int, most: int) -> int:
-  """The largest multiple of the lanes that divides `size`, at most `most`."""
-  return max(
-    n for n in range(_LANES, min(size, most) + 1, _LANES) if size % n == 0
-  )
+def _block(length: int) -> int:
+  """The largest block of whole vector registers that divides a length."""
+  most = min(length, _LARGEST_BLOCK)
+  return max(n for n in range(_LANES, most + 1, _LANES) if length % n == 0)

@@ -179,7 +179,7 @@ def _attention(
   if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
     return "xla"
   platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
-  if platform == "tpu" and splash.problems(shape, rows):
+  if platform == "tpu" and splash.problem(shape, rows):
     return "xla"
   return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 

@@ -150,7 +150,9 @@ class Planner:
     model = self._model
     return self._compile(
       "rollout",
-      self._sampler(s).program.lower(*self._rollout_arguments(s.rollout.batch_size)),
+      self._sampler(s).program.lower(
+        *self._rollout_arguments(s.rollout.batch_size)
+      ),
       trips=s.rollout.sampling.num_denoise_steps,
       runs=s.rollout.num_rows // s.rollout.batch_size,
       resident=self.held_bytes(s) - _bytes((model.params, model.lora)),

@@ -308,7 +308,7 @@ def _check_attention(shape: base.Shape, mesh: mesh_lib.Mesh) -> None:
   """Raises UserError for an attention that cannot compute these heads."""
   if shape.attention != "splash":
     return
-  if found := splash.problems(shape, mesh_lib.rows(mesh)):
+  if found := splash.problem(shape, mesh_lib.rows(mesh)):
     raise errors.UserError(
       f"config.model.attention='splash' cannot compute this network: {found}. "
       "Set it to 'xla' or 'auto'."

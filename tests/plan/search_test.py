@@ -98,8 +98,10 @@ def test_weights_that_do_not_fit_are_split_over_as_few_as_hold_them():
   assert {c.s.mesh.fsdp * c.s.mesh.tensor for c in choices} <= {2, 4, 8}
   assert settings.Mesh(data=1, fsdp=16, tensor=1) not in tried
   # Gathering is paid for once a rollout: the largest batch wins.
-  rows = [c.s.rollout.batch_size // c.s.mesh.data // c.s.mesh.fsdp
-          for c in choices[:1]]
+  rows = [
+    c.s.rollout.batch_size // c.s.mesh.data // c.s.mesh.fsdp
+    for c in choices[:1]
+  ]
   assert rows[0] > 1
 
 

@@ -13,6 +13,7 @@ from agrpo_jax import optimizer
 from agrpo_jax import settings
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint
+from fixtures import recordings
 from fixtures import runs
 
 
@@ -74,10 +75,9 @@ def test_attention_is_refused_where_its_hardware_is_not(c, attention, words):
     load(other, "")
 
 
-def test_splash_is_refused_for_heads_that_it_cannot_compute(c, monkeypatch):
+def test_splash_is_refused_where_the_mesh_splits_a_head(monkeypatch):
   monkeypatch.setattr(model_lib.mesh_lib, "platform", lambda mesh: "tpu")
-  other = c.copy_and_resolve_references()
-  other.model.attention = "splash"
-  with pytest.raises(errors.UserError, match="cannot compute .* head_dim=") as e:
-    load(other, "")
-  assert "'auto'" in str(e.value)
+  shape, _ = recordings.random_network(attention="splash")  # 2 KV heads
+  mesh = jax.sharding.AbstractMesh((1, 1, 4), model_lib.mesh_lib.AXES)
+  with pytest.raises(errors.UserError, match=r"splits one of its 2 KV heads"):
+    model_lib.describe_model(shape, None, mesh, tokenizer=None)
