@@ -32,7 +32,8 @@ def matmul(
   float32 too.
 
   out_dtype: of the product. Where it would be rounded next, asking for the
-    rounded one keeps the float32 sums on the chip.
+    rounded one keeps the float32 sums on the chip; devices that share a sum
+    round their parts of it.
 
   shardings: where the kernel is kept, which is where its gradient goes, and
     where it is while it is multiplied. Left to itself the compiler may pass
@@ -128,8 +129,8 @@ def rotate(x_BxLxHxDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   cos, sin: float32, [1 or B, L, 1, Dh / 2].
   """
-  # Held back, or the compiler leaves out that x was rounded, and passes it on in
-  # float32 through memory.
+  # Held back, or the compiler leaves out that x was rounded, and passes it
+  # through memory in float32.
   halves = jnp.split(jax.lax.optimization_barrier(x_BxLxHxDh), 2, axis=-1)
   first, second = (half.astype(jnp.float32) for half in halves)
   rotated = jnp.concatenate(
@@ -165,18 +166,18 @@ def attend(
       key_value_seq_lengths=length_B,
       implementation="cudnn",
     )
-  rows, queries, heads, size = q_BxSxHxDh.shape
+  num_rows, queries, heads, size = q_BxSxHxDh.shape
   keys, groups = k_BxLxHxDh.shape[1:3]
   # Queries that share keys become further queries of one head.
-  q = q_BxSxHxDh.reshape(rows, queries, groups, heads // groups, size)
-  q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, size)
+  q = q_BxSxHxDh.reshape(num_rows, queries, groups, heads // groups, size)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, size)
   k = k_BxLxHxDh.transpose(0, 2, 1, 3)
   v = v_BxLxHxDh.transpose(0, 2, 1, 3)
   is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
   bias = jnp.where(is_key_BxL, 0.0, _NEVER)
   mixed = _attend(q, k, v, bias[:, None, None, :])
-  mixed = mixed.reshape(rows, groups, heads // groups, queries, size)
-  return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size)
+  mixed = mixed.reshape(num_rows, groups, heads // groups, queries, size)
+  return mixed.transpose(0, 3, 1, 2, 4).reshape(num_rows, queries, heads, size)
 
 
 @jax.custom_vjp

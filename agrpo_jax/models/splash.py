@@ -89,11 +89,14 @@ def _attend(q, k, v, length_B, interpret):
   )
   # Queries see the keys of their own segment.
   is_padding_BxL = jnp.arange(keys)[None] >= length_B[:, None]
-  segments = splash_attention.SegmentIds(
-    q=jnp.zeros(padded_queries, jnp.int32), kv=is_padding_BxL.astype(jnp.int32)
-  )
-  in_axes = (0, 0, 0, splash_attention.SegmentIds(q=None, kv=0))
-  mixed_BxHxSxDh = jax.vmap(kernel, in_axes)(q, k, v, segments)
+  segment_S = jnp.zeros(padded_queries, jnp.int32)
+  segment_BxL = is_padding_BxL.astype(jnp.int32)
+
+  def attend_row(q, k, v, segment_L):
+    segments = splash_attention.SegmentIds(q=segment_S, kv=segment_L)
+    return kernel(q, k, v, segments)
+
+  mixed_BxHxSxDh = jax.vmap(attend_row)(q, k, v, segment_BxL)
   return mixed_BxHxSxDh[:, :, :num_queries].transpose(0, 2, 1, 3)
 
 

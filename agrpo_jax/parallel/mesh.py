@@ -93,7 +93,7 @@ def make(
   )
 
 
-def platform(mesh: Mesh) -> str:
+def platform(mesh: Any) -> str:
   """Returns what the devices of a mesh are: "cpu", "gpu" or "tpu".
 
   They may be described only, as those of a plan; then they are not what
