@@ -191,6 +191,63 @@ def test_memory_traffic_counts_slices_and_leaves_out_what_passes_by():
   assert (256, "f32[8,8]", "") in cost.buffers
 
 
+def test_what_is_moved_on_to_the_chip_is_read_once():
+  """Beside other work; slices of an array that stays where it is."""
+  program = hlo.Program("""\
+HloModule jit_sample
+
+ENTRY %main (a: s8[64]) -> s8[8] {
+  %a = s8[64]{0} parameter(0)
+  %copy-start.1 = (s8[64]{0:T(8)S(1)}, s8[64]{0}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done.1 = s8[64]{0:T(8)S(1)} copy-done(%copy-start.1)
+  %copy-start.2 = (s8[64]{0}, s8[64]{0:T(8)S(1)}, u32[]{:S(2)}) \
+copy-start(%copy-done.1)
+  %slice-start.1 = ((s8[64]{0}), s8[8]{0:T(8)S(1)}, s32[]{:S(2)}) \
+slice-start(%a), slice={[0:8]}
+  ROOT %slice-done.1 = s8[8]{0:T(8)S(1)} slice-done(%slice-start.1)
+}
+""")
+  assert cost_lib.of(program, trips=1).bytes == 64 + 64 + 8
+
+
+# As libtpu writes them, with two heads of keys for four of queries, two rows.
+KERNELS = """\
+HloModule jit_update
+
+ENTRY %main (q: bf16[2,4,128,64], k: bf16[2,2,256,64], m: s8[1,1,1]) -> bf16[] {
+  %q = bf16[2,4,128,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,256,64]{3,2,1,0} parameter(1)
+  %m = s8[1,1,1]{2,1,0} parameter(2)
+  %splash_mha_fwd_segmented.1 = (f32[2,128,128]{2,1,0}, \
+bf16[2,4,128,64]{3,2,1,0}) custom-call(%m, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(update)/splash_mha_fwd_segmented/pallas_call"}
+  ROOT %splash_mha_dkv_segmented.1 = (DQbf16[2,2,256,64]{3,2,1,0}, \
+bf16[2,2,256,64]{3,2,1,0}) custom-call(%m, %q, %k, %k, /*index=4*/%q), \
+custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(update)/splash_mha_dkv_segmented/pallas_call"}
+}
+"""
+
+
+@pytest.mark.parametrize("is_fused, products", [(False, 4), (True, 5)])
+def test_kernels_of_splash_attention(is_fused, products):
+  dq = "bf16[2,1,4,128,64]{4,3,2,1,0}, " if is_fused else ""
+  cost = cost_lib.of(hlo.Program(KERNELS.replace("DQ", dq)), trips=1)
+  assert cost.flops == (2 + products) * 2 * (2 * 4 * 128) * 256 * 64
+  q, k, scratch = 2 * 4 * 128 * 64 * 2, 2 * 2 * 256 * 64 * 2, 2 * 128 * 128 * 4
+  forward = 1 + q + 2 * k + scratch + q
+  backward = 1 + 2 * q + 2 * k + 2 * k + is_fused * q
+  assert cost.bytes == forward + backward
+
+
+def test_a_kernel_of_unknown_cost_is_no_free_one():
+  text = KERNELS.replace("DQ", "").replace("splash_mha", "other")
+  with pytest.raises(ValueError, match="a kernel of unknown cost"):
+    cost_lib.of(hlo.Program(text), trips=1)
+
+
 def test_the_source_of_an_instruction_is_its_place_in_our_code():
   program = hlo.Program(MODULE)
   assert program.instructions["dot.1"].source == "layers/mlp/gate/dot_general"
