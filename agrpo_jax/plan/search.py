@@ -42,7 +42,7 @@ class Choice:
     """The seconds, and the settings as flags."""
     s = self.s
     return (
-      f"{self.seconds:.1f} s: {_mesh(s)} {_batch_size(s)} {_microbatch(s)} "
+      f"{self.seconds:.4g} s: {_mesh(s)} {_batch_size(s)} {_microbatch(s)} "
       f"{_remat(s)}"
     )
 
@@ -176,7 +176,7 @@ def _ascend(
       print(f"  {words(s)} does not fit", flush=True)
       break
     seconds = program.step_seconds(chip)
-    print(f"  {words(s)} {seconds:.1f} s", flush=True)
+    print(f"  {words(s)} {seconds:.4g} s", flush=True)
     found.append((s, program))
     if len(found) > 1 and seconds > found[-2][1].step_seconds(chip):
       break

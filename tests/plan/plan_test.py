@@ -439,18 +439,6 @@ def test_a_whole_plan_on_eight_virtual_devices():
   assert "all-gather" in out
 
 
-def test_a_search_needs_no_batch_that_divides():
-  code, out, err = _command(
-    *("--search", "--topology=h100:1", "--config.rollout.batch_size=3"),
-    *("--config.rollout.num_prompts=1", "--config.objective.num_mc_steps=1"),
-  )
-  assert code == 0, err
-  best = out.split("The fastest that fit")[1].splitlines()[1]
-  assert "--config.mesh.data=1 --config.mesh.fsdp=1" in best
-  assert "--config.rollout.batch_size=" in best
-  assert "It fits." in out
-
-
 def test_a_search_needs_an_accelerator_to_rank_by():
   code, _, err = _command("--search")
   assert code == 2

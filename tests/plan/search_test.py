@@ -1,11 +1,13 @@
 """The search for settings, on costs made up by hand."""
 
 import dataclasses
+import types
 
 import pytest
 
 from agrpo_jax import errors
 from agrpo_jax import settings
+from agrpo_jax.plan import __main__ as plan
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import programs
@@ -27,6 +29,7 @@ class FakePlanner:
 
   def __init__(self, s, gib, refused=()):
     self.mesh = type("Mesh", (), {"shape": dataclasses.asdict(s.mesh)})()
+    self.prompt_length = 512
     self.parts = s.mesh.fsdp * s.mesh.tensor
     self.gib = gib
     if self.parts in refused:
@@ -85,12 +88,36 @@ def test_weights_that_fit_whole_stay_whole(capsys):
 def test_a_choice_is_told_as_flags():
   choices, _ = fastest(gib=8)
   assert str(choices[0]).startswith(
-    "34.0 s: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 "
+    "34 s: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 "
     "--config.rollout.batch_size="
   )
   assert str(choices[0]).endswith(
     "--config.objective.microbatch=4 --config.model.remat=none"
   )
+
+
+def test_the_command(monkeypatch, capsys):
+  """It needs no batch that divides, and describes the fastest."""
+  c = gsm8k.get_config()
+  c.rollout.batch_size = 3
+  for name, value in (
+    ("command.CONFIG", c),
+    ("_SEARCH", True),
+    ("_TOPOLOGY", "v5e:2x2"),
+    ("_PROMPT_LENGTH", 0),
+  ):
+    flag = types.SimpleNamespace(value=value)
+    monkeypatch.setattr(f"agrpo_jax.plan.__main__.{name}", flag)
+  monkeypatch.setattr(chips, "devices", lambda topology: [None] * 4)
+  monkeypatch.setattr(settings.Mesh, "make", lambda mesh, devices: mesh)
+  monkeypatch.setattr(
+    programs, "Planner", lambda s, mesh, length: FakePlanner(s, gib=8)
+  )
+  plan.main([])
+  out = capsys.readouterr().out
+  assert "The fastest that fit" in out
+  assert "4 devices as data 4, fsdp 1, tensor 1; LoRA, remat none" in out
+  assert "At the roofline 34.0 s a train step" in out
 
 
 def test_weights_that_do_not_fit_are_split_over_as_few_as_hold_them():
