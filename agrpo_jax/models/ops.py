@@ -157,7 +157,8 @@ def attend(
     rows: how the rows are split over devices, None for one device.
   """
   if implementation == "splash":
-    return splash.attend(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B, rows)
+    kernel = splash.attend if rows is None else _split_kernel(rows)
+    return kernel(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B)
   if implementation == "cudnn":
     return jax.nn.dot_product_attention(
       q_BxSxHxDh,
@@ -178,6 +179,36 @@ def attend(
   mixed = _attend(q, k, v, bias[:, None, None, :])
   mixed = mixed.reshape(num_rows, groups, heads // groups, queries, size)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(num_rows, queries, heads, size)
+
+
+def splash_problem(
+  num_kv_heads: int, rows: mesh_lib.NamedSharding | None
+) -> str:
+  """Returns why splash attention cannot compute these heads; "" if it can."""
+  axis = mesh_lib.RULES["kv_heads"]
+  parts = rows.mesh.shape[axis] if rows else 1
+  if num_kv_heads % parts == 0:
+    return ""
+  return f"mesh.{axis}={parts} splits one of its {num_kv_heads} KV heads"
+
+
+def _split_kernel(rows):
+  """Splash attention of which every device computes its rows and heads.
+
+  The compiler cannot split a kernel itself.
+  """
+  P = jax.sharding.PartitionSpec
+  queries, keys = (
+    P(mesh_lib.ROW_AXES, None, mesh_lib.RULES[axis])
+    for axis in ("heads", "kv_heads")
+  )
+  return jax.shard_map(
+    splash.attend,
+    mesh=rows.mesh,
+    in_specs=(queries, keys, keys, P(mesh_lib.ROW_AXES)),
+    out_specs=queries,
+    check_vma=False,  # a kernel says nothing of what varies over the mesh
+  )
 
 
 @jax.custom_vjp

@@ -5,14 +5,9 @@ several times; this kernel (`jax.experimental.pallas.ops.tpu.splash_attention`)
 reads q, k and v and writes the mixture.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-
-from agrpo_jax.models import base
-from agrpo_jax.parallel import mesh as mesh_lib
 
 # Sequences are padded to a multiple: the width of a TPU's vector registers.
 _LANES = 128
@@ -22,28 +17,11 @@ _LANES = 128
 _LARGEST_BLOCK = 1024
 
 
-def problem(shape: base.Shape, rows: mesh_lib.NamedSharding | None) -> str:
-  """Returns why the kernel cannot compute a network's heads; "" if it can.
-
-  Args:
-    shape: of the network.
-    rows: how a batch is split over devices, None for one device.
-  """
-  axis = mesh_lib.RULES["kv_heads"]
-  parts = rows.mesh.shape[axis] if rows else 1
-  if shape.num_kv_heads % parts:
-    return (
-      f"mesh.{axis}={parts} splits one of its {shape.num_kv_heads} KV heads"
-    )
-  return ""
-
-
 def attend(
   q_BxSxHxDh: jax.Array,
   k_BxLxHxDh: jax.Array,
   v_BxLxHxDh: jax.Array,
   length_B: jax.Array,
-  rows: mesh_lib.NamedSharding | None = None,
   *,
   interpret: bool = False,
 ) -> jax.Array:
@@ -56,48 +34,29 @@ def attend(
     k_BxLxHxDh: keys, of as many heads or fewer.
     v_BxLxHxDh: values.
     length_B: int32, the keys of each row that are seen.
-    rows: how a batch is split over devices, None for one device. Every device
-      computes its rows and heads; the compiler cannot split a kernel itself.
     interpret: compute on any hardware, slowly, for tests.
   """
-  one_device = functools.partial(_attend, interpret=interpret)
-  if rows is None:
-    return one_device(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B)
-  P = jax.sharding.PartitionSpec
-  axes, rules = mesh_lib.ROW_AXES, mesh_lib.RULES
-  queries = P(axes, None, rules["heads"])
-  keys = P(axes, None, rules["kv_heads"])
-  return jax.shard_map(
-    one_device,
-    mesh=rows.mesh,
-    in_specs=(queries, keys, keys, P(axes)),
-    out_specs=queries,
-    check_vma=False,  # a kernel says nothing of what varies over the mesh
-  )(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B)
-
-
-def _attend(q, k, v, length_B, interpret):
-  num_queries, heads, size = q.shape[1:]
-  q, k, v = (_by_head(x) for x in (q * size**-0.5, k, v))
-  padded_queries, keys = q.shape[2], k.shape[2]
+  num_queries, num_heads, size = q_BxSxHxDh.shape[1:]
+  q = _by_head(q_BxSxHxDh * size**-0.5)
+  k, v = _by_head(k_BxLxHxDh), _by_head(v_BxLxHxDh)
+  queries, keys = q.shape[2], k.shape[2]  # with padding
   kernel = splash_attention.make_splash_mha_single_device(
     splash_attention.MultiHeadMask(
-      [splash_attention.FullMask((padded_queries, keys))] * heads
+      [splash_attention.FullMask((queries, keys))] * num_heads
     ),
-    block_sizes=_blocks(padded_queries, keys),
+    block_sizes=_blocks(queries, keys),
     interpret=interpret,
   )
   # Queries see the keys of their own segment.
+  segment_S = jnp.zeros(queries, jnp.int32)
   is_padding_BxL = jnp.arange(keys)[None] >= length_B[:, None]
-  segment_S = jnp.zeros(padded_queries, jnp.int32)
-  segment_BxL = is_padding_BxL.astype(jnp.int32)
 
   def attend_row(q, k, v, segment_L):
     segments = splash_attention.SegmentIds(q=segment_S, kv=segment_L)
     return kernel(q, k, v, segments)
 
-  mixed_BxHxSxDh = jax.vmap(attend_row)(q, k, v, segment_BxL)
-  return mixed_BxHxSxDh[:, :, :num_queries].transpose(0, 2, 1, 3)
+  mixed = jax.vmap(attend_row)(q, k, v, is_padding_BxL.astype(jnp.int32))
+  return mixed[:, :, :num_queries].transpose(0, 2, 1, 3)
 
 
 def _by_head(x_BxLxHxDh):

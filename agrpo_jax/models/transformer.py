@@ -23,7 +23,6 @@ from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import ops
 from agrpo_jax.models import parameters
-from agrpo_jax.models import splash
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import split
 
@@ -179,7 +178,7 @@ def _attention(
   if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
     return "xla"
   platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
-  if platform == "tpu" and splash.problem(shape, rows):
+  if platform == "tpu" and ops.splash_problem(shape.num_kv_heads, rows):
     return "xla"
   return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 

@@ -19,7 +19,7 @@ from agrpo_jax import optimizer
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
-from agrpo_jax.models import splash
+from agrpo_jax.models import ops
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
@@ -308,7 +308,8 @@ def _check_attention(shape: base.Shape, mesh: mesh_lib.Mesh) -> None:
   """Raises UserError for an attention that cannot compute these heads."""
   if shape.attention != "splash":
     return
-  if found := splash.problem(shape, mesh_lib.rows(mesh)):
+  found = ops.splash_problem(shape.num_kv_heads, mesh_lib.rows(mesh))
+  if found:
     raise errors.UserError(
       f"config.model.attention='splash' cannot compute this network: {found}. "
       "Set it to 'xla' or 'auto'."

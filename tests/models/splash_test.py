@@ -1,5 +1,7 @@
 """The TPU kernel computes what XLA computes, and refuses what it cannot."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,21 +30,16 @@ def draw(seed, rows, queries, keys, heads, kv_heads, dtype=jnp.float32):
   ]
 
 
-def value_and_gradients(attend, q, k, v, target, length, rows=None):
+def value_and_gradients(attend, q, k, v, target, length):
   def score(q, k, v):
-    mixed = attend(q, k, v, length, rows)
+    mixed = attend(q, k, v, length)
     return jnp.sum((mixed * target).astype(jnp.float32)), mixed
 
   return jax.value_and_grad(score, (0, 1, 2), has_aux=True)(q, k, v)
 
 
-def by_splash(q, k, v, length, rows=None):
-  return splash.attend(q, k, v, length, rows, interpret=True)
-
-
-def by_xla(q, k, v, length, rows=None):
-  del rows
-  return ops.attend(q, k, v, length)
+by_splash = functools.partial(splash.attend, interpret=True)
+by_xla = ops.attend
 
 
 @pytest.mark.parametrize(
@@ -118,9 +115,10 @@ def test_on_a_mesh_every_device_computes_its_rows_and_heads(run_in_subprocess):
     """
     import functools
     import chex, jax, jax.numpy as jnp
-    from agrpo_jax.models import splash
+    from agrpo_jax.models import ops, splash
     from agrpo_jax.parallel import mesh as mesh_lib
 
+    splash.attend = functools.partial(splash.attend, interpret=True)
     rows = mesh_lib.rows(mesh_lib.make(data=2, fsdp=1, tensor=2))
     keys = jax.random.split(jax.random.key(0), 4)
     q, target = (jax.random.normal(k, (4, 100, 4, 128)) for k in keys[:2])
@@ -129,7 +127,7 @@ def test_on_a_mesh_every_device_computes_its_rows_and_heads(run_in_subprocess):
 
     def value_and_gradients(rows, *qkv):
       def score(*qkv):
-        mixed = splash.attend(*qkv, length, rows, interpret=True)
+        mixed = ops.attend(*qkv, length, "splash", rows)
         return jnp.sum(mixed * target), mixed
       return jax.value_and_grad(score, (0, 1, 2), has_aux=True)(*qkv)
 
@@ -143,7 +141,7 @@ def test_on_a_mesh_every_device_computes_its_rows_and_heads(run_in_subprocess):
     # Nothing travels: what a device needs is what it has.
     by_row = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
     place = jax.sharding.NamedSharding(rows.mesh, by_row)
-    attend = functools.partial(splash.attend, rows=rows, interpret=True)
+    attend = functools.partial(ops.attend, implementation="splash", rows=rows)
     program = jax.jit(attend, out_shardings=place).lower(
       *jax.device_put((q, k, v), place), jax.device_put(length, rows)
     )
@@ -160,14 +158,13 @@ def shape(**changes):
 
 
 def test_heads_that_the_kernel_cannot_compute():
-  one = shape(num_heads=4, num_kv_heads=2)
-  assert splash.problem(one, None) == ""
+  assert ops.splash_problem(2, None) == ""
   for tensor, found in (
     (2, ""),
     (4, "mesh.tensor=4 splits one of its 2 KV heads"),
   ):
     mesh = jax.sharding.AbstractMesh((1, 1, tensor), mesh_lib.AXES)
-    assert splash.problem(one, mesh_lib.rows(mesh)) == found
+    assert ops.splash_problem(2, mesh_lib.rows(mesh)) == found
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from agrpo_jax.plan import __main__ as plan
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import programs
-from agrpo_jax.plan import search
 from configs import gsm8k
 
 CHIP = chips.CHIPS["v5e"]  # 15.75 GiB
@@ -68,7 +67,7 @@ def fastest(gib, num_devices=4, **kwargs):
     tried.append(s.mesh)
     return FakePlanner(s, gib, **kwargs)
 
-  choices = search.fastest(s, make_planner, num_devices, CHIP)
+  choices = plan.fastest(s, make_planner, num_devices, CHIP)
   assert [c.seconds for c in choices] == sorted(c.seconds for c in choices)
   return choices, tried
 
@@ -158,7 +157,7 @@ def test_nothing_fits():
 
 
 def test_meshes():
-  assert list(search.meshes(4)) == [
+  assert list(plan.meshes(4)) == [
     settings.Mesh(data=4, fsdp=1, tensor=1),
     settings.Mesh(data=2, fsdp=2, tensor=1),
     settings.Mesh(data=2, fsdp=1, tensor=2),
