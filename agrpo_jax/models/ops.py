@@ -182,9 +182,11 @@ def attend(
 
 
 def splash_problem(
-  num_kv_heads: int, rows: mesh_lib.NamedSharding | None
+  num_kv_heads: int, head_dim: int, rows: mesh_lib.NamedSharding | None
 ) -> str:
   """Returns why splash attention cannot compute these heads; "" if it can."""
+  if head_dim > splash.LARGEST_HEAD:
+    return f"head_dim={head_dim} is above {splash.LARGEST_HEAD}"
   axis = mesh_lib.RULES["kv_heads"]
   parts = rows.mesh.shape[axis] if rows else 1
   if num_kv_heads % parts == 0:

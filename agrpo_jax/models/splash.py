@@ -12,9 +12,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 # Sequences are padded to a multiple: the width of a TPU's vector registers.
 _LANES = 128
 
-# Of queries by keys: their float32 scores are 4 MiB of on-chip memory, of which
-# a kernel can have 16 on every generation.
+# Queries and keys that are on the chip together, and keys multiplied at once. Of
+# more, their scores and gradients, float32, overflow the 16 MiB that a kernel can
+# have on v4.
 _LARGEST_BLOCK = 1024
+_LARGEST_PRODUCT = 896
+LARGEST_HEAD = 128
+"""Columns of a head for which the blocks fit on the chip."""
 
 
 def attend(
@@ -66,24 +70,25 @@ def _by_head(x_BxLxHxDh):
 
 
 def _blocks(queries: int, keys: int) -> splash_attention.BlockSizes:
-  block_q, block_kv = _block(queries), _block(keys)
+  block_q, block_kv = (_divisor(n, _LARGEST_BLOCK) for n in (queries, keys))
+  at_once = _divisor(block_kv, _LARGEST_PRODUCT)
   # One kernel for all gradients adds up those of q over blocks of keys in q's
   # dtype; where there are several blocks, q has a kernel of its own.
   is_fused = block_kv == keys
   return splash_attention.BlockSizes(
     block_q=block_q,
     block_kv=block_kv,
-    block_kv_compute=block_kv,
+    block_kv_compute=at_once,
     block_q_dkv=block_q,
     block_kv_dkv=block_kv,
-    block_kv_dkv_compute=block_kv,
+    block_kv_dkv_compute=at_once,
     block_q_dq=None if is_fused else block_q,
     block_kv_dq=None if is_fused else block_kv,
     use_fused_bwd_kernel=is_fused,
   )
 
 
-def _block(length: int) -> int:
-  """The largest block of whole vector registers that divides a length."""
-  most = min(length, _LARGEST_BLOCK)
-  return max(n for n in range(_LANES, most + 1, _LANES) if length % n == 0)
+def _divisor(length: int, most: int) -> int:
+  """The largest multiple of the lanes that divides a length, at most `most`."""
+  sizes = range(_LANES, min(length, most) + 1, _LANES)
+  return max(size for size in sizes if length % size == 0)

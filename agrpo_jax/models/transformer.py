@@ -178,7 +178,8 @@ def _attention(
   if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
     return "xla"
   platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
-  if platform == "tpu" and ops.splash_problem(shape.num_kv_heads, rows):
+  found = ops.splash_problem(shape.num_kv_heads, shape.head_dim, rows)
+  if platform == "tpu" and found:
     return "xla"
   return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 

@@ -308,7 +308,9 @@ def _check_attention(shape: base.Shape, mesh: mesh_lib.Mesh) -> None:
   """Raises UserError for an attention that cannot compute these heads."""
   if shape.attention != "splash":
     return
-  found = ops.splash_problem(shape.num_kv_heads, mesh_lib.rows(mesh))
+  found = ops.splash_problem(
+    shape.num_kv_heads, shape.head_dim, mesh_lib.rows(mesh)
+  )
   if found:
     raise errors.UserError(
       f"config.model.attention='splash' cannot compute this network: {found}. "

@@ -158,13 +158,14 @@ def shape(**changes):
 
 
 def test_heads_that_the_kernel_cannot_compute():
-  assert ops.splash_problem(2, None) == ""
+  assert ops.splash_problem(2, 128, None) == ""
+  assert ops.splash_problem(2, 256, None) == "head_dim=256 is above 128"
   for tensor, found in (
     (2, ""),
     (4, "mesh.tensor=4 splits one of its 2 KV heads"),
   ):
     mesh = jax.sharding.AbstractMesh((1, 1, tensor), mesh_lib.AXES)
-    assert ops.splash_problem(2, mesh_lib.rows(mesh)) == found
+    assert ops.splash_problem(2, 128, mesh_lib.rows(mesh)) == found
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,7 @@ def test_heads_that_the_kernel_cannot_compute():
     ("tpu", {}, 896, "splash"),
     ("tpu", {}, 12, "xla"),  # the last layer's
     ("tpu", {"dtype": "float32"}, 896, "xla"),
+    ("tpu", {"head_dim": 256}, 896, "xla"),
     ("tpu", {"attention": "xla"}, 896, "xla"),
     ("tpu", {"attention": "splash"}, 12, "splash"),
     ("gpu", {}, 896, "cudnn"),
@@ -194,8 +196,8 @@ def test_the_network_on_described_devices_is_theirs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "length, block",
-  [(128, 128), (896, 896), (1024, 1024), (1152, 384), (2048, 1024)],
+  "length, most, size",
+  [(128, 1024, 128), (896, 896, 896), (1024, 896, 512), (1152, 1024, 384)],
 )
-def test_blocks_divide(length, block):
-  assert splash._block(length) == block
+def test_blocks_divide(length, most, size):
+  assert splash._divisor(length, most) == size
