@@ -12,9 +12,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 # Sequences are padded to a multiple: the width of a TPU's vector registers.
 _LANES = 128
 
-# Queries and keys that are on the chip together, and keys multiplied at once. Of
-# more, their scores and gradients, float32, overflow the 16 MiB that a kernel can
-# have on v4.
+# Queries and keys that are on the chip together, and keys multiplied at once.
+# With more the float32 scores and their gradients overflow the 16 MiB that a
+# kernel can have on v4.
 _LARGEST_BLOCK = 1024
 _LARGEST_PRODUCT = 896
 LARGEST_HEAD = 128
