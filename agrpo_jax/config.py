@@ -33,7 +33,7 @@ def _common(kind: str) -> ConfigDict:
   m.tokenizer = ""  # another folder or hub id, "bytes", or "": the model's own
   m.dtype = "bfloat16"  # of activations and a frozen base: float32, bfloat16
   m.remat = "none"  # what the backward pass recomputes: none, dots, full
-  m.attention = "auto"  # auto, xla, cudnn
+  m.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
 
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters

@@ -24,11 +24,12 @@ that any machine can do, e.g. with
 
 from agrpo_jax import config as config_lib
 
-# Completions drawn at once, (completion, step) pairs at once, recomputation.
+# Devices that share the frozen base, completions drawn at once, (completion,
+# step) pairs at once, recomputation.
 _MACHINES = {
-  "v5e": (128, 128, "full"),  # 32 chips
-  "v6e": (64, 64, "full"),  # 16 chips
-  "v5p": (128, 32, "dots"),  # 4 chips
+  "v5e": (2, 128, 32, "dots"),  # 32 chips
+  "v6e": (1, 64, 32, "dots"),  # 16 chips
+  "v5p": (1, 128, 32, "dots"),  # 4 chips
 }
 _VARIANTS = (*_MACHINES, "exact", "debug")
 
@@ -63,7 +64,8 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   if "exact" not in asked:
     config_lib.paper(c)
   for machine in asked & _MACHINES.keys():
-    batch_size, microbatch, remat = _MACHINES[machine]
+    tensor, batch_size, microbatch, remat = _MACHINES[machine]
+    c.mesh.update(data=-1, fsdp=1, tensor=tensor)
     c.rollout.batch_size = batch_size
     c.objective.microbatch = microbatch
     c.model.remat = remat

@@ -28,7 +28,7 @@ def test_variants_of_gsm8k_hold(arg):
   is_exact = c.objective.normalize == "sum"
   assert is_exact == ("exact" in arg)
   if "v5e" in arg:
-    assert (c.rollout.batch_size, c.model.remat) == (128, "full")
+    assert (c.rollout.batch_size, c.mesh.tensor) == (128, 2)
 
 
 def test_defaults_are_the_exact_estimator():

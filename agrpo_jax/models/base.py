@@ -13,7 +13,7 @@ from agrpo_jax import errors
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "cudnn")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 # The fields of `Shape` that say how to compute, not what.
 SWITCHES = ("dtype", "remat", "attention")
@@ -72,7 +72,8 @@ class Shape:
     remat: what the forward pass keeps for the backward pass: "none" recomputes
       nothing, "dots" keeps the outputs of the projections, "full" keeps only
       the input of each layer.
-    attention: "xla", "cudnn", or "auto": cuDNN for bfloat16 on a GPU.
+    attention: "xla", "cudnn", "splash" (a TPU kernel), or "auto": for bfloat16
+      the kernel of a GPU or TPU, except where there are few queries.
   """
 
   model_type: str

@@ -6,27 +6,34 @@ CPUs, transpose whole activations.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agrpo_jax.models import splash
 from agrpo_jax.parallel import mesh as mesh_lib
 
 # Stands for -inf in scores: a row without any key must not become NaN.
 _NEVER = -1e30
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
   x: jax.Array,
   kernel: jax.Array,
   shardings: mesh_lib.Shardings | None = None,
+  out_dtype: Any = jnp.float32,
 ) -> jax.Array:
   """x [..., in] @ kernel [in, out], in x's dtype, accumulated to float32.
 
-  Returns float32. The gradient of `kernel` has the dtype of `kernel`, and is
-  accumulated in float32 too.
+  The gradient of `kernel` has the dtype of `kernel`, and is accumulated in
+  float32 too.
+
+  out_dtype: of the product. Where it would be rounded next, asking for the
+    rounded one keeps the float32 sums on the chip; devices that share a sum
+    round their parts of it.
 
   shardings: where the kernel is kept, which is where its gradient goes, and
     where it is while it is multiplied. Left to itself the compiler may pass
@@ -38,7 +45,7 @@ def matmul(
     x,
     _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (0,)), ((), ())),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=out_dtype,
   )
 
 
@@ -48,11 +55,12 @@ def _put(array, sharding):
   return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def _matmul_fwd(x, kernel, shardings):
-  return matmul(x, kernel, shardings), (x, kernel)
+def _matmul_fwd(x, kernel, shardings, out_dtype):
+  return matmul(x, kernel, shardings, out_dtype), (x, kernel)
 
 
-def _matmul_bwd(shardings, saved, gradient):
+def _matmul_bwd(shardings, out_dtype, saved, gradient):
+  del out_dtype
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
   gradient = gradient.astype(x.dtype)
@@ -60,7 +68,7 @@ def _matmul_bwd(shardings, saved, gradient):
     gradient,
     _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (1,)), ((), ())),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=x.dtype,
   )
   # The rows of x are contracted as they lie in memory; automatic
   # differentiation asks for the product in the other order, transposed.
@@ -71,7 +79,7 @@ def _matmul_bwd(shardings, saved, gradient):
     preferred_element_type=jnp.float32,
   )
   gradient_kernel = _put(gradient_kernel, shardings and shardings.kept)
-  return gradient_x.astype(x.dtype), gradient_kernel.astype(kernel.dtype)
+  return gradient_x, gradient_kernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -80,7 +88,8 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """silu(gate) * up; keeps only its arguments for the backward pass."""
-  return jax.nn.silu(gate) * up
+  # Held back, so that `up` is written as rounded, see `rotate`.
+  return jax.nn.silu(gate) * jax.lax.optimization_barrier(up)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -120,7 +129,10 @@ def rotate(x_BxLxHxDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   cos, sin: float32, [1 or B, L, 1, Dh / 2].
   """
-  first, second = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
+  # Held back, or the compiler leaves out that x was rounded, and passes it
+  # through memory in float32.
+  halves = jnp.split(jax.lax.optimization_barrier(x_BxLxHxDh), 2, axis=-1)
+  first, second = (half.astype(jnp.float32) for half in halves)
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
@@ -133,14 +145,20 @@ def attend(
   v_BxLxHxDh: jax.Array,
   length_B: jax.Array,
   implementation: str = "xla",
+  rows: mesh_lib.NamedSharding | None = None,
 ) -> jax.Array:
   """softmax(q k / sqrt(Dh)) v over the first `length` keys of each row.
 
   k and v may have fewer heads than q; then consecutive heads of q share one.
 
   Args:
-    implementation: "xla", or "cudnn" (GPU only, not float32).
+    implementation: "xla", "cudnn" (GPU only, not float32), or "splash" (TPU
+      only).
+    rows: how the rows are split over devices, None for one device.
   """
+  if implementation == "splash":
+    kernel = splash.attend if rows is None else _split_kernel(rows)
+    return kernel(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B)
   if implementation == "cudnn":
     return jax.nn.dot_product_attention(
       q_BxSxHxDh,
@@ -149,17 +167,49 @@ def attend(
       key_value_seq_lengths=length_B,
       implementation="cudnn",
     )
-  rows, queries, heads, size = q_BxSxHxDh.shape
+  num_rows, queries, heads, size = q_BxSxHxDh.shape
   keys, groups = k_BxLxHxDh.shape[1:3]
   # Queries that share keys become further queries of one head.
-  q = q_BxSxHxDh.reshape(rows, queries, groups, heads // groups, size)
-  q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, size)
+  q = q_BxSxHxDh.reshape(num_rows, queries, groups, heads // groups, size)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, size)
   k, v = heads_first(k_BxLxHxDh), heads_first(v_BxLxHxDh)
   is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
   bias = jnp.where(is_key_BxL, 0.0, _NEVER)
   mixed = _attend(q, k, v, bias[:, None, None, :])
-  mixed = mixed.reshape(rows, groups, heads // groups, queries, size)
-  return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size)
+  mixed = mixed.reshape(num_rows, groups, heads // groups, queries, size)
+  return mixed.transpose(0, 3, 1, 2, 4).reshape(num_rows, queries, heads, size)
+
+
+def splash_problem(
+  num_kv_heads: int, head_dim: int, rows: mesh_lib.NamedSharding | None
+) -> str:
+  """Returns why splash attention cannot compute these heads; "" if it can."""
+  if head_dim > splash.LARGEST_HEAD:
+    return f"head_dim={head_dim} is above {splash.LARGEST_HEAD}"
+  axis = mesh_lib.RULES["kv_heads"]
+  parts = rows.mesh.shape[axis] if rows else 1
+  if num_kv_heads % parts == 0:
+    return ""
+  return f"mesh.{axis}={parts} splits one of its {num_kv_heads} KV heads"
+
+
+def _split_kernel(rows):
+  """Splash attention of which every device computes its rows and heads.
+
+  The compiler cannot split a kernel itself.
+  """
+  P = jax.sharding.PartitionSpec
+  queries, keys = (
+    P(mesh_lib.ROW_AXES, None, mesh_lib.RULES[axis])
+    for axis in ("heads", "kv_heads")
+  )
+  return jax.shard_map(
+    splash.attend,
+    mesh=rows.mesh,
+    in_specs=(queries, keys, keys, P(mesh_lib.ROW_AXES)),
+    out_specs=queries,
+    check_vma=False,  # a kernel says nothing of what varies over the mesh
+  )
 
 
 def heads_first(x_BxLxHxDh: jax.Array) -> jax.Array:
@@ -252,10 +302,10 @@ def _attend_fwd(q, k, v, bias):
 
 def _attend_bwd(saved, gradient):
   q, k, v, bias, mixed, log_total = saved
-  gradient_q, gradient_k, gradient_v = _attend_gradients(
-    q, k, v, bias, gradient, log_total, _weighted(gradient, mixed)
+  gradients = _attend_gradients(
+    q, k, v, bias, gradient, log_total, _weighted(gradient, mixed), q.dtype
   )
-  return gradient_q.astype(q.dtype), gradient_k, gradient_v, None
+  return *gradients, None
 
 
 def _weighted(gradient, mixed):
@@ -263,20 +313,20 @@ def _weighted(gradient, mixed):
   return jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
 
 
-def _attend_gradients(q, k, v, bias, gradient, log_total, mean):
-  """The gradients of q (float32), k and v, from one set of keys.
+def _attend_gradients(q, k, v, bias, gradient, log_total, mean, q_dtype):
+  """The gradients of q (in `q_dtype`), k and v, from one set of keys.
 
   The weights are computed again from their log-sum-exp, as in
   FlashAttention-2 (arXiv:2307.08691), instead of being kept.
   """
   weight = jnp.exp(_scores(q, k, bias) - log_total)
-  gradient_v = _batched(weight.astype(v.dtype), gradient, 2, 2)
+  gradient_v = _batched(weight.astype(v.dtype), gradient, 2, 2, v.dtype)
   gradient_weight = _batched(gradient, v, 3, 3)
   gradient_scores = weight * (gradient_weight - mean) * q.shape[-1] ** -0.5
   gradient_scores = gradient_scores.astype(q.dtype)
-  gradient_q = _batched(gradient_scores, k, 3, 2)
-  gradient_k = _batched(gradient_scores, q, 2, 2)
-  return gradient_q, gradient_k.astype(k.dtype), gradient_v.astype(v.dtype)
+  gradient_q = _batched(gradient_scores, k, 3, 2, q_dtype)
+  gradient_k = _batched(gradient_scores, q, 2, 2, k.dtype)
+  return gradient_q, gradient_k, gradient_v
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -312,13 +362,16 @@ def _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias):
 def _attend_both_bwd(saved, gradient):
   q, k, v, bias, shared_k, shared_v, shared_bias, mixed, log_total = saved
   rest = gradient, log_total, _weighted(gradient, mixed)
-  own_q, own_k, own_v = _attend_gradients(q, k, v, bias, *rest)
+  own_q, own_k, own_v = _attend_gradients(
+    q, k, v, bias, *rest, q_dtype=jnp.float32
+  )
   shared_q, gradient_shared_k, gradient_shared_v = _attend_gradients(
     _per_head(q, shared_k),
     shared_k,
     shared_v,
     shared_bias,
     *(_per_head(x, shared_k) for x in rest),
+    q_dtype=jnp.float32,
   )
   gradient_q = (own_q + shared_q.reshape(q.shape)).astype(q.dtype)
   return (
@@ -339,11 +392,11 @@ def _scores(q, k, bias):
   return _batched(q, k, 3, 3) * q.shape[-1] ** -0.5 + bias
 
 
-def _batched(left, right, contract_left, contract_right):
-  """A float32 product per row and head."""
+def _batched(left, right, contract_left, contract_right, dtype=jnp.float32):
+  """A product per row and head, accumulated to float32, then rounded."""
   return jax.lax.dot_general(
     left,
     right,
     (((contract_left,), (contract_right,)), ((0, 1), (0, 1))),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=dtype,
   )

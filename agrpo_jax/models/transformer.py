@@ -36,9 +36,9 @@ abstract_params = parameters.abstract_params
 init = parameters.init
 logical_axes = parameters.logical_axes
 
-# Below this many queries the scores of the last layer are small, and cuDNN's
-# tiles would be mostly empty.
-_FEWEST_CUDNN_QUERIES = 64
+# Below this many queries the scores of the last layer are small, and the tiles
+# of a kernel that keeps them on the chip would be mostly empty.
+_FEWEST_KERNEL_QUERIES = 64
 
 # What remat "dots" keeps: the name of every projection's output.
 _PROJECTION = "projection"
@@ -70,18 +70,28 @@ class Projection(nn.Module):
     x = x.astype(dtype)
     kernel = self.param("kernel", self.specs["kernel"].initial)
     fan_in, fan_out = self.specs["kernel"].axes
-    y = ops.matmul(x, kernel, self._shardings(fan_in, fan_out))
+    out_dtype = out_dtype or dtype
+    # What is added to is rounded after the sum.
+    is_sum = self.has_variable("lora", "a") or "bias" in self.specs
+    y = ops.matmul(
+      x,
+      kernel,
+      self._shardings(fan_in, fan_out),
+      jnp.float32 if is_sum else out_dtype,
+    )
     if self.has_variable("lora", "a"):
       a: jax.Array = self.get_variable("lora", "a")
       b: jax.Array = self.get_variable("lora", "b")
-      inner = ops.matmul(x, a, self._shardings(fan_in, "rank")).astype(dtype)
-      outer = ops.matmul(inner, b, self._shardings("rank", fan_out))
-      # Rounded, since it passes through memory: half the traffic.
-      y += self.lora_scale * outer.astype(dtype)
+      # Rounded, since they pass through memory: half the traffic.
+      inner = ops.matmul(x, a, self._shardings(fan_in, "rank"), dtype)
+      outer = ops.matmul(inner, b, self._shardings("rank", fan_out), dtype)
+      # Held back, or the compiler finishes y first and adds up in the smaller
+      # product: the float32 sums of y would pass through memory.
+      y += self.lora_scale * jax.lax.optimization_barrier(outer)
     if "bias" in self.specs:
       bias = self.param("bias", self.specs["bias"].initial)
       y += ops.last_axis(bias, y.ndim)
-    y = y.astype(out_dtype or dtype)
+    y = y.astype(out_dtype)
     return ad_checkpoint.checkpoint_name(y, _PROJECTION)
 
   def _shardings(self, *axes: str) -> mesh_lib.Shardings | None:
@@ -204,8 +214,8 @@ class Layer(nn.Module):
     size = of.num_row_tokens
     row_k, row_v = k[:, :size], v[:, :size]
     if of.start_B is None:
-      how = _attention(self.shape, q.shape[1])
-      return ops.attend(q, row_k, row_v, of.length_B, how)
+      how = _attention(self.shape, q.shape[1], self.rows)
+      return ops.attend(q, row_k, row_v, of.length_B, how, self.rows)
     if shared is None:
       shared = ops.heads_first(row_k), ops.heads_first(row_v)
     # The last layer is asked for positions of windows alone.
@@ -224,8 +234,10 @@ class Layer(nn.Module):
     )
     mixed = mixed.reshape(q.shape[0], -1, *q.shape[2:])
     if row_queries:
-      how = _attention(self.shape, row_queries)
-      of_rows = ops.attend(q[:, :size], row_k, row_v, of.length_B, how)
+      how = _attention(self.shape, row_queries, self.rows)
+      of_rows = ops.attend(
+        q[:, :size], row_k, row_v, of.length_B, how, self.rows
+      )
       mixed = jnp.concatenate([of_rows, mixed], axis=1)
     return mixed
 
@@ -237,12 +249,18 @@ def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
   return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
-def _attention(shape: base.Shape, num_queries: int) -> str:
+def _attention(
+  shape: base.Shape, num_queries: int, rows: mesh_lib.NamedSharding | None
+) -> str:
   if shape.attention != "auto":
     return shape.attention
-  on_gpu = jax.default_backend() == "gpu" and shape.dtype == "bfloat16"
-  many = num_queries >= _FEWEST_CUDNN_QUERIES
-  return "cudnn" if on_gpu and many else "xla"
+  if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
+    return "xla"
+  platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
+  found = ops.splash_problem(shape.num_kv_heads, shape.head_dim, rows)
+  if platform == "tpu" and found:
+    return "xla"
+  return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 
 
 def _remat(remat: str, in_scan: bool) -> Callable[[Any], Any]:

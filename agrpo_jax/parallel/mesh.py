@@ -93,6 +93,15 @@ def make(
   )
 
 
+def platform(mesh: Any) -> str:
+  """Returns what the devices of a mesh are: "cpu", "gpu" or "tpu".
+
+  They may be described only, as those of a plan; then they are not what
+  `jax.default_backend` names.
+  """
+  return mesh.devices.flat[0].platform
+
+
 def partition_spec(
   axes: tuple[str | None, ...], rules: Mapping[str, str | None] = RULES
 ) -> PartitionSpec:

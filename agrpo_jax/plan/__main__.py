@@ -11,11 +11,14 @@ their memory as an upper bound.
 
 Times are floors: all K denoising steps run, no pair of the update is left out,
 and compute, memory and network overlap perfectly at their datasheet rates.
---fit searches the largest `rollout.batch_size` and `objective.microbatch`.
+--search compiles many: it tries meshes, batches, microbatches and recomputation
+in place of the config's, and prints the fastest that fit.
 """
 
 import dataclasses
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 
 import jax
@@ -24,6 +27,7 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax import settings as settings_lib
+from agrpo_jax.models import base
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import programs as programs_lib
@@ -34,99 +38,266 @@ _TOPOLOGY = flags.DEFINE_string(
 _PROMPT_LENGTH = flags.DEFINE_integer(
   "prompt_length", 0, "Tokens; 0: config.data.max_prompt_length."
 )
-_FIT = flags.DEFINE_bool("fit", False, "Search the largest batches that fit.")
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Search the fastest mesh, batches and recomputation."
+)
 
+# Weights are split over as few devices as they fit on, or up to this many times
+# as many: more leaves more memory to activations, and costs communication.
+_MOST_SPLIT = 4
+
+_NUM_CHOICES = 10
 _NUM_COLLECTIVES = 8
 _NUM_BUFFERS = 5
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  s = settings_lib.rl(command.CONFIG.value)
+  c = command.CONFIG.value
+  if _SEARCH.value:  # what is searched need not be right before
+    c.rollout.batch_size = c.rollout.num_prompts * c.rollout.group_size
+  s = settings_lib.rl(c)
   topology = chips.parse(_TOPOLOGY.value or "")
-  devices = chips.devices(topology)
-  mesh = s.mesh.make(devices)
-  length = _PROMPT_LENGTH.value or s.data.max_prompt_length
-  planner = programs_lib.Planner(s, mesh, length)
-  shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  chip, devices = topology.chip, chips.devices(topology)
+
+  def make_planner(s: settings_lib.Rl) -> programs_lib.Planner:
+    length = _PROMPT_LENGTH.value or s.data.max_prompt_length
+    return programs_lib.Planner(s, s.mesh.make(devices), length)
+
+  found: Iterable[programs_lib.Program] = ()
+  if _SEARCH.value:
+    if chip is None:
+      raise errors.UserError(
+        f"--search on --topology={topology.name}: CPUs have neither a memory "
+        "to fit nor a time to tell. Name an accelerator, such as h100:8."
+      )
+    choices = fastest(s, make_planner, len(devices), chip)
+    print("\nThe fastest that fit, seconds a train step at the roofline:")
+    for choice in choices[:_NUM_CHOICES]:
+      print(f"  {choice}")
+    s, found = choices[0].s, (choices[0].rollout, choices[0].update)
+  planner = make_planner(s)
+  shape = ", ".join(f"{axis} {n}" for axis, n in planner.mesh.shape.items())
   print(
     f"{s.model.path} on {topology.name}: {len(devices)} devices as {shape}; "
     f"{'LoRA' if s.lora else 'full fine-tuning'}, remat {s.model.remat}, "
-    f"prompts of {planner.prompt_length} tokens."
+    f"prompts of {planner.prompt_length} tokens.",
+    flush=True,
   )
-  if _FIT.value:
-    s = fit(s, planner, topology.chip)
   programs = []
-  for build_program in (planner.rollout, planner.update):
-    programs.append(build_program(s))
-    print(describe(programs[-1], topology.chip), flush=True)
-  print(summary(s, programs, topology.chip, len(devices)))
+  for program in found or (f(s) for f in (planner.rollout, planner.update)):
+    print(describe(program, chip), flush=True)
+    programs.append(program)
+  print(summary(s, programs, chip, len(devices)))
 
 
-def fit(
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Settings whose two programs fit.
+
+  Attributes:
+    s: the settings.
+    rollout: the program that draws completions.
+    update: the program that learns from them.
+    seconds: of a train step, at least.
+  """
+
+  s: settings_lib.Rl
+  rollout: programs_lib.Program
+  update: programs_lib.Program
+  seconds: float
+
+  def __str__(self) -> str:
+    """The seconds, and the settings as flags."""
+    s = self.s
+    return (
+      f"{self.seconds:.4g} s: {_mesh(s)} {_batch_size(s)} {_microbatch(s)} "
+      f"{_remat(s)}"
+    )
+
+
+def fastest(
   s: settings_lib.Rl,
-  planner: programs_lib.Planner,
-  chip: chips.Chip | None,
-) -> settings_lib.Rl:
-  """Returns settings with the largest batches that fit.
+  make_planner: Callable[[settings_lib.Rl], programs_lib.Planner],
+  num_devices: int,
+  chip: chips.Chip,
+) -> list[Choice]:
+  """Returns the settings that were tried and fit, the fastest first.
 
-  They are powers of two times the row shards.
+  On a mesh the two programs of a train step do not depend on each other:
+  rollouts are tried by their batch, updates by microbatch and recomputation,
+  and any of the ones goes with any of the others.
+
+  Batches are powers of two times the row shards. Their sizes ascend until one
+  does not fit, or is slower than the one before.
+
+  Args:
+    s: everything that is not searched; what is, is replaced.
+    make_planner: settings -> what compiles their programs.
+    num_devices: how many there are to split over.
+    chip: what has to hold the programs, and tells their seconds.
 
   Raises:
-    UserError: not even the smallest fits.
+    UserError: nothing fits, or no mesh can hold the network at all.
   """
-  shards = mesh_lib.num_row_shards(planner.mesh)
-  rows = s.rollout.num_rows
-
-  def with_batch_size(s: settings_lib.Rl, size: int) -> settings_lib.Rl:
-    rollout = dataclasses.replace(s.rollout, batch_size=size)
-    return dataclasses.replace(s, rollout=rollout)
-
-  def with_microbatch(s: settings_lib.Rl, size: int) -> settings_lib.Rl:
-    return dataclasses.replace(s, microbatch=size)
-
-  for key, build_program, change, most in (
-    ("rollout.batch_size", planner.rollout, with_batch_size, rows),
-    (
-      "objective.microbatch",
-      planner.update,
-      with_microbatch,
-      planner.units_per_update(s),
-    ),
-  ):
-    sizes = [shards << i for i in range(most.bit_length())]
-    sizes = [n for n in sizes if n <= most and (key[0] == "o" or rows % n == 0)]
-
-    def fits(
-      size: int,
-      key: str = key,
-      make: Callable = build_program,
-      change: Callable = change,
-      s: settings_lib.Rl = s,
-    ) -> bool:
-      program = make(change(s, size))
-      verdict = "fits" if program.fits(chip) else "does not fit"
-      print(f"  --config.{key}={size} {verdict}", flush=True)
-      return program.fits(chip)
-
-    size = largest(sizes, fits)
-    if size is None:
-      raise errors.UserError(
-        f"Not even config.{key}={sizes[0] if sizes else shards} fits. Split "
-        "the model over more devices (config.mesh), or recompute more "
-        "(config.model.remat=full)."
+  choices: list[Choice] = []
+  reasons: list[errors.UserError] = []
+  fewest = 0
+  # A further dimension that changes both programs is a further loop here.
+  for mesh in meshes(num_devices):
+    parts = mesh.fsdp * mesh.tensor
+    if fewest and parts > _MOST_SPLIT * fewest:
+      break
+    on_mesh = dataclasses.replace(
+      s,
+      mesh=mesh,
+      microbatch=mesh.data * mesh.fsdp,
+      rollout=dataclasses.replace(s.rollout, batch_size=s.rollout.num_rows),
+    )
+    try:
+      planner = make_planner(on_mesh)
+    except errors.UserError as error:
+      reasons.append(error)
+      continue
+    if planner.held_bytes(on_mesh) > chip.hbm_bytes:
+      continue
+    fewest = fewest or parts
+    print(_mesh(on_mesh), flush=True)
+    rollouts = _ascend(
+      _with_batch_sizes(on_mesh, planner.mesh),
+      planner.rollout,
+      chip,
+      _batch_size,
+    )
+    if not rollouts:
+      continue
+    least = min(program.step_seconds(chip) for _, program in rollouts)
+    if choices and least >= min(choice.seconds for choice in choices):
+      print("  its rollouts alone take longer than a train step above")
+      continue
+    updates = _updates(on_mesh, make_planner, chip)
+    choices += [
+      Choice(
+        dataclasses.replace(with_update, rollout=with_rollout.rollout),
+        rollout,
+        update,
+        rollout.step_seconds(chip) + update.step_seconds(chip),
       )
-    s = change(s, size)
-  return s
+      for with_rollout, rollout in rollouts
+      for with_update, update in updates
+    ]
+  if choices:
+    return sorted(choices, key=lambda choice: choice.seconds)
+  if fewest == 0 and reasons:
+    raise reasons[-1]
+  raise errors.UserError(
+    f"No mesh of these {num_devices} devices holds the network and one row of "
+    "activations a device. Take more devices or larger ones, or train adapters "
+    "(config.lora.rank)."
+  )
 
 
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-  """The largest of ascending sizes that fits, by bisection; None if none."""
-  low, high = -1, len(sizes)
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-  return sizes[low] if low >= 0 else None
+def meshes(num_devices: int) -> Iterator[settings_lib.Mesh]:
+  """Yields copies of weights that are whole, or split in one way, fewest first.
+
+  The rows of a batch are split over the copies, and over `fsdp`.
+  """
+  for parts in range(1, num_devices + 1):
+    if num_devices % parts == 0:
+      data = num_devices // parts
+      yield settings_lib.Mesh(data=data, fsdp=parts, tensor=1)
+      if parts > 1:
+        yield settings_lib.Mesh(data=data, fsdp=1, tensor=parts)
+
+
+_Trial = tuple[settings_lib.Rl, programs_lib.Program]
+
+
+def _updates(
+  s: settings_lib.Rl,
+  make_planner: Callable[[settings_lib.Rl], programs_lib.Planner],
+  chip: chips.Chip,
+) -> list[_Trial]:
+  """Returns the updates that fit, of all microbatches and recomputations."""
+  found: list[_Trial] = []
+  for remat in reversed(base.REMAT):  # those that keep least first
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, remat=remat))
+    planner = make_planner(s)
+    more = _ascend(
+      _with_microbatches(s, planner),
+      planner.update,
+      chip,
+      lambda s: f"{_remat(s)} {_microbatch(s)}",
+    )
+    if not more:
+      break
+    found += more
+  return found
+
+
+def _ascend(
+  tried: Sequence[settings_lib.Rl],
+  build: Callable[[settings_lib.Rl], programs_lib.Program],
+  chip: chips.Chip,
+  words: Callable[[settings_lib.Rl], str],
+) -> list[_Trial]:
+  """Returns what fits of ascending sizes, up to the first that is slower."""
+  found: list[_Trial] = []
+  for s in tried:
+    program = build(s)
+    if not program.fits(chip):
+      print(f"  {words(s)} does not fit", flush=True)
+      break
+    seconds = program.step_seconds(chip)
+    print(f"  {words(s)} {seconds:.4g} s", flush=True)
+    found.append((s, program))
+    if len(found) > 1 and seconds > found[-2][1].step_seconds(chip):
+      break
+  return found
+
+
+def _with_batch_sizes(
+  s: settings_lib.Rl, mesh: mesh_lib.Mesh
+) -> list[settings_lib.Rl]:
+  return [
+    dataclasses.replace(
+      s, rollout=dataclasses.replace(s.rollout, batch_size=size)
+    )
+    for size in _sizes(mesh, s.rollout.num_rows)
+    if s.rollout.num_rows % size == 0
+  ]
+
+
+def _with_microbatches(
+  s: settings_lib.Rl, planner: programs_lib.Planner
+) -> list[settings_lib.Rl]:
+  return [
+    dataclasses.replace(s, microbatch=size)
+    for size in _sizes(planner.mesh, planner.units_per_update(s))
+  ]
+
+
+def _sizes(mesh: mesh_lib.Mesh, most: int) -> list[int]:
+  shards = mesh_lib.num_row_shards(mesh)
+  return [n for i in range(most.bit_length()) if (n := shards << i) <= most]
+
+
+def _mesh(s: settings_lib.Rl) -> str:
+  return " ".join(
+    f"--config.mesh.{axis}={getattr(s.mesh, axis)}" for axis in mesh_lib.AXES
+  )
+
+
+def _batch_size(s: settings_lib.Rl) -> str:
+  return f"--config.rollout.batch_size={s.rollout.batch_size}"
+
+
+def _microbatch(s: settings_lib.Rl) -> str:
+  return f"--config.objective.microbatch={s.microbatch}"
+
+
+def _remat(s: settings_lib.Rl) -> str:
+  return f"--config.model.remat={s.model.remat}"
 
 
 def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
@@ -179,9 +350,7 @@ def summary(
   verdict = "It fits." if does_fit else "IT DOES NOT FIT."
   if any(program.refusal for program in programs):
     return f"\n{verdict}"
-  step = sum(
-    program.runs * max(program.seconds(chip).values()) for program in programs
-  )
+  step = sum(program.step_seconds(chip) for program in programs)
   hours = step * s.train.num_steps / 3600
   num_chips = num_devices // chip.per_chip
   return (

@@ -29,9 +29,18 @@ _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("while", "conditional", "call", "partition-id", "replica-id", "iota"),
   *("after-all", "opt-barrier", "async-start", "async-update", "async-done"),
-  *("copy-done", "custom-call"),
+  *("copy-done", "slice-done", "custom-call"),
   *(f"{kind}-done" for kind in COLLECTIVES),
 }
+
+# A kernel that JAX compiled; other custom calls move nothing.
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+
+# Products of queries by keys in a kernel of splash attention: scores and
+# mixture; scores and the gradients of weights and q; scores and the gradients
+# of weights, v and k.
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +104,11 @@ def of(program: hlo.Program, trips: int) -> Cost:
   ) -> None:
     for one in program.computations[name]:
       kind = one.opcode.removesuffix("-start")
+      is_kernel = _KERNEL in one.attributes
       if one.opcode in ("dot", "convolution"):
         cost.flops += times * _flops(program, one)
+      elif is_kernel:
+        cost.flops += times * _kernel_flops(program, one)
       if kind in COLLECTIVES:
         # One that runs beside other work appears in all of its pieces.
         channel = re.search(r"channel_id=(\d+)", one.attributes)
@@ -104,7 +116,7 @@ def of(program: hlo.Program, trips: int) -> Cost:
           continue
         seen.add(channel.group() if channel else None)
         cost.collectives[_collective(kind, one, inside)] += times
-      if not is_fused and one.opcode not in _FREE:
+      if not is_fused and (is_kernel or one.opcode not in _FREE):
         cost.bytes += times * _bytes(program, one)
         cost.buffers.update(
           (s.hbm_bytes, str(s), one.source) for s in one.shapes
@@ -135,6 +147,24 @@ def _flops(program: hlo.Program, one: hlo.Instruction) -> float:
   return _convolution_flops(left.dims, right.dims, result, one.attributes)
 
 
+def _kernel_flops(program: hlo.Program, one: hlo.Instruction) -> float:
+  """Returns the FLOPs of a kernel of splash attention; others are unknown.
+
+  Raises:
+    ValueError: another kernel, whose cost would be missing from the plan.
+  """
+  phase = _SPLASH.search(one.attributes)
+  if phase is None:
+    raise ValueError(f"a kernel of unknown cost: {one.source}")
+  operands = [program.instructions[name].shapes[0] for name in one.operands]
+  q, k, *_ = (x for x in operands if not x.dtype.startswith("s"))  # no indices
+  products = _SPLASH_PRODUCTS[phase.group(1)]
+  # The gradient of q, if it has no kernel of its own: a sum over blocks of
+  # keys is left to do, an axis more than q's.
+  products += any(len(shape.dims) > len(q.dims) for shape in one.shapes)
+  return 2.0 * products * math.prod(q.dims) * k.dims[-2]
+
+
 def _bytes(program: hlo.Program, one: hlo.Instruction) -> float:
   # These touch a part of their operand alone: it is read, and written again.
   if one.opcode in ("dynamic-slice", "slice", "gather"):
@@ -142,6 +172,12 @@ def _bytes(program: hlo.Program, one: hlo.Instruction) -> float:
   # In place: what is read and written is the update.
   if one.opcode == "dynamic-update-slice":
     return 2.0 * program.instructions[one.operands[1]].hbm_bytes
+  # These move data on to the chip or off it, beside other work.
+  if one.opcode == "copy-start":
+    return float(sum(shape.hbm_bytes for shape in one.shapes[:2]))
+  if one.opcode == "slice-start":
+    whole, part = one.shapes[:2]
+    return float(part.hbm_bytes + (0 if whole.is_fast else part.bytes))
   if one.opcode.endswith("-start"):
     return sum(program.instructions[name].hbm_bytes for name in one.operands)
   if one.opcode != "fusion":

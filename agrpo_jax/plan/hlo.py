@@ -83,6 +83,8 @@ class Program:
     self.computations: dict[str, list[Instruction]] = {}
     self.instructions: dict[str, Instruction] = {}
     self.entry = ""
+    # What a kernel says of itself is written on lines of its own.
+    text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"\1", text)
     for line in text.splitlines():
       head = _HEAD.match(line)
       if head:

@@ -100,6 +100,10 @@ class Program:
       seconds["memory"] = self.cost.bytes / chip.hbm_bandwidth
     return seconds
 
+  def step_seconds(self, chip: chips.Chip) -> float:
+    """The least time of all its runs in a train step."""
+    return self.runs * max(self.seconds(chip).values())
+
 
 def read_shape(source: base.Source) -> base.Shape:
   """Returns the shape of a model, read without its parameters.
@@ -143,16 +147,15 @@ class Planner:
 
   def rollout(self, s: settings_lib.Rl) -> Program:
     """The program that draws `rollout.batch_size` completions."""
-    sampler, learner = self._sampler(s), self._learner(s)
-    resident = _bytes(self._opt_state(learner.optimizer))
-    if self._has_reference(s):
-      resident += _bytes(self._model.params)
+    model = self._model
     return self._compile(
       "rollout",
-      sampler.program.lower(*self._rollout_arguments(s.rollout.batch_size)),
+      self._sampler(s).program.lower(
+        *self._rollout_arguments(s.rollout.batch_size)
+      ),
       trips=s.rollout.sampling.max_steps,
       runs=s.rollout.num_rows // s.rollout.batch_size,
-      resident=resident,
+      resident=self.held_bytes(s) - _bytes((model.params, model.lora)),
     )
 
   def update(self, s: settings_lib.Rl) -> Program:
@@ -182,6 +185,13 @@ class Planner:
       ),
       trips=math.ceil(self.units_per_update(s) / s.microbatch),
     )
+
+  def held_bytes(self, s: settings_lib.Rl) -> int:
+    """Returns what a device holds all the time: parameters and moments."""
+    model = self._model
+    opt_state = self._opt_state(self._learner(s).optimizer)
+    reference = model.params if self._has_reference(s) else None
+    return _bytes((model.params, model.lora, opt_state, reference))
 
   def units_per_update(self, s: settings_lib.Rl) -> int:
     """Returns how many units an optimizer update visits at most."""

@@ -19,6 +19,7 @@ from agrpo_jax import optimizer
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.models import ops
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
@@ -58,7 +59,10 @@ class Model:
   def bind(self, params: types.Tree, lora: types.Tree | None) -> types.Network:
     """Returns the network bound to parameters and adapter."""
     scale = self.lora_settings.scale if self.lora_settings else 1.0
-    rows = mesh_lib.rows(self.mesh) if self.mesh.size > 1 else None
+    # The network must also be told of one device that is only described.
+    is_here = mesh_lib.platform(self.mesh) == jax.default_backend()
+    is_one = self.mesh.size == 1 and is_here
+    rows = None if is_one else mesh_lib.rows(self.mesh)
     return transformer.bind(
       self.shape, params, lora, scale, rows, top_k=split.top_k_of(self.mesh)
     )
@@ -141,12 +145,9 @@ def load_model(
     UserError: naming everything that is wrong with the model's folder, the
       mesh, or the adapter, before anything large is read if it shows by then.
   """
-  if source.attention == "cudnn" and jax.default_backend() != "gpu":
-    raise errors.UserError(
-      "config.model.attention='cudnn' needs an NVIDIA GPU; here JAX computes "
-      f"on the {jax.default_backend()}. Set it to 'xla' or 'auto'."
-    )
+  _check_platform(source.attention, mesh)
   shape = load_shape(source)
+  _check_attention(shape, mesh)
   if lora is not None:
     found = lora_lib.problems(lora, transformer.abstract_params(shape))
     if found:
@@ -187,6 +188,8 @@ def describe_model(
   tokenizer: tokens.Tokenizer,
 ) -> Model:
   """Returns what `load_model` would, as shapes and shardings only."""
+  _check_platform(shape.attention, mesh)
+  _check_attention(shape, mesh)
   dtype = jnp.dtype("float32" if lora is None else shape.dtype)
   adapters = None
   if lora is not None:
@@ -292,6 +295,35 @@ def load_shape(source: base.Source) -> base.Shape:
     remat=source.remat,
     attention=source.attention,
   )
+
+
+# Implementations of attention that have a platform of their own.
+_PLATFORMS = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
+
+
+def _check_platform(attention: str, mesh: mesh_lib.Mesh) -> None:
+  """Raises UserError for an attention that other hardware computes."""
+  platform, words = _PLATFORMS.get(attention, ("", ""))
+  here = mesh_lib.platform(mesh)
+  if platform not in ("", here):
+    raise errors.UserError(
+      f"config.model.attention={attention!r} needs {words}; here JAX computes "
+      f"on the {here}. Set it to 'xla' or 'auto'."
+    )
+
+
+def _check_attention(shape: base.Shape, mesh: mesh_lib.Mesh) -> None:
+  """Raises UserError for an attention that cannot compute these heads."""
+  if shape.attention != "splash":
+    return
+  found = ops.splash_problem(
+    shape.num_kv_heads, shape.head_dim, mesh_lib.rows(mesh)
+  )
+  if found:
+    raise errors.UserError(
+      f"config.model.attention='splash' cannot compute this network: {found}. "
+      "Set it to 'xla' or 'auto'."
+    )
 
 
 def _shardings(mesh: mesh_lib.Mesh, shape: base.Shape) -> Any:

@@ -41,10 +41,34 @@ class TestMatmul:
     assert len(dots) >= 2
     for equation in dots:
       assert {v.aval.dtype.name for v in equation.invars} == {"bfloat16"}
-      assert {v.aval.dtype.name for v in equation.outvars} == {"float32"}
+    # The gradient of x is only rounded next: its float32 sums need not pass
+    # through memory.
+    results = [dot.outvars[0].aval.dtype.name for dot in dots]
+    assert results == ["bfloat16", "float32"]
     gradient_x, gradient_kernel = gradient(x, kernel)
     assert gradient_x.dtype == jnp.bfloat16
     assert gradient_kernel.dtype == jnp.float32  # of a float32 master copy
+
+  @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+  def test_a_rounded_product_is_the_product_rounded(self, dtype):
+    x, kernel, target = draw(9, (40, 300), (300, 70), (40, 70))
+    x, kernel, target = (one.astype(dtype) for one in (x, kernel, target))
+
+    def rounded_after(x, kernel):
+      return jnp.sum(ops.matmul(x, kernel).astype(dtype) * target)
+
+    def rounded(x, kernel):
+      product = ops.matmul(x, kernel, None, dtype)
+      assert product.dtype == dtype
+      return jnp.sum(product * target)
+
+    chex.assert_trees_all_equal(
+      ops.matmul(x, kernel, None, dtype), ops.matmul(x, kernel).astype(dtype)
+    )
+    chex.assert_trees_all_equal(
+      jax.grad(rounded, (0, 1))(x, kernel),
+      jax.grad(rounded_after, (0, 1))(x, kernel),
+    )
 
 
 def plain_attention(q, k, v, length):

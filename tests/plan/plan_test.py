@@ -191,6 +191,63 @@ def test_memory_traffic_counts_slices_and_leaves_out_what_passes_by():
   assert (256, "f32[8,8]", "") in cost.buffers
 
 
+def test_what_is_moved_on_to_the_chip_is_read_once():
+  """Beside other work; slices of an array that stays where it is."""
+  program = hlo.Program("""\
+HloModule jit_sample
+
+ENTRY %main (a: s8[64]) -> s8[8] {
+  %a = s8[64]{0} parameter(0)
+  %copy-start.1 = (s8[64]{0:T(8)S(1)}, s8[64]{0}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done.1 = s8[64]{0:T(8)S(1)} copy-done(%copy-start.1)
+  %copy-start.2 = (s8[64]{0}, s8[64]{0:T(8)S(1)}, u32[]{:S(2)}) \
+copy-start(%copy-done.1)
+  %slice-start.1 = ((s8[64]{0}), s8[8]{0:T(8)S(1)}, s32[]{:S(2)}) \
+slice-start(%a), slice={[0:8]}
+  ROOT %slice-done.1 = s8[8]{0:T(8)S(1)} slice-done(%slice-start.1)
+}
+""")
+  assert cost_lib.of(program, trips=1).bytes == 64 + 64 + 8
+
+
+# As libtpu writes them, with two heads of keys for four of queries, two rows.
+KERNELS = """\
+HloModule jit_update
+
+ENTRY %main (q: bf16[2,4,128,64], k: bf16[2,2,256,64], m: s8[1,1,1]) -> bf16[] {
+  %q = bf16[2,4,128,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,256,64]{3,2,1,0} parameter(1)
+  %m = s8[1,1,1]{2,1,0} parameter(2)
+  %splash_mha_fwd_segmented.1 = (f32[2,128,128]{2,1,0}, \
+bf16[2,4,128,64]{3,2,1,0}) custom-call(%m, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(update)/splash_mha_fwd_segmented/pallas_call"}
+  ROOT %splash_mha_dkv_segmented.1 = (DQbf16[2,2,256,64]{3,2,1,0}, \
+bf16[2,2,256,64]{3,2,1,0}) custom-call(%m, %q, %k, %k, /*index=4*/%q), \
+custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(update)/splash_mha_dkv_segmented/pallas_call"}
+}
+"""
+
+
+@pytest.mark.parametrize("is_fused, products", [(False, 4), (True, 5)])
+def test_kernels_of_splash_attention(is_fused, products):
+  dq = "bf16[2,1,4,128,64]{4,3,2,1,0}, " if is_fused else ""
+  cost = cost_lib.of(hlo.Program(KERNELS.replace("DQ", dq)), trips=1)
+  assert cost.flops == (2 + products) * 2 * (2 * 4 * 128) * 256 * 64
+  q, k, scratch = 2 * 4 * 128 * 64 * 2, 2 * 2 * 256 * 64 * 2, 2 * 128 * 128 * 4
+  forward = 1 + q + 2 * k + scratch + q
+  backward = 1 + 2 * q + 2 * k + 2 * k + is_fused * q
+  assert cost.bytes == forward + backward
+
+
+def test_a_kernel_of_unknown_cost_is_no_free_one():
+  text = KERNELS.replace("DQ", "").replace("splash_mha", "other")
+  with pytest.raises(ValueError, match="a kernel of unknown cost"):
+    cost_lib.of(hlo.Program(text), trips=1)
+
+
 def test_the_source_of_an_instruction_is_its_place_in_our_code():
   program = hlo.Program(MODULE)
   assert program.instructions["dot.1"].source == "layers/mlp/gate/dot_general"
@@ -346,58 +403,6 @@ def test_the_run_as_a_whole():
   )
 
 
-@pytest.mark.parametrize("limit", range(9))
-def test_bisection_finds_the_largest(limit):
-  tried = []
-
-  def fits(size):
-    tried.append(size)
-    return size <= limit
-
-  sizes = [1, 2, 4, 8]
-  found = plan.largest(sizes, fits)
-  assert found == max((n for n in sizes if n <= limit), default=None)
-  assert len(tried) == len(set(tried)) <= 3
-
-
-class _FakePlanner:
-  """Takes a GiB per completion, or per pair of a device, and nothing else."""
-
-  mesh = type("Mesh", (), {"shape": {"data": 1, "fsdp": 4, "tensor": 2}})()
-
-  def __init__(self, gib=1):
-    self.gib = gib
-
-  def rollout(self, s):
-    return _program(arguments=self.gib * s.rollout.batch_size * 2**30 // 4)
-
-  def update(self, s):
-    return _program(arguments=self.gib * s.microbatch * 2**30 // 4)
-
-  def units_per_update(self, s):
-    return s.rollout.num_rows * s.objective.num_mc_steps
-
-
-def test_the_search_sets_what_fits(capsys):
-  c = gsm8k.get_config()
-  s = plan.fit(settings.rl(c), _FakePlanner(), chips.CHIPS["v5e"])
-  assert (s.rollout.batch_size, s.microbatch) == (32, 32)
-  assert "objective.microbatch=64 does not fit" in capsys.readouterr().out
-  c.rollout.num_prompts = 5  # 40 rows: 32 does not divide them
-  c.rollout.batch_size = 4
-  s = plan.fit(settings.rl(c), _FakePlanner(), chips.CHIPS["v5e"])
-  assert s.rollout.batch_size == 8
-
-
-def test_the_search_says_when_nothing_fits():
-  with pytest.raises(errors.UserError, match=r"rollout\.batch_size=4 fits"):
-    plan.fit(
-      settings.rl(gsm8k.get_config()),
-      _FakePlanner(gib=20),
-      chips.CHIPS["v5e"],
-    )
-
-
 def _command(*arguments):
   done = subprocess.run(
     [
@@ -432,6 +437,12 @@ def test_a_whole_plan_on_eight_virtual_devices():
   assert printed == pytest.approx(flops, rel=0.02)
   assert "update: 1 a train step, outer loop 2 times" in out
   assert "all-gather" in out
+
+
+def test_a_search_needs_an_accelerator_to_rank_by():
+  code, _, err = _command("--search")
+  assert code == 2
+  assert "--search on --topology=cpu:8" in err
 
 
 def test_a_mesh_that_does_not_divide_the_shapes():

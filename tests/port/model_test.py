@@ -13,6 +13,7 @@ from agrpo_jax import optimizer
 from agrpo_jax import settings
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint
+from fixtures import recordings
 from fixtures import runs
 
 
@@ -61,9 +62,22 @@ def test_a_damaged_best_is_told_with_the_others(c, tmp_path):
   assert "train steps [3, 2, 1]" in str(e.value)
 
 
-def test_cudnn_is_refused_where_there_is_no_gpu(c):
+@pytest.mark.parametrize(
+  "attention, words", [("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")]
+)
+def test_attention_is_refused_where_its_hardware_is_not(c, attention, words):
   other = c.copy_and_resolve_references()
-  other.model.attention = "cudnn"
+  other.model.attention = attention
   other.model.path = "nowhere"  # nothing is looked for before
-  with pytest.raises(errors.UserError, match=r"'cudnn' needs an NVIDIA GPU"):
+  with pytest.raises(
+    errors.UserError, match=f"'{attention}' needs {words}; here .* the cpu"
+  ):
     load(other, "")
+
+
+def test_splash_is_refused_where_the_mesh_splits_a_head(monkeypatch):
+  monkeypatch.setattr(model_lib.mesh_lib, "platform", lambda mesh: "tpu")
+  shape, _ = recordings.random_network(attention="splash")  # 2 KV heads
+  mesh = jax.sharding.AbstractMesh((1, 1, 4), model_lib.mesh_lib.AXES)
+  with pytest.raises(errors.UserError, match=r"splits one of its 2 KV heads"):
+    model_lib.describe_model(shape, None, mesh, tokenizer=None)
