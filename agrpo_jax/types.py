@@ -44,6 +44,12 @@ those of the row.
 """
 
 
+def _no_windows(*args: Any) -> Any:
+  raise TypeError(
+    "This network has no windows: no policy with a cache fits it."
+  )
+
+
 class Network(NamedTuple):
   """A network bound to its parameters and adapter.
 
@@ -55,14 +61,15 @@ class Network(NamedTuple):
       are for the token at that position.
     top_k: how the largest of its logits are found, `parallel.split.top_k_of`
       where the vocabulary is split over devices.
-    keys_values: see `KeysValuesFn`; None where the network has no windows.
+    keys_values: see `KeysValuesFn`; raises TypeError where the network has no
+      windows.
     window_logits: see `WindowLogitsFn`; likewise.
   """
 
   logits: LogitsFn
   top_k: TopK = jax.lax.top_k
-  keys_values: KeysValuesFn | None = None
-  window_logits: WindowLogitsFn | None = None
+  keys_values: KeysValuesFn = _no_windows
+  window_logits: WindowLogitsFn = _no_windows
 
 
 BindFn = Callable[[Tree, Tree | None], Network]

@@ -302,9 +302,8 @@ def _attend_fwd(q, k, v, bias):
 
 def _attend_bwd(saved, gradient):
   q, k, v, bias, mixed, log_total = saved
-  gradients = _attend_gradients(
-    q, k, v, bias, gradient, log_total, _weighted(gradient, mixed), q.dtype
-  )
+  of_queries = gradient, log_total, _weighted(gradient, mixed)
+  gradients = _attend_gradients(q, k, v, bias, of_queries, q.dtype)
   return *gradients, None
 
 
@@ -313,12 +312,15 @@ def _weighted(gradient, mixed):
   return jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
 
 
-def _attend_gradients(q, k, v, bias, gradient, log_total, mean, q_dtype):
+def _attend_gradients(q, k, v, bias, of_queries, q_dtype):
   """The gradients of q (in `q_dtype`), k and v, from one set of keys.
 
   The weights are computed again from their log-sum-exp, as in
   FlashAttention-2 (arXiv:2307.08691), instead of being kept.
+
+  of_queries: the gradient of what was mixed, the log-sum-exp, `_weighted`.
   """
+  gradient, log_total, mean = of_queries
   weight = jnp.exp(_scores(q, k, bias) - log_total)
   gradient_v = _batched(weight.astype(v.dtype), gradient, 2, 2, v.dtype)
   gradient_weight = _batched(gradient, v, 3, 3)
@@ -361,17 +363,17 @@ def _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias):
 
 def _attend_both_bwd(saved, gradient):
   q, k, v, bias, shared_k, shared_v, shared_bias, mixed, log_total = saved
-  rest = gradient, log_total, _weighted(gradient, mixed)
+  of_queries = gradient, log_total, _weighted(gradient, mixed)
   own_q, own_k, own_v = _attend_gradients(
-    q, k, v, bias, *rest, q_dtype=jnp.float32
+    q, k, v, bias, of_queries, jnp.float32
   )
   shared_q, gradient_shared_k, gradient_shared_v = _attend_gradients(
     _per_head(q, shared_k),
     shared_k,
     shared_v,
     shared_bias,
-    *(_per_head(x, shared_k) for x in rest),
-    q_dtype=jnp.float32,
+    [_per_head(x, shared_k) for x in of_queries],
+    jnp.float32,
   )
   gradient_q = (own_q + shared_q.reshape(q.shape)).astype(q.dtype)
   return (

@@ -66,7 +66,6 @@ class Cached:
     tokens_BxL = jax.vmap(row.join)(prompt_BxP, prompt_length_B, start_BxC)
     if not keeps:
       return _Memory(tokens_BxL, block_start_B)
-    assert network.keys_values is not None  # `port.model` checks
     length_B = prompt_length_B + start_BxC.shape[1]
     return _Memory(network.keys_values(tokens_BxL, length_B), block_start_B)
 
@@ -81,8 +80,6 @@ class Cached:
   ) -> jax.Array:
     """Runs B * S windows; see `base.Policy.logits`."""
     del prompt_BxP
-    window_logits = network.window_logits
-    assert window_logits is not None
     num_tokens = partial_BxSxC.shape[2]
 
     def run(size: int) -> jax.Array:
@@ -93,7 +90,7 @@ class Cached:
           x_SxC, start, size, axis=1
         )
       )(padded_BxSxC, memory.block_start_B)
-      return window_logits(
+      return network.window_logits(
         memory.shared,
         prompt_length_B + num_tokens,
         tokens_BxSxQ,
