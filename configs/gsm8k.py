@@ -16,7 +16,10 @@ draw: `--config.objective.updates_per_batch=24`.
 The batches and the recomputation set here fit the machines of
 docs/hardware.md, 8 GPUs of 80 GB among them; `configs/gsm8k.py:v5e` (also v6e,
 v5p) makes more of those TPUs; `:exact` takes our exact estimator
-instead; `:v5e,exact` both. `:debug` shrinks the run to two small train steps
+instead; `:v5e,exact` both. `:prefix` and `:dual` draw with Fast-dLLM's caches
+and score through them, every step of half of the blocks; `:threshold` unmasks
+by confidence, as many tokens at once as pass 0.9 (`:dual,threshold` both): our
+exact estimator in all of these. `:debug` shrinks the run to two small train steps
 that any machine can do, e.g. with
 
     --config.model.path=agrpo_jax/assets/tiny-sudoku --config.data.path=DIR
@@ -31,7 +34,8 @@ _MACHINES = {
   "v6e": (1, 64, 32, "dots"),  # 16 chips
   "v5p": (1, 128, 32, "dots"),  # 4 chips
 }
-_VARIANTS = (*_MACHINES, "exact", "debug")
+_CACHES = ("prefix", "dual")
+_VARIANTS = (*_MACHINES, *_CACHES, "threshold", "exact", "debug")
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
@@ -61,8 +65,15 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   c.objective.num_mc_steps = 24
   c.objective.microbatch = 32  # a pair for each of 32 devices
   c.model.remat = "full"
-  if "exact" not in asked:
+  if not asked & {"exact", "threshold", *_CACHES}:
     config_lib.paper(c)
+  for cache in asked.intersection(_CACHES):
+    c.rollout.cache = c.evaluate.cache = cache
+    c.objective.step_rule = "blocks"
+    c.objective.num_mc_blocks = 16  # of 32
+  if "threshold" in asked:
+    c.rollout.unmask_rule = "threshold"
+    c.rollout.threshold = 0.9
   for machine in asked & _MACHINES.keys():
     tensor, batch_size, microbatch, remat = _MACHINES[machine]
     c.mesh.update(data=-1, fsdp=1, tensor=tensor)
@@ -94,6 +105,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
       num_denoise_steps=8,
     )
     c.objective.num_mc_steps = 2
+    c.objective.num_mc_blocks = 1
     c.objective.microbatch = 4
     c.optimizer.warmup_steps = 0
     c.train.num_steps = 2

@@ -305,9 +305,10 @@ def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
   if program.refusal:
     return f"\n{program.name}: DOES NOT FIT. {program.refusal}"
   cost = program.cost
+  trips = " x ".join(map(str, program.trips))
   lines = [
-    f"\n{program.name}: {program.runs} a train step, outer loop "
-    f"{program.trips} times, compiled in {program.compile_seconds:.0f} s",
+    f"\n{program.name}: {program.runs} a train step, outer loop {trips} times, "
+    f"compiled in {program.compile_seconds:.0f} s",
     f"  memory      {_gib(program.total)}: arguments "
     f"{_gib(program.arguments)}, outputs {_gib(program.outputs)}, temporaries "
     f"{_gib(program.temporaries)}, lying by {_gib(program.resident)}"

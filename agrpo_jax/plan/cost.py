@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from agrpo_jax.plan import hlo
 
@@ -76,8 +77,8 @@ class Cost:
 
   flops: float = 0.0
   bytes: float = 0.0
-  collectives: collections.Counter[Collective] = dataclasses.field(
-    default_factory=collections.Counter
+  collectives: dict[Collective, float] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(float)
   )
   buffers: set[tuple[int, str, str]] = dataclasses.field(default_factory=set)
 
@@ -86,20 +87,23 @@ class Cost:
     return sum(n * one.wire_bytes for one, n in self.collectives.items())
 
 
-def of(program: hlo.Program, trips: int) -> Cost:
+def of(program: hlo.Program, trips: Sequence[int]) -> Cost:
   """Returns the cost of everything that one run of a program does.
+
+  Of the branches of a conditional each is taken as often.
 
   Args:
     program: of one device.
-    trips: how often an outermost loop runs that does not say so itself.
+    trips: how often loops run that do not say so themselves, from the outermost
+      to those inside of it; those further inside run once.
   """
   cost, seen = Cost(), set()
 
   def visit(
     name: str,
-    times: int,
+    times: float,
     is_fused: bool,
-    is_inner: bool,
+    depth: int,
     inside: hlo.Instruction | None = None,
   ) -> None:
     for one in program.computations[name]:
@@ -124,15 +128,18 @@ def of(program: hlo.Program, trips: int) -> Cost:
       # What a loop or a call does is counted inside of it.
       if one.opcode == "while":
         known = program.trip_count(one)
-        laps = known or (1 if is_inner else trips)
+        laps = known or (trips[depth] if depth < len(trips) else 1)
         for body in one.called:
-          visit(body, times * laps, False, is_inner or known is None)
+          visit(body, times * laps, False, depth + (known is None))
+      elif one.opcode == "conditional":
+        for branch in one.called:
+          visit(branch, times / len(one.called), False, depth)
       else:
         for called in one.called:
           fused = is_fused or one.opcode == "fusion"
-          visit(called, times, fused, is_inner, one)
+          visit(called, times, fused, depth, one)
 
-  visit(program.entry, 1, False, False)
+  visit(program.entry, 1, False, 0)
   return cost
 
 

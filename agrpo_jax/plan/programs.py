@@ -8,6 +8,7 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ class Program:
     arguments, outputs, temporaries: bytes; outputs without those that take
       over the memory of a donated argument.
     resident: bytes that lie in memory meanwhile and are no argument.
-    trips: how often its outer loop runs.
+    trips: how often its loops run, one inside the other.
     cost: of one run.
     refusal: the compiler's words if the program is too large for it, else "".
   """
@@ -74,7 +75,7 @@ class Program:
   outputs: int = 0
   temporaries: int = 0
   resident: int = 0
-  trips: int = 0
+  trips: Sequence[int] = ()
   cost: cost_lib.Cost = dataclasses.field(default_factory=cost_lib.Cost)
   compile_seconds: float = 0.0
   refusal: str = ""
@@ -153,7 +154,7 @@ class Planner:
       self._sampler(s).program.lower(
         *self._rollout_arguments(s.rollout.batch_size)
       ),
-      trips=s.rollout.sampling.max_steps,
+      trips=_rollout_trips(s.rollout),
       runs=s.rollout.num_rows // s.rollout.batch_size,
       resident=self.held_bytes(s) - _bytes((model.params, model.lora)),
     )
@@ -183,7 +184,7 @@ class Planner:
         self._array((size, 2), jnp.uint32),
         model.params if self._has_reference(s) else None,
       ),
-      trips=math.ceil(self.units_per_update(s) / s.microbatch),
+      trips=[math.ceil(self.units_per_update(s) / s.microbatch)],
     )
 
   def held_bytes(self, s: settings_lib.Rl) -> int:
@@ -253,7 +254,7 @@ class Planner:
     self,
     name: str,
     lowered: Any,
-    trips: int,
+    trips: Sequence[int],
     runs: int = 1,
     resident: int = 0,
   ) -> Program:
@@ -278,6 +279,19 @@ class Planner:
       cost=cost_lib.of(hlo.Program(compiled.as_text()), trips),
       compile_seconds=time.monotonic() - start,
     )
+
+
+def _rollout_trips(draw: host.Draw) -> list[int]:
+  """Returns how often a rollout opens a memory, and how many steps read it.
+
+  Where the number of steps depends on the draws they are all that may be.
+  """
+  s = draw.sampling
+  slots = draw.num_slots or draw.batch_size
+  rounds = math.ceil(draw.batch_size / slots) * (
+    s.max_steps // s.steps_per_memory
+  )
+  return [rounds] if s.steps_per_memory == 1 else [rounds, s.steps_per_memory]
 
 
 def _bytes(tree: types.Tree) -> int:

@@ -127,7 +127,7 @@ body=%outer_body
 
 
 def test_loops_multiply_what_is_in_them():
-  cost = cost_lib.of(hlo.Program(MODULE), trips=5)
+  cost = cost_lib.of(hlo.Program(MODULE), trips=[5])
   assert cost.flops == 5 * 3 * (2 * 2 * 8 * 8)
   counts = {one.kind: n for one, n in cost.collectives.items()}
   assert counts == {
@@ -137,8 +137,19 @@ def test_loops_multiply_what_is_in_them():
   }
 
 
+def test_a_loop_in_a_loop_has_trips_of_its_own():
+  """The second of two loops that do not say how often they run."""
+  text = MODULE.replace(
+    "%three = s32[] constant(3)",
+    "%three = s32[] get-tuple-element(%lc), index=0",
+  )
+  for trips, times in (([5, 7], 5 * 7), ([5], 5)):
+    cost = cost_lib.of(hlo.Program(text), trips=trips)
+    assert cost.flops == times * (2 * 2 * 8 * 8)
+
+
 def test_bytes_on_the_wire():
-  cost = cost_lib.of(hlo.Program(MODULE), trips=1)
+  cost = cost_lib.of(hlo.Program(MODULE), trips=[1])
   wire = {one.kind: one.wire_bytes for one in cost.collectives}
   assert wire == {
     "all-reduce": 40 * 2 * 3 / 4,
@@ -172,7 +183,7 @@ replica_groups={{0,1,2,3}}
 calls=%all-reduce-scatter.1, metadata={op_name="jit(update)/down/dot_general"}
 }
 """)
-  found = cost_lib.of(program, trips=1).collectives
+  found = cost_lib.of(program, trips=[1]).collectives
   assert {(one.kind, one.wire_bytes) for one in found} == {
     ("reduce-scatter", 32 * 8 * 4 * 3 / 4)
   }
@@ -180,7 +191,7 @@ calls=%all-reduce-scatter.1, metadata={op_name="jit(update)/down/dot_general"}
 
 
 def test_memory_traffic_counts_slices_and_leaves_out_what_passes_by():
-  cost = cost_lib.of(hlo.Program(MODULE), trips=1)
+  cost = cost_lib.of(hlo.Program(MODULE), trips=[1])
   weight = 64 * 4 + 4 + 64 * 4  # a slice, the index, the result
   dot = 2 * 8 * 4 + 64 * 4 + 2 * 8 * 4
   adds = 3 * 4  # of two scalars
@@ -207,7 +218,7 @@ slice-start(%a), slice={[0:8]}
   ROOT %slice-done.1 = s8[8]{0:T(8)S(1)} slice-done(%slice-start.1)
 }
 """)
-  assert cost_lib.of(program, trips=1).bytes == 64 + 64 + 8
+  assert cost_lib.of(program, trips=[1]).bytes == 64 + 64 + 8
 
 
 # As libtpu writes them, with two heads of keys for four of queries, two rows.
@@ -234,7 +245,7 @@ metadata={op_name="jit(update)/splash_mha_dkv_segmented/pallas_call"}
 @pytest.mark.parametrize("is_fused, products", [(False, 4), (True, 5)])
 def test_kernels_of_splash_attention(is_fused, products):
   dq = "bf16[2,1,4,128,64]{4,3,2,1,0}, " if is_fused else ""
-  cost = cost_lib.of(hlo.Program(KERNELS.replace("DQ", dq)), trips=1)
+  cost = cost_lib.of(hlo.Program(KERNELS.replace("DQ", dq)), trips=[1])
   assert cost.flops == (2 + products) * 2 * (2 * 4 * 128) * 256 * 64
   q, k, scratch = 2 * 4 * 128 * 64 * 2, 2 * 2 * 256 * 64 * 2, 2 * 128 * 128 * 4
   forward = 1 + q + 2 * k + scratch + q
@@ -245,7 +256,7 @@ def test_kernels_of_splash_attention(is_fused, products):
 def test_a_kernel_of_unknown_cost_is_no_free_one():
   text = KERNELS.replace("DQ", "").replace("splash_mha", "other")
   with pytest.raises(ValueError, match="a kernel of unknown cost"):
-    cost_lib.of(hlo.Program(text), trips=1)
+    cost_lib.of(hlo.Program(text), trips=[1])
 
 
 def test_the_source_of_an_instruction_is_its_place_in_our_code():
@@ -364,7 +375,7 @@ def test_a_model_of_unknown_shape_is_refused():
 
 def _program(**fields):
   cost = cost_lib.Cost(flops=197e12 * 3, bytes=0.819e12 * 2)
-  fields = {"arguments": 8 * 2**30, "cost": cost, "trips": 128} | fields
+  fields = {"arguments": 8 * 2**30, "cost": cost, "trips": [128]} | fields
   return programs.Program("rollout", 2, **fields)
 
 
