@@ -19,8 +19,8 @@ v5p) makes more of those TPUs; `:exact` takes our exact estimator
 instead; `:v5e,exact` both. `:prefix` and `:dual` draw with Fast-dLLM's caches
 and score through them, every step of half of the blocks; `:threshold` unmasks
 by confidence, as many tokens at once as pass 0.9 (`:dual,threshold` both): our
-exact estimator in all of these. `:debug` shrinks the run to two small train steps
-that any machine can do, e.g. with
+exact estimator in all of these. `:debug` shrinks the run to two small train
+steps that any machine can do, e.g. with
 
     --config.model.path=agrpo_jax/assets/tiny-sudoku --config.data.path=DIR
 """
