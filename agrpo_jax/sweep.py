@@ -109,8 +109,9 @@ def cells(
       except errors.UserError as error:
         problems.append(str(error))
       one.evaluate.update(dict(zip(table.AXES, values, strict=True)))
-      length, steps, rule, temperature = values
-      folder = f"length{length}-steps{steps}-{rule}-temperature{temperature:g}"
+      length, steps, rule, cache, temperature = values
+      folder = f"length{length}-steps{steps}-{rule}-{cache}"
+      folder += f"-temperature{temperature:g}"
       folder = str(pathlib.Path(output) / "cells" / name / folder)
       settings, wrong = settings_lib.inspect(one)
       label = ", ".join(f"{axis}={one.evaluate[axis]}" for axis in table.AXES)

@@ -237,9 +237,9 @@ def test_the_command(tmp_path):
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert lines[0].startswith("problems: not a published split")
-  assert [line.split()[:5] for line in lines[2:4]] == [
-    ["tiny-sudoku", "16", "1", "random", "0.0"],
-    ["tiny-sudoku", "16", "2", "random", "0.0"],
+  assert [line.split()[:6] for line in lines[2:4]] == [
+    ["tiny-sudoku", "16", "1", "random", "none", "0.0"],
+    ["tiny-sudoku", "16", "2", "random", "none", "0.0"],
   ]
   assert {path.name for path in tmp_path.iterdir()} == {
     "cells",
