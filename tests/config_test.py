@@ -27,8 +27,27 @@ def test_variants_of_gsm8k_hold(arg):
   check(c)
   is_exact = c.objective.normalize == "sum"
   assert is_exact == ("exact" in arg)
+  assert c.rollout.cache == "none"
   if "v5e" in arg:
     assert (c.rollout.batch_size, c.mesh.tensor) == (128, 2)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("more", ["", "v5e", "debug", "threshold"])
+def test_gsm8k_with_a_cache(cache, more):
+  c = recordings.config("gsm8k", f"{cache},{more}")
+  check(c)
+  assert c.rollout.cache == c.evaluate.cache == cache
+  assert (c.objective.likelihood, c.objective.step_rule) == ("exact", "blocks")
+
+
+def test_the_demo_in_blocks():
+  for variant, cache in (("blocks", "none"), ("dual", "dual")):
+    c = recordings.config("sudoku_tiny", variant)
+    check(c)
+    assert (c.rollout.cache, c.rollout.block_length) == (cache, 8)
+  with pytest.raises(ValueError, match="blocks, dual"):
+    recordings.config("sudoku_tiny", "duel")
 
 
 def test_defaults_are_the_exact_estimator():

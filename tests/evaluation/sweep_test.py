@@ -40,6 +40,17 @@ def test_every_combination_is_a_cell(tmp_path):
     (16, 4, "confidence", 0.0),
     (16, 4, "confidence", 0.5),
   ]
+  (group,) = sweep.cells(
+    config(), [], [], {"cache": ["none", "dual"]}, str(tmp_path)
+  )
+  caches = [cell.settings.evaluate.sampling.cache for cell in group]
+  assert caches == ["none", "dual"]
+  assert len({cell.output for cell in group}) == 2
+
+
+def test_every_cell_has_a_folder_of_its_own(tmp_path):
+  axes = {"num_denoise_steps": [2, 4, 2], "temperature": [0.0, 0.5]}
+  (group,) = sweep.cells(config(), [], [], axes, str(tmp_path))
   assert {cell.model for cell in group} == {"tiny-sudoku"}
   assert len({cell.output for cell in group}) == 4
 

@@ -216,6 +216,16 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank):
       assert record["policy_ratio/max_deviation"] < 1e-4
 
 
+def test_no_cache_where_the_logits_of_a_window_come_from_before_it(
+  folder, tmp_path
+):
+  c = runs.small(tmp_path)
+  c.model.path = str(folder)
+  c.rollout.cache = "dual"
+  with pytest.raises(errors.UserError, match="logits are shifted"):
+    runs.train(c)
+
+
 def test_adapters_go_by_its_names(folder, tmp_path):
   shape, params = model_folder.load(folder)
   settings = lora_lib.Lora(2, 4.0, ("q", "down"))

@@ -44,6 +44,31 @@ def test_problems_are_reported_together():
   )
 
 
+@pytest.mark.parametrize(
+  "settings,part",
+  [
+    (dict(cache="both"), "cache='both' is not one of none, prefix, dual"),
+    (dict(cache="dual", cache_refresh=-1), "cache_refresh=-1 is negative"),
+    (dict(cache_refresh=2), "cache_refresh=2 needs a cache"),
+    (
+      dict(cache="prefix", unmask_rule="confidence", redraw_mask=True),
+      "cache='prefix' runs the block alone",
+    ),
+  ],
+)
+def test_caches_that_cannot_be(settings, part):
+  (found,) = sampling_lib.problems(make(**settings))
+  assert part in found
+
+
+def test_steps_that_share_a_memory():
+  assert make().steps_per_memory == 1
+  assert make(cache="dual").steps_per_memory == 2
+  assert make(cache="dual", cache_refresh=1).steps_per_memory == 1
+  threshold = dict(unmask_rule="threshold", threshold=0.5)
+  assert make(cache="dual", **threshold).steps_per_memory == 4
+
+
 OWN = {
   "threshold": dict(threshold=0.9),
   "dynamic": dict(threshold=0.9),
