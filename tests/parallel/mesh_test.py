@@ -155,16 +155,16 @@ def test_a_weight_in_use_is_whole_over_fsdp(run_in_subprocess):
 
     mesh = mesh_lib.make(1, 4, 2)
     rows = mesh_lib.rows(mesh)
-    kept, used = mesh_lib.places(rows, ("embed", "mlp"))
+    kept, used = mesh_lib.weight_shardings(rows, ("embed", "mlp"))
     assert kept.spec == jax.sharding.PartitionSpec("fsdp", "tensor"), kept
     assert used.spec == jax.sharding.PartitionSpec(None, "tensor"), used
     axes = transformer.logical_axes(config)
-    places = (
+    shardings = (
       mesh_lib.shardings(mesh, axes, params),
       mesh_lib.shardings(mesh, lora_lib.logical_axes(settings, axes), lora),
     )
     one = jax.jit(lambda trees: gradient(trees, None))((params, lora))
-    trees = jax.device_put((params, lora), places)
+    trees = jax.device_put((params, lora), shardings)
     compiled = jax.jit(lambda trees: gradient(trees, rows)).lower(trees)
     compiled = compiled.compile()
     many = compiled(trees)
