@@ -156,7 +156,9 @@ def sample_rollout(
       (jnp.int32(0), row_B),
     )[1]
 
-  def finish_round_of_slots(row_B: _Row) -> _Row:
+  def finish_next_round(row_B: _Row) -> _Row:
+    if not 0 < num_slots < num_rows:
+      return finish_round(row_B, prompts)
     # Rows that have begun come first, since they come before those that have
     # not: it is in their order that rows take slots.
     slot_S = jnp.argsort(row_B.is_done, stable=True)[:num_slots]
@@ -180,11 +182,9 @@ def sample_rollout(
       row_B,
     ).shape[-1]
     row_B = start(_empty_support(sampling, vocab_size))
-  if 0 < num_slots < num_rows:
-    finish = finish_round_of_slots
-  else:
-    finish = lambda row_B: finish_round(row_B, prompts)  # noqa: E731
-  row_B = jax.lax.while_loop(lambda row_B: ~row_B.is_done.all(), finish, row_B)
+  row_B = jax.lax.while_loop(
+    lambda row_B: ~row_B.is_done.all(), finish_next_round, row_B
+  )
   return types.Rollout(
     prompt=prompts.tokens,
     prompt_length=prompts.length,
