@@ -291,9 +291,8 @@ class Learner:
     group_P = jnp.searchsorted(-jnp.asarray(sizes), -used_P, side="right")
     group_P = jnp.where(used_P > 0, group_P - 1, len(sizes))
     index_P = jnp.argsort(group_P, stable=True)
-    index_P = jnp.pad(
-      index_P, (0, -index_P.size % self.microbatch), constant_values=-1
-    )
+    # A microbatch may begin at any of them, and is whole.
+    index_P = jnp.pad(index_P, (0, self.microbatch), constant_values=-1)
     end_G = jnp.searchsorted(
       jnp.sort(group_P), jnp.arange(len(sizes)), side="right"
     )
@@ -511,14 +510,14 @@ class _Units:
       carry = body(_Slice(start, end, size), carry)
       return start + self.microbatch, carry
 
-    return jax.lax.while_loop(lambda pair: pair[0] < end, step, (start, carry))[
-      1
-    ]
+    _, carry = jax.lax.while_loop(
+      lambda pair: pair[0] < end, step, (start, carry)
+    )
+    return carry
 
   def indices(self, at: "_Slice") -> jax.Array:
     """The entries of `index_P` of a microbatch; behind its end, any."""
-    padded = jnp.pad(self.index_P, (0, self.microbatch), constant_values=-1)
-    return jax.lax.dynamic_slice_in_dim(padded, at.start, self.microbatch)
+    return jax.lax.dynamic_slice_in_dim(self.index_P, at.start, self.microbatch)
 
   def is_used(self, at: "_Slice") -> jax.Array:
     """bool, which of the `indices` the microbatch has."""
