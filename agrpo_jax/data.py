@@ -356,6 +356,7 @@ class Demonstrations:
     )
     for row, prompt in enumerate(rows):
       example = prompt.example
+      # From these alone: the same text on every process and in a resumed run.
       rng = random.Random(f"{self._seed}/{train_step}/{example.id}")
       ids = self._tokenizer.encode(self._completion_fn(example, rng))
       if len(ids) > self._completion_length:

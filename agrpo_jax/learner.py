@@ -247,6 +247,8 @@ class Learner:
         )
       if objective.behaviour == "recorded":
         old = self._recorded(rows, unit)
+      # A sum over visits may be formed of any of them: each unit stands for a
+      # completion of its own.
       terms = objective.loss(
         _one_unit_each(factors),
         _one_unit_each(old),
@@ -288,6 +290,8 @@ class Learner:
     # number is known on device only, and differs from step to step. Those with
     # the most states come first, and are run together.
     sizes = _sizes(num_states, self.sampling)
+    # Sizes descend: the last of those that hold all states of a unit. What is
+    # idle stands behind all groups, and is in none.
     group_P = jnp.searchsorted(-jnp.asarray(sizes), -used_P, side="right")
     group_P = jnp.where(used_P > 0, group_P - 1, len(sizes))
     index_P = jnp.argsort(group_P, stable=True)
@@ -314,6 +318,7 @@ class Learner:
     partial_PxSxC = jnp.where(
       unit.is_masked, mask_id, rows.completion[:, None, :]
     )
+    # A unit's states share a memory: the start of the first is that of all.
     start_step_P = policies.start_step(
       policy, unit.denoise_step[:, 0], self.sampling.steps_per_block
     )
@@ -325,6 +330,7 @@ class Learner:
         rows.unmask_step >= start_step_P[:, None], mask_id, rows.completion
       ),
       unit.block[:, 0] * self.sampling.block_length,
+      # One call of `logits` reads it: no layer's keys and values need be kept.
       keeps=False,
     )
     logits_PxSxWxV = policy.logits(
@@ -368,6 +374,7 @@ class Learner:
     def read(at: "_Slice") -> base.Factors:
       return self._read(network, *units.take(at, rollout, visits)[:2])
 
+    # Asked for its shapes alone: units may be run with fewer states.
     whole = _Slice(jnp.int32(0), jnp.int32(0), visits.weight.shape[2])
     every = jax.tree.map(
       lambda x: jnp.zeros((num_rows * per_row, *x.shape[1:]), x.dtype),
@@ -459,6 +466,7 @@ def _sizes(num_states: int, sampling: sampling_lib.Sampling) -> list[int]:
   # those it may have, and running the rest would cost more than what is there.
   if sampling.rule.schedule != "exact":
     while sizes[-1] > 1:
+      # Halves: few programs to compile, and less than twice the states needed.
       sizes.append(-(-sizes[-1] // 2))
   return sizes
 
@@ -492,6 +500,7 @@ class _Units:
   def loop(self, body: Callable[["_Slice", Any], Any], carry: Any) -> Any:
     """Returns carry after `carry = body(microbatch, carry)` for all of them."""
     start = jnp.int32(0)
+    # In Python, since every group has shapes of its own.
     for end, size in zip(self.end_G, self.sizes, strict=True):
       carry = self._loop_group(body, carry, start, end, size)
       start = end
@@ -510,6 +519,7 @@ class _Units:
       carry = body(_Slice(start, end, size), carry)
       return start + self.microbatch, carry
 
+    # No scan: where a group ends is known on device only.
     _, carry = jax.lax.while_loop(
       lambda pair: pair[0] < end, step, (start, carry)
     )
@@ -543,10 +553,12 @@ class _Units:
     Returns:
       The same, one entry per unit of the microbatch, with its states.
     """
+    # -1 fills up: any unit will do in its place, since it gets no weight.
     row, column = jnp.divmod(jnp.maximum(self.indices(at), 0), self.per_row)
     visits, *per_unit = jax.tree.map(
       lambda x: x[row, column, : at.num_states], (visits, *per_unit)
     )
+    # The last microbatch of a group reaches into the next one's units.
     weight = jnp.where(self.is_used(at)[:, None], visits.weight, 0.0)
     return self.shard_rows(
       (

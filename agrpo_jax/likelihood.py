@@ -70,12 +70,14 @@ def run(
     "checkpoint": checkpoint,
     "train_step": checkpoint_named.find_train_step(checkpoint),
     "num_draws": num_draws,
+    # By contents: the file of that name may be another one by now.
     "pairs": hashlib.sha256(
       json.dumps(
         [(e.messages, e.fields["completion"]) for e in examples]
       ).encode()
     ).hexdigest()[:16],
   }
+  # Before the model is loaded: what is complete needs none.
   complete = accuracy.finished(output, asked, 1)
   if complete is not None:
     return [dict(record) for record in complete.records]
@@ -95,11 +97,13 @@ def run(
     bucket=s.data.bucket,
     seed=s.seed,
   )
+  # A path may hold other weights by now; records must not mix them.
   asked["weights"] = evaluate.fingerprint(model)
   with (
     records.start(output if processes.is_main() else "", asked) as kept,
     progress.bar(len(prompts), "scoring") as bar,
   ):
+    # Process 0 alone reads the file, and all have to go on from the same place.
     kept.done = processes.exchange(kept.done)[0]
     first = len(kept.done)
     bar.update(first)

@@ -323,6 +323,7 @@ def _type_problems(
 
 def _is_like(value: Any, usual: Any) -> bool:
   """Returns whether a value has the type of the default; 1 is a float too."""
+  # True is an int to Python, but no number in a config.
   if isinstance(usual, bool) or isinstance(value, bool):
     return isinstance(usual, bool) and isinstance(value, bool)
   if usual is None:  # an optional number
@@ -440,6 +441,7 @@ def _draw(
   sub: config_lib.ConfigDict,
   found: _Problems,
 ) -> R:
+  # The ids are a model's, and none is loaded yet: `Draw.sampling_for`.
   sampling = _record(sampling_lib.Sampling, sub, mask_id=-1, eos_id=-1)
   found += [f"{key}.{p}" for p in sampling_lib.problems(sampling)]
   found.want(
@@ -483,6 +485,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     sampling.temperature,
     "positive: without chance there is no policy gradient",
   )
+  # Steps per block and rule are defined for legal settings only.
   if not sampling_lib.problems(sampling) and sampling.rule.schedule == "exact":
     found.want(
       sampling.block_length % sampling.steps_per_block == 0,
@@ -514,6 +517,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     "0 (none) or more",
   )
   found.known("objective.name", c.objective.name, tuple(objectives.OBJECTIVES))
+  # An unknown name is told above; the other mistakes are to be told with it.
   record = objectives.OBJECTIVES.get(c.objective.name, agrpo.Agrpo)
   fields = {field.name for field in dataclasses.fields(record)}  # type: ignore
   found += [

@@ -40,6 +40,7 @@ from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
 
+# Bounds what a masked position weighs in the loss, 1 / ratio.
 _MIN_MASK_RATIO = 1e-3
 
 
@@ -129,6 +130,7 @@ def make_train_step(
     def microbatch_loss(trainable: types.Tree, part: Batch) -> jax.Array:
       now = state.with_trainable(trainable)
       network = model.bind(now.params, now.lora)
+      # Its rows stood side by side in the batch, on few of the devices.
       return loss(network, shard(part), mask_id)
 
     def accumulate(carry: Any, part: Batch) -> Any:
@@ -142,6 +144,7 @@ def make_train_step(
     )
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     total, _ = jax.lax.scan(accumulate, (jnp.zeros(()), zeros), parts)
+    # Microbatches are of one size: the mean of their means is the batch's.
     num_parts = batch.mask_ratio.shape[0] // microbatch
     value, gradient = jax.tree.map(lambda x: x / num_parts, total)
     updates, opt_state = transformation.update(
@@ -190,6 +193,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
     for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
       tokens_BxP, length_B, completion_BxC = demonstrations.batch(train_step)
+      # From the seed and the step alone: a run that continues draws the same.
       key = jax.random.fold_in(jax.random.key(s.seed), train_step)
       is_masked_BxC, mask_ratio_B = noise(key, *completion_BxC.shape)
       batch = Batch(
@@ -205,6 +209,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
       learned["learning_rate"] = optimizer.last_learning_rate(
         s.optimizer, state.opt_state
       )
+      # Waits for the device, without which the lap would time the dispatch.
       scalars = metrics.to_floats(learned)
       clock.lap("update")
       run.finish_step(state, train_step, scalars)

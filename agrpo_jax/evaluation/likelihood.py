@@ -69,6 +69,7 @@ class Scorer:
     """
     self._num_draws, self._batch_size = num_draws, batch_size
     self._model, self._ids, self._seed = model, list(ids), seed
+    # All at once: batches of one width need one compilation.
     prompt_BxP, prompt_length_B = row_lib.pack(prompts, bucket)
     completion_BxC, length_B = row_lib.pack(completions, bucket)
     mesh_lib.check_rows(model.mesh, "config.evaluate.batch_size", batch_size)
@@ -108,6 +109,7 @@ class Scorer:
   def estimates(self, first: int = 0) -> Iterator[np.ndarray]:
     """Yields float64 [M] for each completion from number `first` on."""
     num_rows = len(self._ids) * self._num_draws
+    # A batch may end amid the draws of a completion; these wait for the rest.
     values = np.zeros(0)
     for start in range(first * self._num_draws, num_rows, self._batch_size):
       index = np.arange(start, start + self._batch_size)
@@ -130,6 +132,7 @@ class Scorer:
           row_id_Bx2,
         )
       )
+      # The last batch is filled up with repetitions.
       values = np.concatenate([values, found_B[: num_rows - start]])
       while values.size >= self._num_draws:
         yield values[: self._num_draws]

@@ -51,6 +51,7 @@ class Records:
     self.done += json.loads(json.dumps(list(records)))
     self.seconds += seconds
     if self._output:
+      # Before their timing: a kill in between loses seconds, no records.
       _append(_path(self._output, "examples.jsonl"), records)
       timing = {"num_records": len(records), "seconds": seconds}
       _append(_path(self._output, "timing.jsonl"), [timing])
@@ -88,6 +89,8 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
         f"Cannot write to --output={output!r}: {error.strerror}."
       ) from error
     check(output, settings)
+    # Before the first record: of records without it nobody could tell what they
+    # were made with.
     _write(_path(output, "settings.json"), settings)
     kept = Records(output)
     try:
@@ -112,6 +115,7 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
     return
   before = json.loads(file.read_text("utf-8"))
   before = {group: before.get(group) for group in settings}
+  # As if read from the file, where a tuple is a list.
   found = files.differences(before, json.loads(json.dumps(settings)))
   if found:
     raise errors.UserError(

@@ -91,6 +91,7 @@ def majority_at_k(answers: Sequence[str], grade_n: np.ndarray, k: int) -> float:
   num_silent = len(answers) - counts.total()
   score = 0.0
   for answer, count in counts.items():
+    # In one order, for the cache: who the rivals are makes no difference.
     rivals = sorted(n for each, n in counts.items() if each != answer)
     is_answer_n = np.array([each == answer for each in answers])
     win = _win_probability(count, tuple(rivals), num_silent, k)
@@ -203,6 +204,7 @@ class Result:
     found = {name: float(x.mean()) for name, x in self.grades.items()}
     if "num_blanks" in found:  # per cell of the set, not per puzzle
       found["cells_micro"] = found["num_right"] / max(1, found["num_blanks"])
+    # A single prompt tells nothing of the spread over prompts.
     if len(self.records) > self.num_samples:
       found["accuracy_standard_error"] = self.standard_error
       low, high = bootstrap_interval(self.grades["accuracy"])

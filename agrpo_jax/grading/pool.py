@@ -201,6 +201,7 @@ class Grader:
     for worker in self._workers:
       self._queue.put(None)  # wakes a thread that waits for work
       worker.hang_up()
+    # Before the workers are killed: a thread could be using one.
     for thread in self._threads:
       thread.join()
     for worker in self._workers:
@@ -222,6 +223,7 @@ class Grader:
               item.job.fail(RuntimeError(str(error)))
           break
         self._grade(worker, items)
+      # What is left when the grader closes; a job that failed stays so.
       for item in items:
         item.job.cancel()
 
@@ -245,6 +247,7 @@ class Grader:
       items.popleft().finish({"timed_out": True})
     except ConnectionError:
       worker.kill()
+      # A `close` hangs up on the worker, which is no fault of the item.
       if not self._closed.is_set():
         items.popleft().finish({"error": "crashed its worker"})
 

@@ -56,6 +56,7 @@ def submit(
 def collect(pending: Sequence[Pending]) -> pool.Graded:
   """Returns the grades of all batches and rows, the same on every process."""
   own = [one.own.result() for one in pending]
+  # Once for all batches: each exchange waits for the slowest process.
   every = processes.exchange([_to_json(graded) for graded in own])
   return pool.concatenate(
     [

@@ -313,6 +313,7 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
 
 def number(text: str) -> int:
   """32 bits that a text always gets."""
+  # Not `hash`, which differs from process to process.
   return zlib.crc32(text.encode())
 
 
@@ -375,6 +376,7 @@ def match_greedy(
       network,
       pairs.prompt,
       pairs.prompt_length,
+      # As long as all matched, what was decoded is the completion's own.
       jnp.where(is_masked_BxC, mask_id, pairs.completion),
       jnp.broadcast_to(place_C, pairs.completion.shape),
       pairs.length,

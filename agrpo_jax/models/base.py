@@ -102,6 +102,8 @@ class Shape:
   def __post_init__(self) -> None:
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     raise_problems("the network's settings", problems(values, {}))
+    # A shape is a static argument: with the number filled in, two spellings of
+    # one network are equal, and compile once.
     if not self.head_dim:
       object.__setattr__(self, "head_dim", self.width // self.num_heads)
 
@@ -159,6 +161,8 @@ def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
     labels: field -> the name that the reader of the message knows it by.
   """
   found = []
+  # Values are compared with each other only if each is right by itself: one
+  # mistake, one sentence.
   good = {}
   for field in dataclasses.fields(Shape):
     name, kind = field.name, field.type
@@ -177,6 +181,7 @@ def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
     elif kind is float and (
       isinstance(value, bool)
       or not isinstance(value, (int, float))
+      # For NaN no comparison holds, so that it is refused too.
       or not 0 < value < float("inf")
     ):
       found.append(f"{label}={value!r} is not a number > 0")

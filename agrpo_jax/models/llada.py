@@ -92,6 +92,7 @@ def _read(raw: Mapping[str, Any], switches: Mapping[str, str]) -> base.Shape:
       found.append(f"{_KEYS[name]} is missing")
   _fill(values, raw, found)
   values.update(switches)
+  # What is missing has been named already.
   known = {name: value for name, value in values.items() if value is not None}
   found += base.problems(known, _KEYS)
   base.raise_problems("config.json", found)
@@ -108,6 +109,7 @@ def _write(shape: base.Shape) -> dict[str, Any]:
     )
   raw = {key: getattr(shape, name) for name, key in _KEYS.items()}
   only = {key: accepted[0] for key, (accepted, _) in _ONLY.items()}
+  # None is what the original takes for a key that is absent.
   raw.update({key: one for key, one in only.items() if one is not None})
   raw.update(
     model_type=MODEL_TYPE,
@@ -117,6 +119,8 @@ def _write(shape: base.Shape) -> dict[str, Any]:
       "AutoModel": "modeling_llada.LLaDAModelLM",
       "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
     },
+    # The original reads these too; beside the keys above none of them changes
+    # what is computed.
     alibi_bias_max=8.0,
     attention_layer_norm_with_affine=True,
     flash_attention=False,

@@ -82,6 +82,8 @@ def problems(settings: Lora, params_abstract: types.Tree) -> list[str]:
       f"LoRA targets {sorted(missing)} match no projection of this "
       f"network{why}; remove them from the targets"
     )
+  # The largest decides: beside it a small projection may get more rank than it
+  # has, and computes what it should.
   full = max((min(kernel.shape[-2:]) for kernel in kernels.values()), default=0)
   if kernels and settings.rank > full:
     found.append(
@@ -165,6 +167,7 @@ def merge(
       product = jnp.matmul(
         delta["a"].astype(jnp.float32),
         delta["b"].astype(jnp.float32),
+        # TPUs multiply float32 in bfloat16 unless asked not to.
         precision=jax.lax.Precision.HIGHEST,
       )
       kernel = node["kernel"]
@@ -190,6 +193,7 @@ def _kernels(
   tree: types.Tree, targets: tuple[str, ...], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
   """(path of the module, its kernel) for every target in a params tree."""
+  # In one order however the tree was built: the order deals out the keys.
   for name in sorted(tree):
     node = tree[name]
     if not isinstance(node, dict):

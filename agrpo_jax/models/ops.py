@@ -43,6 +43,7 @@ def matmul(
   """
   return jax.lax.dot_general(
     x,
+    # Rounded first, so that what is gathered over the mesh is the smaller.
     _put(kernel.astype(x.dtype), shardings and shardings.used),
     (((x.ndim - 1,), (0,)), ((), ())),
     preferred_element_type=out_dtype,
@@ -63,6 +64,8 @@ def _matmul_bwd(shardings, out_dtype, saved, gradient):
   del out_dtype
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
+  # The gradient of a float32 product is float32; left so, it would be
+  # multiplied in float32.
   gradient = gradient.astype(x.dtype)
   gradient_x = jax.lax.dot_general(
     gradient,
@@ -78,6 +81,7 @@ def _matmul_bwd(shardings, out_dtype, saved, gradient):
     ((rows, rows), ((), ())),
     preferred_element_type=jnp.float32,
   )
+  # Asked for where the kernel is kept, each device sums its part alone.
   gradient_kernel = _put(gradient_kernel, shardings and shardings.kept)
   return gradient_x, gradient_kernel.astype(kernel.dtype)
 
@@ -92,6 +96,7 @@ def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.silu(gate) * jax.lax.optimization_barrier(up)
 
 
+# Else the float32 x would be kept for the backward pass, beside x.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: jax.Array) -> jax.Array:
   """scale * x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
@@ -103,6 +108,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: jax.Array) -> jax.Array:
 
 def last_axis(vector: jax.Array, rank: int) -> jax.Array:
   """A float32 vector along the last axis of an array of `rank` dimensions."""
+  # Spelled out: tests refuse to promote ranks, which hides wrong shapes.
   return vector.astype(jnp.float32).reshape((1,) * (rank - 1) + (-1,))
 
 
@@ -249,11 +255,13 @@ def attend_windows(
   window, groups = k_BxSxQxHxDh.shape[2:4]
   position_BxL = jnp.arange(shared_k_BxHxLxDh.shape[2])[None]
   own_BxQ = start_B[:, None] + jnp.arange(window)[None]
+  # There the shared keys are those of another state than the windows'.
   is_own_BxL = (position_BxL >= start_B[:, None]) & (
     position_BxL < start_B[:, None] + window
   )
   is_shared_BxL = (position_BxL < length_B[:, None]) & ~is_own_BxL
   bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
+  # A window may reach beyond its row; what stands there is padding.
   is_key_BxQ = own_BxQ < length_B[:, None]
   bias_own = jnp.where(is_key_BxQ, 0.0, _NEVER)[:, None, None, :]
   # A head's queries side by side, those of one state together: against shared
@@ -295,6 +303,7 @@ def _attend_fwd(q, k, v, bias):
   top = scores.max(axis=-1, keepdims=True)
   weight = jnp.exp(scores - top)
   total = weight.sum(axis=-1, keepdims=True)
+  # Divided last: Dh numbers of a query instead of its L weights.
   mixed = _batched(weight.astype(v.dtype), v, 3, 2) / total
   mixed = mixed.astype(q.dtype)
   return mixed, (q, k, v, bias, mixed, top + jnp.log(total))
@@ -304,11 +313,13 @@ def _attend_bwd(saved, gradient):
   q, k, v, bias, mixed, log_total = saved
   of_queries = gradient, log_total, _weighted(gradient, mixed)
   gradients = _attend_gradients(q, k, v, bias, of_queries, q.dtype)
+  # The bias is made of lengths, which have no gradient.
   return *gradients, None
 
 
 def _weighted(gradient, mixed):
   """The mean over keys, by their weights, of the gradient of the weights."""
+  # The product with what was mixed is that mean: no weights need be stored.
   return jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
 
 
@@ -348,6 +359,7 @@ def _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias):
   own = _scores(q, k, bias)
   shared = _scores(_per_head(q, shared_k), shared_k, shared_bias)
   shared = shared.reshape(*own.shape[:3], -1)
+  # One maximum and one total over both, since it is one softmax.
   top = jnp.maximum(
     own.max(axis=-1, keepdims=True), shared.max(axis=-1, keepdims=True)
   )
@@ -363,6 +375,8 @@ def _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias):
 
 def _attend_both_bwd(saved, gradient):
   q, k, v, bias, shared_k, shared_v, shared_bias, mixed, log_total = saved
+  # Total and mean are over both sets of keys, so that the gradients from either
+  # set are parts of those of the one softmax.
   of_queries = gradient, log_total, _weighted(gradient, mixed)
   own_q, own_k, own_v = _attend_gradients(
     q, k, v, bias, of_queries, jnp.float32
@@ -375,6 +389,7 @@ def _attend_both_bwd(saved, gradient):
     [_per_head(x, shared_k) for x in of_queries],
     jnp.float32,
   )
+  # Both parts came in float32: only their sum is rounded.
   gradient_q = (own_q + shared_q.reshape(q.shape)).astype(q.dtype)
   return (
     *(gradient_q, own_k, own_v, None),

@@ -34,6 +34,7 @@ class Spec:
     """A fresh array; the key is consumed."""
     if not self.stddev:
       return jnp.full(self.shape, self.fill, dtype)
+    # In float32 first: the same draw in every dtype, but for rounding.
     draw = jax.random.truncated_normal(key, -3.0, 3.0, self.shape, jnp.float32)
     return (draw * self.stddev).astype(dtype)
 

@@ -182,6 +182,7 @@ class Layer(nn.Module):
       if wanted_BxW is not None:
         x_BxNxD = take_positions(x_BxNxD, wanted_BxW)
         normed = take_positions(normed, wanted_BxW)
+        # Rows share the tables, but each wants positions of its own.
         cos, sin = (
           take_positions(
             jnp.broadcast_to(one, (wanted_BxW.shape[0], *one.shape[1:])),
@@ -199,6 +200,7 @@ class Layer(nn.Module):
       x_BxNxD = x_BxNxD + project("down", gated)
     kept = None
     if of.keeps:
+      # Rotated, and laid out as attention reads them: once, not in every step.
       kept = ops.heads_first(k), ops.heads_first(v)
     return _split_rows(x_BxNxD, self.rows), kept
 
@@ -256,6 +258,7 @@ def _attention(
     return shape.attention
   if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
     return "xla"
+  # A plan compiles for devices that are not those of the backend.
   platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
   found = ops.splash_problem(shape.num_kv_heads, shape.head_dim, rows)
   if platform == "tpu" and found:
@@ -292,10 +295,13 @@ class Transformer(nn.Module):
     shape, table = self.shape, parameters.specs(self.shape)
     self.embed = Embed(table["embed"], self.rows)
     if shape.num_layers > 1:
+      # The last layer is outside the scan, which has one body for all: only it
+      # works at some positions alone.
       self.layers = nn.scan(
         _remat(shape.remat, in_scan=True)(Layer),
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
+        # Each layer reads shared keys and values of its own, in the same pass.
         in_axes=(0, nn.broadcast),
         length=shape.num_layers - 1,
       )(shape, self.lora_scale, self.rows)
@@ -374,11 +380,16 @@ class Transformer(nn.Module):
     size = tokens_BxSxQ.shape[2]
     tokens = tokens_BxSxQ.reshape(tokens_BxSxQ.shape[0], -1)
     has_rows = isinstance(shared, jax.Array)
+    # The last layer's keys tell, since a network of one layer has no others.
     length = shared.shape[1] if has_rows else shared[1][0].shape[2]
+    # A window that reaches beyond the row ends in padding, for which any
+    # rotation will do.
     position_BxQ = jnp.minimum(
       start_B[:, None] + jnp.arange(size)[None], length - 1
     )
     position_BxN = jnp.tile(position_BxQ, (1, num_states))
+    # Where the positions are among the N tokens: the row, if it is part of the
+    # pass, then its windows side by side.
     wanted_BxSxW = positions_BxSxW - start_B[:, None, None]
     wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
     if has_rows:
@@ -387,6 +398,7 @@ class Transformer(nn.Module):
       position_BxN = jnp.concatenate([row_BxL, position_BxN], axis=1)
       wanted_BxSxW += length
     cos, sin = (
+      # Shared keys were rotated by positions in the row; windows must be too.
       one[position_BxN][:, :, None]
       for one in ops.rope_tables(
         self.shape.head_dim, self.shape.rope_theta, length
@@ -523,6 +535,7 @@ def bind(
     logits_BxSxE = run(
       Transformer.__call__, tokens_BxL, length_B, positions_BxS
     )
+    # The columns beyond are no tokens: they must not enter a softmax.
     return logits_BxSxE[..., : shape.vocab_size]
 
   def keys_values(tokens_BxL: jax.Array, length_B: jax.Array) -> types.Tree:
@@ -576,4 +589,5 @@ def forward_flops(
   full = num_tokens * (keys_values + per_query + attention) * rest
   last = num_tokens * keys_values + num_positions * (per_query + attention)
   head = num_positions * width * shape.embedding_size
+  # A multiplication and an addition each.
   return 2.0 * (full + last + head)

@@ -119,6 +119,7 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
       is_visitable_BxK, drawn = mc_steps.draw_blocks(
         rollout, uniform_BxM, self, sampling
       )
+      # Under `all` nothing was drawn, so there is nothing to deal out.
       dealt = (
         jax.tree.map(
           lambda x: jnp.repeat(x[None], self.updates_per_batch, axis=0), drawn
@@ -172,6 +173,7 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     advantage = jnp.broadcast_to(advantage_G[:, None, None], weight.shape)
 
     def flat(x: jax.Array) -> jax.Array:
+      # A visit is a summand by itself, whatever completion and unit it is of.
       return x.reshape(-1, *x.shape[3:])
 
     terms = jax.vmap(
@@ -236,9 +238,11 @@ def visits_of_blocks(
   """
   num_rows, num_draws = drawn.step.shape
   if objective.step_rule == "all":
+    # The columns are all blocks there are, whose sum is wanted: no mean.
     num_draws = 1
   weight_BxN = jax.vmap(
     lambda block_M, weight_M: (
+      # Added, not set: a block may have been drawn several times.
       jnp.zeros(sampling.num_blocks).at[block_M].add(weight_M)
     )
   )(drawn.step, drawn.weight / (num_rows * num_draws))
@@ -305,10 +309,12 @@ def state(
   else:
     # Without a factor for the others, only what was unmasked is unembedded.
     # top_k of a mask lists its positions first, in order.
+    # A step that unmasked fewer has others listed behind: they are no factors.
     is_target_C = row.unmask_step == denoise_step
     offset_W = jax.lax.top_k(
       is_target_C.astype(jnp.int32), sampling.tokens_per_step
     )[1]
+  # What no step unmasked has K there, and was masked before every step.
   return row.unmask_step >= denoise_step, offset_W.astype(jnp.int32)
 
 
@@ -354,6 +360,8 @@ def step_logprob(
     filter_all = jax.vmap(draw.filter_logits, (0, None, None))
     others = filter_all(logits_WxV, sampling, top_k)
     confidence_of = jax.vmap(draw.confidence, (0, 0, None))
+    # Of the drawn tokens over the recorded support: truncation of now may cut
+    # them, and their confidence would be minus infinity.
     confidence_W = jax.vmap(draw.token_logprob)(
       kept._replace(logprob=confidence_of(logits_WxV, kept, sampling)), token_W
     )

@@ -86,6 +86,8 @@ def surrogate(
     if clip.kl_estimator == "k3_ratio":
       kl_F *= ratio_F
     loss_F += clip.kl_coef * kl_F
+  # Only there is the clipped side the smaller one: on the other sides of the
+  # ratio, or of the advantage, the gradient passes.
   is_low_F = (ratio_F < 1 - clip.clip_low) & (advantage < 0)
   is_high_F = (ratio_F > 1 + clip.clip_high) & (advantage > 0)
   # A visit of weight 0 fills up a microbatch; it must not show in the metrics.

@@ -92,6 +92,7 @@ def draw_mask(
   """
   draw = row_id_2[1].astype(jnp.int32)
   id_key = jax.random.fold_in(key, row_id_2[0])
+  # The draws' own keys take the numbers below; all of them share the shift.
   shift_key = jax.random.fold_in(id_key, num_draws)
   shift = jax.random.randint(shift_key, (), 0, length)
   num_masked = count(shift, length, draw, num_draws)

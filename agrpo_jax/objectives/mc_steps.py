@@ -114,11 +114,13 @@ def visitable(
 
   def executed(unmask_step_C: jax.Array) -> jax.Array:
     none_K = jnp.zeros((num_denoise_steps,), bool)
+    # Dropped is K, which positions have that no step unmasked.
     return none_K.at[unmask_step_C].set(True, mode="drop")
 
   is_visitable_BxK = jax.vmap(executed)(rollout.unmask_step)
   if settings.visited_steps == "content":
     is_content_BxC = rollout.completion != eos_id
+    # -1 comes before all steps: a completion that is all EOS has none.
     last_B = jnp.where(is_content_BxC, rollout.unmask_step, -1).max(axis=1)
     is_visitable_BxK &= jnp.arange(num_denoise_steps)[None] <= last_B[:, None]
   return is_visitable_BxK
@@ -160,8 +162,10 @@ def step_prob(
   weight_K = jnp.ones(is_visitable_K.shape)
   if settings.step_rule in _BY_ENTROPY:
     weight_K = jnp.full(is_visitable_K.shape, _ENTROPY_FLOOR)
+    # Dropped is K, as in `visitable`.
     weight_K = weight_K.at[unmask_step_C].add(entropy_C, mode="drop")
   weight_K = jnp.where(is_visitable_K, weight_K, 0.0)
+  # 0 / 1, not 0 / 0, where nothing is visitable.
   prob_K = weight_K / jnp.where(is_visitable_K.any(), weight_K.sum(), 1.0)
   if mixed and settings.step_rule in _BY_ENTROPY:
     prob_K = (
@@ -230,6 +234,7 @@ def steps_at(
   # The distribution function ends a rounding error away from 1.
   rank_M = jnp.clip(rank_M, 0, jnp.maximum(num - 1, 0))
   prob_M = prob_K[rank_M]
+  # Without a step to visit the probability is 0, and infinity must not arise.
   weight_M = 1.0 / jnp.where(prob_M > 0, prob_M, 1.0)
   if settings.normalize == "mean":
     weight_M /= jnp.maximum(num, 1)
@@ -294,6 +299,7 @@ def draw_blocks(
   ) -> Drawn:
     scale = jnp.ones(())
     if settings.normalize == "mean":
+      # A mean over steps, also where it is blocks that are visited.
       scale = 1.0 / jnp.maximum(is_visitable_K.sum(), 1)
     num_blocks = sampling.num_blocks
     if settings.step_rule == "all":
@@ -306,6 +312,7 @@ def draw_blocks(
     prob_N = prob_K.reshape(num_blocks, -1).sum(axis=1)
     if settings.step_rule == "blocks":
       prob_N = (prob_N > 0) / jnp.maximum((prob_N > 0).sum(), 1)
+    # From the right: 0 must not fall on a first block without steps.
     block_M = jnp.searchsorted(jnp.cumsum(prob_N), uniform_M, side="right")
     # The distribution function ends a rounding error away from 1.
     last = jnp.where(prob_N > 0, jnp.arange(num_blocks), 0).max()

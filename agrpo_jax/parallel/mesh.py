@@ -159,6 +159,7 @@ def shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
         )
     return NamedSharding(mesh, spec)
 
+  # A tuple of axes belongs to one array; JAX would walk into it.
   tree = jax.tree_util.tree_map_with_path(
     one, axes_tree, shapes_tree, is_leaf=lambda node: isinstance(node, tuple)
   )

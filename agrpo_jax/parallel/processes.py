@@ -114,6 +114,7 @@ def _check_free(port: int, said: str) -> None:
   """Refuses a port that is taken; JAX's service would crash on it."""
   try:
     with socket.socket() as probe:
+      # Else a port whose last connections ended just now would seem taken.
       probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       probe.bind(("", port))
   except OSError as error:
@@ -182,6 +183,8 @@ def is_lost(error: BaseException) -> bool:
 def leave(message: str) -> NoReturn:
   """Ends this process at once, with code 4: another one is not there."""
   _leaving.acquire()  # for good: the first caller speaks and ends all
+  # Neither print nor sys.exit: this may run inside a signal handler, beside
+  # threads that wait for ever.
   os.write(2, f"{message}\n".encode())
   os._exit(4)
 
@@ -218,6 +221,7 @@ def exchange(value: Any) -> list[Any]:
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  # Sizes first: what is gathered must have the same shape on all processes.
   sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size)))
   padded = np.zeros(sizes.max(), np.uint8)
   padded[: text.size] = text

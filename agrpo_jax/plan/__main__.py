@@ -146,11 +146,13 @@ def fastest(
   # A further dimension that changes both programs is a further loop here.
   for mesh in meshes(num_devices):
     parts = mesh.fsdp * mesh.tensor
+    # Meshes ascend in parts: the rest would be split even more.
     if fewest and parts > _MOST_SPLIT * fewest:
       break
     on_mesh = dataclasses.replace(
       s,
       mesh=mesh,
+      # The least that divides over the mesh, until sizes are tried below.
       microbatch=mesh.data * mesh.fsdp,
       rollout=dataclasses.replace(s.rollout, batch_size=s.rollout.num_rows),
     )
@@ -229,6 +231,7 @@ def _updates(
       chip,
       lambda s: f"{_remat(s)} {_microbatch(s)}",
     )
+    # What is next keeps more, and so fits no better.
     if not more:
       break
     found += more

@@ -156,6 +156,7 @@ class Planner:
       ),
       trips=_rollout_trips(s.rollout),
       runs=s.rollout.num_rows // s.rollout.batch_size,
+      # What the update alone reads, such as moments, lies in memory meanwhile.
       resident=self.held_bytes(s) - _bytes((model.params, model.lora)),
     )
 
@@ -164,6 +165,7 @@ class Planner:
     model, rows = self._model, mesh_lib.rows(self._model.mesh)
     sampler, learner = self._sampler(s), self._learner(s)
     size = s.rollout.num_rows
+    # As if drawn in one batch: an update gets those of a train step together.
     rollout = jax.eval_shape(sampler.program, *self._rollout_arguments(size))
     rollout = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), rollout
@@ -182,6 +184,7 @@ class Planner:
         self._array((size,), jnp.float32),
         self._key(),
         self._array((size, 2), jnp.uint32),
+        # A copy of the parameters from before training, of the same shapes.
         model.params if self._has_reference(s) else None,
       ),
       trips=[math.ceil(self.units_per_update(s) / s.microbatch)],
@@ -262,6 +265,7 @@ class Planner:
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+      # That a program is too large is an answer, and no failure of the plan.
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       refusal = str(error).split("RESOURCE_EXHAUSTED: ")[1].splitlines()[0]

@@ -79,6 +79,7 @@ class Cached:
     offset_BxSxW: jax.Array,
   ) -> jax.Array:
     """Runs B * S windows; see `base.Policy.logits`."""
+    # Nothing of the prompt is run again: the memory tells of it.
     del prompt_BxP
     num_tokens = partial_BxSxC.shape[2]
 

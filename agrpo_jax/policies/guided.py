@@ -36,6 +36,7 @@ class Guided(plain.Plain):
     run = super().logits
     rest = prompt_length_B, partial_BxSxC, offset_BxSxW
     logits = run(network, memory, prompt_BxP, *rest)
+    # The padding too, which stands behind the row and is without effect.
     masked_BxP = jnp.full_like(prompt_BxP, self.mask_id)
     free = run(network, memory, masked_BxP, *rest)
     return free + (self.scale + 1) * (logits - free)

@@ -14,6 +14,7 @@ from agrpo_jax.policies import row
 class Plain:
   """The exact bidirectional pass; a `base.Policy` without memory."""
 
+  # Where nothing is shared a round is one step, and no row waits for others.
   refresh: ClassVar[int] = 1
 
   def open(

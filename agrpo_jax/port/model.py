@@ -155,6 +155,7 @@ def load_model(
   tokenizer = model_folder.load_tokenizer(
     source.tokenizer or source.path,
     shape,
+    # The revision is one of the model's repository, not of another one's.
     revision=None if source.tokenizer else source.revision or None,
   )
   _, params = model_folder.load(

@@ -71,6 +71,7 @@ def save(
       for layer, kernel in enumerate(entry.names):
         for letter in ("a", "b"):
           x = pair[letter][layer] if entry.stacked else pair[letter]
+          # PyTorch keeps a projection as [out, in].
           x = np.asarray(x, np.float32).T
           tensors[_name(kernel, letter)] = np.ascontiguousarray(x)
   described = {
@@ -142,6 +143,7 @@ def load(
     if not names & known:
       continue
     targets.append(target)
+    # A target that has any of its tensors must have all.
     expected |= names
     for path, entry in slots:
       fan_out, fan_in = entry.stored_shape

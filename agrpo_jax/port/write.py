@@ -116,6 +116,7 @@ def _finish(
   source: pathlib.Path | None,
 ) -> None:
   """Puts the new files in the place of what was there."""
+  # Shards of another number have other names, and would stay beside these.
   for old in folder.glob("*.safetensors"):
     old.unlink()
   (folder / files.INDEX).unlink(missing_ok=True)
@@ -131,6 +132,7 @@ def _finish(
     }
     (folder / files.INDEX).write_text(json_text(index), encoding="utf-8")
   (folder / files.CONFIG).write_text(config, encoding="utf-8")
+  # To copy a file on to itself is an error.
   if source is None or source.resolve() == folder.resolve():
     return
   for pattern in _COPIED:

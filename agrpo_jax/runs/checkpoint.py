@@ -67,6 +67,7 @@ class Checkpoints:
       ),
       cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(
+        # Looked up when it is called: the run sets it later.
         post_finalization_callback=lambda: self.before_commit()
       ),
     )
@@ -123,12 +124,15 @@ class Checkpoints:
     train_step = int(jax.device_get(train_state.train_step))
     if train_step in self._manager.all_steps():
       return False
+    # Remembered: a save that is put off is due until it is made.
     self._is_due |= train_step % self._every == 0
     must = force or self._is_best(accuracy)
     if not must and (is_busy or not self._is_due):
       return False
     self._is_due = False
     if accuracy is not None:
+      # Only of what is saved: another would take the place of a checkpoint
+      # among the best.
       self._accuracies[train_step] = accuracy
       meta = {**meta, "accuracy": accuracy}
     items = _items(train_state)
@@ -138,6 +142,7 @@ class Checkpoints:
         meta=ocp.args.JsonSave({**meta, **checkpoint_meta.describe(items)}),
         **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
       ),
+      # Decided above, by all processes alike; orbax has no say in it.
       force=True,
     )
 
@@ -209,6 +214,7 @@ class Checkpoints:
           name = f"{train_step}-{number}"
         (directory / str(train_step)).rename(aside / name)
         logging.warning("Moved it to %s.", aside / name)
+    # Nobody lists the folder anew before process 0 has moved them.
     multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
 

@@ -182,6 +182,7 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
     with open(path, "rb") as old, files.rewrite(path) as new:
       for line in old:
         if _is_before(line, resume_step):
+          # A whole record at the end of the file may lack its line's end alone.
           new.write(line.removesuffix(b"\n") + b"\n")
         else:
           num_dropped += 1
@@ -192,6 +193,7 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
         path,
         resume_step,
       )
+  # Completions may have half characters, see `_encodable`.
   return open(path, "a", encoding="utf-8", errors="backslashreplace")
 
 
@@ -300,6 +302,7 @@ class _Wandb:
       ) from error
     name = directory / "wandb_id.txt"
     if not name.exists():
+      # Kept in the work directory: a run that goes on there asks for it again.
       name.write_text(secrets.token_hex(8))
     self._wandb = wandb
     self._run = wandb.init(

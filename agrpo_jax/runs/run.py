@@ -132,6 +132,8 @@ class Claim:
         f"{settings.train.num_steps}.",
         flush=True,
       )
+    # Not before the checkpoints were found to fit: with this file a run has
+    # begun, and a start that is refused leaves no trace.
     if processes.is_main():
       text = json.dumps(settings.as_json, indent=2, sort_keys=True) + "\n"
       with files.rewrite(self.folder / "config.json") as opened:
@@ -205,6 +207,8 @@ class Run:
       FloatingPointError: naming the metric, the step and the value.
       Stopped: the run was asked to stop; the step is saved.
     """
+    # First, so that the log reaches as far as the checkpoint does, and shows
+    # the value that stops a run.
     self.writer.scalars(train_step, scalars)
     if samples:
       self.writer.texts(train_step, samples)
@@ -228,6 +232,7 @@ class Run:
       raise errors.Stopped(
         f"Stopped after train step {train_step + 1}, which is saved in "
         f"{self.folder}. The same command goes on from there.",
+        # As shells have it of a command that a signal ended.
         code=128 + asked,
       )
 

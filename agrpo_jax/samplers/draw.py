@@ -33,6 +33,8 @@ class Filtered(NamedTuple):
   @property
   def entropy(self) -> jax.Array:
     """In nats; the term of a cut candidate is 0, in the gradient too."""
+    # Masked before the product and after: behind the second mask alone the
+    # gradient of 0 * infinity would be NaN.
     kept = jnp.isfinite(self.logprob)
     logprob = jnp.where(kept, self.logprob, 0.0)
     return -jnp.where(kept, jnp.exp(logprob) * logprob, 0.0).sum()
@@ -171,6 +173,7 @@ def over_support(
     ids, logits = jnp.arange(vocab_size, dtype=jnp.int32), logits_V
   else:
     kept = support >= 0
+    # -1 fills the record up; what is read for it is cut below.
     ids, logits = support, logits_V[jnp.maximum(support, 0)]
   # A position that carries no step has an empty support; keep it finite.
   kept = kept | ~kept.any()

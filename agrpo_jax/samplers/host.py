@@ -54,6 +54,7 @@ class Draw:
 
   def policy_for(self, vocabulary: Vocabulary) -> policies.Policy:
     """Returns how the logits of a step are computed."""
+    # Guidance runs whole rows; the settings refuse a cache beside it.
     if self.guidance:
       return guided.Guided(self.guidance, vocabulary.mask_id)
     s = self.sampling
@@ -142,6 +143,7 @@ class Sampler:
     works while the host decodes and grades. The last batch is filled up with
     repetitions of the last prompt: the caller takes what it asked for.
     """
+    # All at once: batches of one width need one compilation.
     tokens_BxP, length_B = row_lib.pack(prompts, self._bucket)
     ahead = None
     for start in range(first, len(prompts), self.batch_size):

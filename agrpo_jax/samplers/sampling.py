@@ -118,6 +118,7 @@ class Sampling:
 
   @property
   def is_truncated(self) -> bool:
+    # At temperature 0 the most probable token is taken, which is never cut.
     return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
@@ -153,6 +154,7 @@ def problems(sampling: Sampling) -> list[str]:
     check(
       getattr(s, name) >= 1, f"{name}={getattr(s, name)} must be at least 1"
     )
+  # What follows divides by these.
   if found:
     return found
   check(
@@ -160,6 +162,7 @@ def problems(sampling: Sampling) -> list[str]:
     f"completion_length={s.completion_length} is not a multiple of "
     f"block_length={s.block_length}",
   )
+  # A block longer than the completion is named above; here it must not be 0.
   num_blocks = max(1, s.completion_length // s.block_length)
   check(
     s.num_denoise_steps % num_blocks == 0,
