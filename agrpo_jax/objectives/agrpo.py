@@ -105,8 +105,8 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     """Draws M steps or blocks per completion, dealt out over the updates.
 
     Returns:
-      Visits [U, B, M / U, 1] of steps, or [U, B, K / S, S] of blocks, whose
-      steps share a memory S at a time; and the metrics of the draw.
+      Visits [U, B, M / U, 1] of steps, or [U, B, Q, S] of blocks, whose steps
+      share a memory S at a time; and the metrics of the draw.
     """
     # All M at once, so that the strata cover a row's steps over all updates.
     uniform_BxM = mc_steps.uniforms(batch_key, key_B, self)
@@ -234,24 +234,22 @@ def visits_of_blocks(
     objective: the settings.
 
   Returns:
-    Visits [B, K / S, S], those of blocks that were not drawn with weight 0.
+    Visits [B, Q, S]: the steps of each block, S at a time.
   """
   num_rows, num_draws = drawn.step.shape
   if objective.step_rule == "all":
     # The columns are all blocks there are, whose sum is wanted: no mean.
     num_draws = 1
-  weight_BxN = jax.vmap(
-    lambda block_M, weight_M: (
-      # Added, not set: a block may have been drawn several times.
-      jnp.zeros(sampling.num_blocks).at[block_M].add(weight_M)
-    )
-  )(drawn.step, drawn.weight / (num_rows * num_draws))
-  step_BxK = jnp.broadcast_to(
-    jnp.arange(sampling.max_steps), is_visitable_BxK.shape
+  merged_BxM = mc_steps.merge_repeats(drawn) / (num_rows * num_draws)
+  num_steps = sampling.steps_per_block
+  step_BxMxT = (
+    drawn.step[..., None] * num_steps + jnp.arange(num_steps)[None, None]
   )
-  weight_BxK = jnp.repeat(weight_BxN, sampling.steps_per_block, axis=1)
-  weight_BxK = jnp.where(is_visitable_BxK, weight_BxK, 0.0)
-  visits = _visits_at(rollout, step_BxK, weight_BxK, sampling, objective)
+  step_BxN = step_BxMxT.reshape(num_rows, -1)
+  weight_BxN = jnp.repeat(merged_BxM, num_steps, axis=1)
+  is_visitable_BxN = jnp.take_along_axis(is_visitable_BxK, step_BxN, axis=1)
+  weight_BxN = jnp.where(is_visitable_BxN, weight_BxN, 0.0)
+  visits = _visits_at(rollout, step_BxN, weight_BxN, sampling, objective)
   return jax.tree.map(
     lambda x: x.reshape(num_rows, -1, sampling.steps_per_memory, *x.shape[2:]),
     visits,
