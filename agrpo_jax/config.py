@@ -142,6 +142,21 @@ def use_objective(c: ConfigDict, name: str, **settings: Any) -> None:
   c.objective.update(name=name, **kept | settings)
 
 
+def use_cache(c: ConfigDict, cache: str) -> None:
+  """Draws with a cache, and visits what then is cheap.
+
+  With a cache those are whole blocks, whose steps share the block's start;
+  without one single steps, likelier where there is entropy.
+
+  Args:
+    c: changed in place.
+    cache: of training's rollouts and of evaluation: none, prefix or dual.
+  """
+  c.rollout.cache = c.evaluate.cache = cache
+  if "step_rule" in c.objective:
+    c.objective.step_rule = "entropy" if cache == "none" else "blocks"
+
+
 def task_options(c: ConfigDict) -> dict[str, Any]:
   """Returns the options that the task of `c` is given."""
   defaults = {} if c.task.path else c.task.defaults.to_dict()

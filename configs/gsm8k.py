@@ -63,14 +63,13 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   c.rollout.top_k = 150
 
   c.objective.num_mc_steps = 24
+  c.objective.num_mc_blocks = 16  # of 32, under a cache
   c.objective.microbatch = 32  # a pair for each of 32 devices
   c.model.remat = "full"
   if not asked & {"exact", "threshold", *_CACHES}:
     config_lib.paper(c)
   for cache in asked.intersection(_CACHES):
-    c.rollout.cache = c.evaluate.cache = cache
-    c.objective.step_rule = "blocks"
-    c.objective.num_mc_blocks = 16  # of 32
+    config_lib.use_cache(c, cache)
   if "threshold" in asked:
     c.rollout.unmask_rule = "threshold"
     c.rollout.threshold = 0.9

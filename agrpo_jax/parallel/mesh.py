@@ -42,6 +42,9 @@ RULES: Mapping[str, str | None] = {
 }
 """Logical axis -> mesh axis that splits it, None for whole on every device."""
 
+HEADS_AXIS = "tensor"
+"""The mesh axis that splits keys and values by their heads."""
+
 
 def make(
   data: int = 1,
@@ -100,6 +103,27 @@ def platform(mesh: Any) -> str:
   `jax.default_backend` names.
   """
   return mesh.devices.flat[0].platform
+
+
+def memory_bytes(mesh: Any) -> int | None:
+  """Returns the memory of a device, None where it does not tell.
+
+  CPUs do not, nor do devices that are described only.
+  """
+  device = mesh.devices.flat[0]
+  if platform(mesh) != jax.default_backend():
+    return None
+  # Those of one mesh are alike; others than its own a process cannot ask.
+  here = [d for d in jax.local_devices() if d.platform == device.platform]
+  return (here[0].memory_stats() or {}).get("bytes_limit")
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns the bytes of a tree of arrays on one of the devices they are on."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def partition_spec(

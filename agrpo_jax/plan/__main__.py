@@ -11,11 +11,13 @@ their memory as an upper bound.
 
 Times are floors: all K denoising steps run, no pair of the update is left out,
 and compute, memory and network overlap perfectly at their datasheet rates.
---search compiles many: it tries meshes, batches, microbatches and recomputation
-in place of the config's, and prints the fastest that fit.
+--search compiles many: it tries meshes, caches, batches, microbatches and
+recomputation in place of the config's, and prints the fastest that fit. Another
+cache is another policy (docs/estimator.md): --caches=none leaves it alone.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -25,12 +27,14 @@ import jax
 from absl import flags
 
 from agrpo_jax import command
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import settings as settings_lib
 from agrpo_jax.models import base
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import programs as programs_lib
+from agrpo_jax.samplers import sampling as sampling_lib
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Such as v5e:4x8, v5p:2x2x1, h100:8 or cpu:8."
@@ -39,7 +43,10 @@ _PROMPT_LENGTH = flags.DEFINE_integer(
   "prompt_length", 0, "Tokens; 0: config.data.max_prompt_length."
 )
 _SEARCH = flags.DEFINE_bool(
-  "search", False, "Search the fastest mesh, batches and recomputation."
+  "search", False, "Search the fastest mesh, cache, batches and recomputation."
+)
+_CACHES = flags.DEFINE_list(
+  "caches", list(sampling_lib.CACHES), "Caches that --search tries."
 )
 
 # Weights are split over as few devices as they fit on, or up to this many times
@@ -71,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         f"--search on --topology={topology.name}: CPUs have neither a memory "
         "to fit nor a time to tell. Name an accelerator, such as h100:8."
       )
-    choices = fastest(s, make_planner, len(devices), chip)
+    choices = fastest(_with_caches(c), make_planner, len(devices), chip)
     print("\nThe fastest that fit, seconds a train step at the roofline:")
     for choice in choices[:_NUM_CHOICES]:
       print(f"  {choice}")
@@ -111,13 +118,13 @@ class Choice:
     """The seconds, and the settings as flags."""
     s = self.s
     return (
-      f"{self.seconds:.4g} s: {_mesh(s)} {_batch_size(s)} {_microbatch(s)} "
-      f"{_remat(s)}"
+      f"{self.seconds:.4g} s: {_mesh(s)} {_cache(s)} {_batch_size(s)} "
+      f"{_microbatch(s)} {_remat(s)}"
     )
 
 
 def fastest(
-  s: settings_lib.Rl,
+  candidates: Sequence[settings_lib.Rl],
   make_planner: Callable[[settings_lib.Rl], programs_lib.Planner],
   num_devices: int,
   chip: chips.Chip,
@@ -132,7 +139,8 @@ def fastest(
   does not fit, or is slower than the one before.
 
   Args:
-    s: everything that is not searched; what is, is replaced.
+    candidates: settings that differ in what changes both programs, such as
+      the cache; of each, what is searched is replaced.
     make_planner: settings -> what compiles their programs.
     num_devices: how many there are to split over.
     chip: what has to hold the programs, and tells their seconds.
@@ -143,8 +151,7 @@ def fastest(
   choices: list[Choice] = []
   reasons: list[errors.UserError] = []
   fewest = 0
-  # A further dimension that changes both programs is a further loop here.
-  for mesh in meshes(num_devices):
+  for mesh, s in itertools.product(meshes(num_devices), candidates):
     parts = mesh.fsdp * mesh.tensor
     # Meshes ascend in parts: the rest would be split even more.
     if fewest and parts > _MOST_SPLIT * fewest:
@@ -164,7 +171,7 @@ def fastest(
     if planner.held_bytes(on_mesh) > chip.hbm_bytes:
       continue
     fewest = fewest or parts
-    print(_mesh(on_mesh), flush=True)
+    print(_mesh(on_mesh), _cache(on_mesh), flush=True)
     rollouts = _ascend(
       _with_batch_sizes(on_mesh, planner.mesh),
       planner.rollout,
@@ -197,6 +204,17 @@ def fastest(
     "activations a device. Take more devices or larger ones, or train adapters "
     "(config.lora.rank)."
   )
+
+
+def _with_caches(c: config_lib.ConfigDict) -> list[settings_lib.Rl]:
+  """Returns the settings of a config under each of --caches."""
+  found = []
+  for cache in _CACHES.value:
+    one = c.copy_and_resolve_references()
+    if cache != c.rollout.cache:
+      config_lib.use_cache(one, cache)
+    found.append(settings_lib.rl(one))
+  return found
 
 
 def meshes(num_devices: int) -> Iterator[settings_lib.Mesh]:
@@ -291,6 +309,12 @@ def _mesh(s: settings_lib.Rl) -> str:
   )
 
 
+def _cache(s: settings_lib.Rl) -> str:
+  flag = f"--config.rollout.cache={s.rollout.sampling.cache}"
+  rule = getattr(s.objective, "step_rule", "")
+  return f"{flag} --config.objective.step_rule={rule}" if rule else flag
+
+
 def _batch_size(s: settings_lib.Rl) -> str:
   return f"--config.rollout.batch_size={s.rollout.batch_size}"
 
@@ -305,8 +329,12 @@ def _remat(s: settings_lib.Rl) -> str:
 
 def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
   """Returns in words what one program takes of a device."""
+  kept = ""
+  if program.cache:
+    kept = f"keys and values that steps share {_gib(program.cache)}"
   if program.refusal:
-    return f"\n{program.name}: DOES NOT FIT. {program.refusal}"
+    reason = f" ({kept})" if kept else ""
+    return f"\n{program.name}: DOES NOT FIT. {program.refusal}{reason}"
   cost = program.cost
   trips = " x ".join(map(str, program.trips))
   lines = [
@@ -314,7 +342,9 @@ def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
     f"compiled in {program.compile_seconds:.0f} s",
     f"  memory      {_gib(program.total)}: arguments "
     f"{_gib(program.arguments)}, outputs {_gib(program.outputs)}, temporaries "
-    f"{_gib(program.temporaries)}, lying by {_gib(program.resident)}"
+    f"{_gib(program.temporaries)}"
+    + (f" (of them {kept})" if kept else "")
+    + f", lying by {_gib(program.resident)}"
     + (f"; of {_gib(chip.hbm_bytes)}" if chip else ""),
     f"  FLOPs       {cost.flops:.3e} a run",
     f"  HBM bytes   {cost.bytes:.3e} a run",

@@ -64,6 +64,7 @@ class Program:
     arguments, outputs, temporaries: bytes; outputs without those that take
       over the memory of a donated argument.
     resident: bytes that lie in memory meanwhile and are no argument.
+    cache: bytes of temporaries that are keys and values of a block's start.
     trips: how often its loops run, one inside the other.
     cost: of one run.
     refusal: the compiler's words if the program is too large for it, else "".
@@ -75,6 +76,7 @@ class Program:
   outputs: int = 0
   temporaries: int = 0
   resident: int = 0
+  cache: int = 0
   trips: Sequence[int] = ()
   cost: cost_lib.Cost = dataclasses.field(default_factory=cost_lib.Cost)
   compile_seconds: float = 0.0
@@ -157,7 +159,9 @@ class Planner:
       trips=_rollout_trips(s.rollout),
       runs=s.rollout.num_rows // s.rollout.batch_size,
       # What the update alone reads, such as moments, lies in memory meanwhile.
-      resident=self.held_bytes(s) - _bytes((model.params, model.lora)),
+      resident=self.held_bytes(s)
+      - mesh_lib.bytes_per_device((model.params, model.lora)),
+      cache=model.cache_bytes(self.prompt_length, s.rollout),
     )
 
   def update(self, s: settings_lib.Rl) -> Program:
@@ -195,7 +199,9 @@ class Planner:
     model = self._model
     opt_state = self._opt_state(self._learner(s).optimizer)
     reference = model.params if self._has_reference(s) else None
-    return _bytes((model.params, model.lora, opt_state, reference))
+    return mesh_lib.bytes_per_device(
+      (model.params, model.lora, opt_state, reference)
+    )
 
   def units_per_update(self, s: settings_lib.Rl) -> int:
     """Returns how many units an optimizer update visits at most."""
@@ -260,6 +266,7 @@ class Planner:
     trips: Sequence[int],
     runs: int = 1,
     resident: int = 0,
+    cache: int = 0,
   ) -> Program:
     start = time.monotonic()
     try:
@@ -269,7 +276,9 @@ class Planner:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       refusal = str(error).split("RESOURCE_EXHAUSTED: ")[1].splitlines()[0]
-      return Program(name, runs, resident=resident, refusal=refusal)
+      return Program(
+        name, runs, resident=resident, cache=cache, refusal=refusal
+      )
     memory = compiled.memory_analysis()
     return Program(
       name=name,
@@ -279,6 +288,7 @@ class Planner:
       temporaries=memory.temp_size_in_bytes
       + memory.generated_code_size_in_bytes,
       resident=resident,
+      cache=cache,
       trips=trips,
       cost=cost_lib.of(hlo.Program(compiled.as_text()), trips),
       compile_seconds=time.monotonic() - start,
@@ -296,11 +306,3 @@ def _rollout_trips(draw: host.Draw) -> list[int]:
     s.max_steps // s.steps_per_memory
   )
   return [rounds] if s.steps_per_memory == 1 else [rounds, s.steps_per_memory]
-
-
-def _bytes(tree: types.Tree) -> int:
-  """Returns the bytes of a tree of arrays on one device."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
-  )

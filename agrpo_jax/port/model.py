@@ -7,6 +7,7 @@ gives the function that samplers and objectives know (`types.Network`).
 
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -93,9 +94,41 @@ class Model:
       mesh_lib.replicated(self.mesh),
     )
 
+  def cache_bytes(self, prompt_length: int, draw: host.Draw) -> int:
+    """Returns what a device keeps of keys and values while it draws."""
+    if draw.sampling.cache == "none":
+      return 0
+    shape = self.shape
+    slots = draw.num_slots or draw.batch_size
+    rows = math.ceil(slots / mesh_lib.num_row_shards(self.mesh))
+    num_tokens = prompt_length + draw.sampling.completion_length
+    heads, parts = shape.num_kv_heads, self.mesh.shape[mesh_lib.HEADS_AXIS]
+    if heads % parts == 0:
+      heads //= parts
+    per_token = 2 * shape.num_layers * heads * shape.head_dim
+    return rows * num_tokens * per_token * jnp.dtype(shape.dtype).itemsize
+
   def check_draw(self, prompt_length: int, draw: host.Draw) -> None:
-    """Raises UserError where the network cannot draw like that."""
+    """Raises UserError where the network or the devices cannot draw like that.
+
+    Of the memory only what is certain is counted: parameters and cache.
+    """
     check_draw(self.shape, prompt_length, draw)
+    cache = self.cache_bytes(prompt_length, draw)
+    held = mesh_lib.bytes_per_device((self.params, self.lora))
+    memory = mesh_lib.memory_bytes(self.mesh)
+    if cache and memory and held + cache > memory:
+      shape, s = self.shape, draw.sampling
+      raise errors.UserError(
+        f"cache={s.cache!r} does not fit: keys and values of "
+        f"{draw.num_slots or draw.batch_size} completions are 2 x "
+        f"{shape.num_layers} layers x {shape.num_kv_heads} heads x "
+        f"{shape.head_dim} x ({prompt_length} + {s.completion_length}) tokens "
+        f"of {shape.dtype}, {cache / 1e9:.1f} GB a device on this mesh, beside "
+        f"{held / 1e9:.1f} GB of parameters; a device has {memory / 1e9:.1f} "
+        "GB. Lower batch_size or num_slots, or split rows or heads over more "
+        "devices (config.mesh)."
+      )
 
 
 def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:

@@ -23,7 +23,7 @@ REMAT = {"full": (0.25, 3.0), "dots": (1.0, 2.5), "none": (4.0, 2.0)}
 class FakePlanner:
   """A network of `gib` GiB whose split weights take 2 s to gather.
 
-  A completion takes 1 GiB and 1 s of a device.
+  A completion takes 1 GiB and 1 s of a device, a third of it with a cache.
   """
 
   def __init__(self, s, gib, refused=()):
@@ -49,7 +49,8 @@ class FakePlanner:
   def rollout(self, s):
     runs = s.rollout.num_rows // s.rollout.batch_size
     rows = s.rollout.batch_size / (s.mesh.data * s.mesh.fsdp)
-    return self.program("rollout", s, runs, rows, 1.0, 1.0)
+    seconds = 1.0 if s.rollout.sampling.cache == "none" else 1 / 3
+    return self.program("rollout", s, runs, rows, 1.0, seconds)
 
   def update(self, s):
     rows = s.microbatch / (s.mesh.data * s.mesh.fsdp)
@@ -59,15 +60,16 @@ class FakePlanner:
     return s.rollout.num_rows * s.objective.num_mc_steps
 
 
-def fastest(gib, num_devices=4, **kwargs):
-  s = settings.rl(gsm8k.get_config())  # 128 completions
+def fastest(gib, num_devices=4, caches=("",), **kwargs):
+  # 128 completions
+  candidates = [settings.rl(gsm8k.get_config(cache)) for cache in caches]
   tried = []
 
   def make_planner(s):
     tried.append(s.mesh)
     return FakePlanner(s, gib, **kwargs)
 
-  choices = plan.fastest(s, make_planner, num_devices, CHIP)
+  choices = plan.fastest(candidates, make_planner, num_devices, CHIP)
   assert [c.seconds for c in choices] == sorted(c.seconds for c in choices)
   return choices, tried
 
@@ -84,10 +86,19 @@ def test_weights_that_fit_whole_stay_whole(capsys):
   assert "--config.model.remat=none --config.objective.microbatch=8" in out
 
 
+def test_caches_are_compared_on_each_mesh():
+  choices, _ = fastest(gib=8, caches=("", "dual"))
+  caches = [choice.s.rollout.sampling.cache for choice in choices]
+  assert {*caches} == {"none", "dual"}
+  assert caches[0] == "dual"
+  assert "cache=dual --config.objective.step_rule=blocks" in str(choices[0])
+
+
 def test_a_choice_is_told_as_flags():
   choices, _ = fastest(gib=8)
   assert str(choices[0]).startswith(
     "34 s: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 "
+    "--config.rollout.cache=none --config.objective.step_rule=entropy "
     "--config.rollout.batch_size="
   )
   assert str(choices[0]).endswith(
@@ -104,6 +115,7 @@ def test_the_command(monkeypatch, capsys):
     ("_SEARCH", True),
     ("_TOPOLOGY", "v5e:2x2"),
     ("_PROMPT_LENGTH", 0),
+    ("_CACHES", ["none"]),
   ):
     flag = types.SimpleNamespace(value=value)
     monkeypatch.setattr(f"agrpo_jax.plan.__main__.{name}", flag)

@@ -81,3 +81,42 @@ def test_splash_is_refused_where_the_mesh_splits_a_head(monkeypatch):
   mesh = jax.sharding.AbstractMesh((1, 1, 4), model_lib.mesh_lib.AXES)
   with pytest.raises(errors.UserError, match=r"splits one of its 2 KV heads"):
     model_lib.describe_model(shape, None, mesh, tokenizer=None)
+
+
+def cached(c):
+  s = settings.rl(c)
+  sampling = dataclasses.replace(s.rollout.sampling, cache="dual")
+  return dataclasses.replace(s.rollout, sampling=sampling, num_slots=2)
+
+
+def test_the_cache_has_the_size_that_is_told(c):
+  model, draw = load(c, ""), cached(c)
+  completion_length = draw.sampling.completion_length
+  network = model.bind(model.params, model.lora)
+  kept = jax.eval_shape(
+    network.keys_values,
+    jnp.zeros((2, 16 + completion_length), jnp.int32),
+    jnp.full(2, 16 + completion_length),
+  )
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+  assert model.cache_bytes(16, draw) == size > 0
+  plain = dataclasses.replace(draw.sampling, cache="none")
+  assert model.cache_bytes(16, dataclasses.replace(draw, sampling=plain)) == 0
+
+
+def test_a_cache_is_refused_with_the_arithmetic(c, monkeypatch):
+  model, draw = load(c, ""), cached(c)
+  held = model_lib.mesh_lib.bytes_per_device(model.params)
+  needed = held + model.cache_bytes(16, draw)
+
+  def has(memory):
+    monkeypatch.setattr(model_lib.mesh_lib, "memory_bytes", lambda mesh: memory)
+
+  has(needed)
+  model.check_draw(16, draw)
+  has(needed - 1)
+  with pytest.raises(errors.UserError) as error:
+    model.check_draw(16, draw)
+  assert "cache='dual' does not fit: keys and values of 2 comp" in str(error)
+  assert "x (16 + 8) tokens of float32" in str(error.value)
+  assert "config.mesh" in str(error.value)
