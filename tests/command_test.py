@@ -51,6 +51,7 @@ def test_an_interrupted_evaluation_promises_what_it_keeps(tmp_path, is_kept):
       "--config=configs/sudoku_tiny.py",
       "--config.evaluate.batch_size=8",
       "--config.evaluate.num_examples=400",
+      "--config.task.options.num_examples=400",
       "--config.grading.num_workers=1",
       *([f"--output={tmp_path}"] if is_kept else []),
     ],

@@ -3,6 +3,7 @@
 import atexit
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 # Before JAX is imported anywhere: it reads these once.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
+  # Most of the time goes to compiling, programs that run once or twice.
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   "JAX_NUMPY_RANK_PROMOTION": "raise",
   "TF_CPP_MIN_LOG_LEVEL": "2",
   "TOKENIZERS_PARALLELISM": "false",
@@ -35,6 +38,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).parent.parent
+_MANY_BYTES = 2 * 2**30
 
 # A shell without job control starts what stands before "&" with SIGINT ignored,
 # and children inherit that: the commands that tests interrupt would go on.
@@ -46,9 +50,18 @@ RunInSubprocess = Callable[..., str]
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs() -> Iterator[None]:
-  """The programs of a whole suite would fill gigabytes."""
+  """The programs of a whole suite would fill gigabytes; many serve again."""
   yield
-  jax.clear_caches()
+  if _resident_bytes() > _MANY_BYTES:
+    jax.clear_caches()
+
+
+def _resident_bytes() -> int:
+  """Returns the memory of this process: now on Linux, else at most so far."""
+  pages = pathlib.Path("/proc/self/statm")
+  if pages.exists():
+    return int(pages.read_text().split()[1]) * resource.getpagesize()
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture

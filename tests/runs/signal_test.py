@@ -29,6 +29,8 @@ def start(workdir: pathlib.Path, num_steps: int) -> subprocess.Popen:
       "--config.rollout.group_size=4",
       "--config.rollout.batch_size=8",
       "--config.objective.microbatch=16",
+      "--config.task.options.num_examples=200",
+      "--config.grading.num_workers=1",
     ],
     cwd=ROOT,
     stdout=subprocess.PIPE,

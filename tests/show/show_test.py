@@ -304,7 +304,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_command(tmp_path):
   file = tmp_path / "page.html"
-  done = run("--config=configs/sudoku_tiny.py", "--example=3", f"--html={file}")
+  done = run(
+    "--config=configs/sudoku_tiny.py",
+    "--config.task.options.num_examples=8",
+    *("--example=3", f"--html={file}"),
+  )
   assert done.returncode == 0, done.stderr
   plain = done.stdout
   assert "\x1b" not in plain  # a pipe has no colours
