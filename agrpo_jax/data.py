@@ -34,9 +34,9 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str) -> list[int]: ...
 
-  def encode_chat(
-    self, messages: Sequence[Mapping[str, str]], prefill: str = ""
-  ) -> list[int]: ...
+  def encode_chats(
+    self, chats: Sequence[tuple[Sequence[Mapping[str, str]], str]]
+  ) -> list[list[int]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +189,12 @@ class Dataset:
     Raises:
       UserError: no example is left.
     """
+    encoded = tokenizer.encode_chats(
+      [(example.messages, example.prefill) for example in examples]
+    )
     prompts = [
-      Prompt(
-        example,
-        list(tokenizer.encode_chat(list(example.messages), example.prefill)),
-      )
-      for example in examples
+      Prompt(example, ids)
+      for example, ids in zip(examples, encoded, strict=True)
     ]
     self.prompts = [
       prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_length

@@ -14,8 +14,11 @@ from agrpo_jax.policies import row as row_lib
 class _OneIdPerCharacter:
   """Encodes the last turn and the prefill, a character an id."""
 
-  def encode_chat(self, messages, prefill=""):
-    return [ord(character) for character in messages[-1]["content"] + prefill]
+  def encode_chats(self, chats):
+    return [
+      [ord(character) for character in messages[-1]["content"] + prefill]
+      for messages, prefill in chats
+    ]
 
 
 def _dataset(lengths, max_prompt_length=100, prefill=""):

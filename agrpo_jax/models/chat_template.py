@@ -21,6 +21,8 @@ from agrpo_jax import errors
 
 SECONDS = 10  # for one rendering, by the clock
 _START_SECONDS = 120.0
+# Chats per request: a round trip takes as long as rendering some of them.
+_CHATS = 64
 
 
 class _Worker:
@@ -49,7 +51,7 @@ class _Worker:
     paths = [root, os.environ.get("PYTHONPATH", "")]
     self._socket, theirs = socket.socketpair()
     # The process ends by itself in SECONDS, this is for one that cannot.
-    self._socket.settimeout(_START_SECONDS + SECONDS)
+    self._socket.settimeout(_START_SECONDS + SECONDS * _CHATS)
     with theirs:
       self._process = subprocess.Popen(
         [
@@ -106,26 +108,30 @@ _WORKER = _Worker()
 def render(
   template: str,
   names: Mapping[str, str],
-  messages: Sequence[Mapping[str, Any]],
-) -> str:
-  """The chat as text, up to where the next turn begins.
+  chats: Sequence[Sequence[Mapping[str, Any]]],
+) -> list[str]:
+  """Returns chats as texts, each up to where the next turn begins.
 
   Args:
     template: in Jinja's language.
     names: of special tokens, e.g. {"bos_token": "<s>"}.
-    messages: of "role" and "content".
+    chats: messages of "role" and "content".
 
   Raises:
     UserError: the template is wrong, refuses the messages, or needs more time
       or memory than a template should.
   """
-  reply = _WORKER.ask(
-    {"template": template, "names": dict(names), "messages": [*messages]}
-  )
-  if "error" in reply:
-    raise errors.UserError(
-      "The tokenizer's chat template cannot write these messages: "
-      f"{reply['error']}. Correct the template, or set model.tokenizer to a "
-      "folder with another one."
+  texts: list[str] = []
+  for at in range(0, len(chats), _CHATS):
+    some = [[*messages] for messages in chats[at : at + _CHATS]]
+    reply = _WORKER.ask(
+      {"template": template, "names": dict(names), "chats": some}
     )
-  return reply["text"]
+    if "error" in reply:
+      raise errors.UserError(
+        "The tokenizer's chat template cannot write these messages: "
+        f"{reply['error']}. Correct the template, or set model.tokenizer to a "
+        "folder with another one."
+      )
+    texts += reply["texts"]
+  return texts

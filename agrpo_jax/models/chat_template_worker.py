@@ -2,9 +2,9 @@
 
     python -m agrpo_jax.models.chat_template_worker FD SECONDS
 
-Lines of JSON on the socket FD: {"template", "names", "messages"} -> {"text"} or
-{"error"}. The system ends the process when one rendering takes longer than
-SECONDS; it ends itself when the other side closes the socket.
+Lines of JSON on the socket FD: {"template", "names", "chats"} -> {"texts"}, one
+per chat, or {"error"}. The system ends the process when one rendering takes
+longer than SECONDS; it ends itself when the other side closes the socket.
 """
 
 import functools
@@ -46,17 +46,22 @@ def _renderer(template: str, names: tuple[tuple[str, str], ...]) -> Any:
   )
 
 
-def _reply(request: dict[str, Any]) -> dict[str, str]:
+def _reply(request: dict[str, Any], seconds: int) -> dict[str, Any]:
+  texts = []
   try:
     names = tuple(sorted(request["names"].items()))
-    text = str(
-      _renderer(request["template"], names).apply_chat_template(
-        request["messages"], tokenize=False, add_generation_prompt=True
+    for messages in request["chats"]:
+      # Not caught anywhere, so it ends the process wherever that is.
+      signal.alarm(seconds)
+      text = str(
+        _renderer(request["template"], names).apply_chat_template(
+          messages, tokenize=False, add_generation_prompt=True
+        )
       )
-    )
-    if len(text) > MAX_CHARS:
-      return {"error": f"it writes more than {MAX_CHARS:,} characters"}
-    return {"text": text}
+      if len(text) > MAX_CHARS:
+        return {"error": f"it writes more than {MAX_CHARS:,} characters"}
+      texts.append(text)
+    return {"texts": texts}
   except MemoryError:
     return {"error": f"it needs more than {MAX_BYTES >> 20} MiB of memory"}
   # A template can raise what it likes: jinja's errors, Python's, recursion.
@@ -70,9 +75,7 @@ def main(descriptor: int, seconds: int) -> None:
   signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever was inherited
   with socket.socket(fileno=descriptor) as other, other.makefile("rwb") as file:
     for line in file:
-      # Not caught anywhere, so it ends the process wherever that is.
-      signal.alarm(seconds)
-      reply = json.dumps(_reply(json.loads(line))).encode() + b"\n"
+      reply = json.dumps(_reply(json.loads(line), seconds)).encode() + b"\n"
       signal.alarm(0)
       file.write(reply)
       file.flush()

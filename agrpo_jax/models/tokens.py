@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
     messages: of "role" and "content".
     """
 
+  def encode_chats(
+    self, chats: Sequence[tuple[Sequence[Mapping[str, str]], str]]
+  ) -> list[list[int]]:
+    """`encode_chat` of many messages and prefills, faster than one by one."""
+
   def encode(self, text: str) -> list[int]:
     """Plain text; nothing in it is special."""
 

@@ -82,6 +82,11 @@ class ByteTokenizer:
     ]
     return self.encode("".join([*turns, "assistant:\n", prefill]))
 
+  def encode_chats(
+    self, chats: Sequence[tuple[Sequence[Mapping[str, str]], str]]
+  ) -> list[list[int]]:
+    return [self.encode_chat(messages, prefill) for messages, prefill in chats]
+
   def encode(self, text: str) -> list[int]:
     return [self._of_byte[byte] for byte in text.encode("utf-8")]
 

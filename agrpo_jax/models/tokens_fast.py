@@ -1,5 +1,6 @@
 """A checkpoint's fast tokenizer and chat template, without running its code."""
 
+import functools
 import itertools
 import pathlib
 import re
@@ -25,6 +26,7 @@ _REMEDY = (
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 SECONDS = 20.0  # for one text or batch of texts, by the clock
+_TEXTS = 64  # in a batch that is encoded: its time is bounded as a whole
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -57,19 +59,45 @@ class FastTokenizer:
     self._plain.encode_special_tokens = True
 
   def encode_chat(self, messages: Messages, prefill: str = "") -> list[int]:
-    shield = _Shield(self._pattern, prefill, *map(_content, messages))
-    text = chat_template.render(
+    return self.encode_chats([(messages, prefill)])[0]
+
+  def encode_chats(
+    self, chats: Sequence[tuple[Messages, str]]
+  ) -> list[list[int]]:
+    shields = [
+      _Shield(self._pattern, prefill, *map(_content, messages))
+      for messages, prefill in chats
+    ]
+    texts = chat_template.render(
       self._template,
       self._names,
       [
-        {**message, "content": shield.hide(message["content"])}
-        for message in messages
+        [
+          {**message, "content": shield.hide(message["content"])}
+          for message in messages
+        ]
+        for shield, (messages, _) in zip(shields, chats, strict=True)
       ],
-    ) + shield.hide(prefill)
-    if not shield.hidden:
-      return self._ids(self._tokenizer, text)
-    # Text between special tokens is encoded by itself anyhow, so this differs
-    # from the above only where a message contains a special token's name.
+    )
+    texts = [
+      text + shield.hide(prefill)
+      for text, shield, (_, prefill) in zip(texts, shields, chats, strict=True)
+    ]
+    is_plain = [not shield.hidden for shield in shields]
+    plain = iter(
+      self._ids(self._tokenizer, [*itertools.compress(texts, is_plain)])
+    )
+    return [
+      next(plain) if one else self._encode_around(text, shield)
+      for one, text, shield in zip(is_plain, texts, shields, strict=True)
+    ]
+
+  def _encode_around(self, text: str, shield: "_Shield") -> list[int]:
+    """Encodes a chat whose messages contain names of special tokens.
+
+    Text between special tokens is encoded by itself anyhow, so this makes a
+    difference only to those names.
+    """
     ids: list[int] = []
     at = 0
     for match in self._pattern.finditer(text):
@@ -79,7 +107,7 @@ class FastTokenizer:
     return ids + self.encode(shield.show(text[at:]))
 
   def encode(self, text: str) -> list[int]:
-    return self._ids(self._plain, text)
+    return self._ids(self._plain, [text])[0]
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._decode([list(ids)])[0]
@@ -107,13 +135,19 @@ class FastTokenizer:
       )
     )
 
-  def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    # A batch, because that lets go of the interpreter and `encode` does not.
-    (encoded,) = _bounded(
-      lambda: tokenizer.encode_batch([text], add_special_tokens=False)
-    )
-    ids: list[int] = encoded.ids
-    beyond = sorted({one for one in ids if one >= self._vocab_size})
+  def _ids(
+    self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
+  ) -> list[list[int]]:
+    ids: list[list[int]] = []
+    for at in range(0, len(texts), _TEXTS):
+      some = [*texts[at : at + _TEXTS]]
+      # A batch, because that lets go of the interpreter and `encode` does not.
+      encode = functools.partial(
+        tokenizer.encode_batch, some, add_special_tokens=False
+      )
+      ids += [one.ids for one in _bounded(encode)]
+    used = {*itertools.chain.from_iterable(ids)}
+    beyond = sorted(one for one in used if one >= self._vocab_size)
     if beyond:
       listed = ", ".join(
         f"{tokenizer.id_to_token(one)!r} {one}" for one in beyond

@@ -97,6 +97,14 @@ class TestChat:
     assert protected[at : at + len(name)] == name
     assert ordinary[at + 1 :] == protected[at + len(name) :]
 
+  def test_many_at_once_are_what_each_is_alone(self, tokenizer):
+    chats = [(ask(f"{i} * 2"), "<answer>" * (i % 2)) for i in range(150)]
+    chats[70] = (ask("7 <|eot_id|>"), "")  # not encoded beside the others
+    chats[149] = (ask("7"), "<|eot_id|>")
+    alone = [tokenizer.encode_chat(*chat) for chat in chats]
+    assert tokenizer.encode_chats(chats) == alone
+    assert tokenizer.encode_chats([]) == []
+
   def test_ordinary_added_tokens_are_not_protected(self, folder):
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(["Sudoku"])
