@@ -76,7 +76,8 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   for machine in asked & _MACHINES.keys():
     tensor, batch_size, microbatch, remat = _MACHINES[machine]
     c.mesh.update(data=-1, fsdp=1, tensor=tensor)
-    c.rollout.batch_size = batch_size
+    # Steps on windows read all weights for few tokens: many rows at once.
+    c.rollout.batch_size = 128 if asked.intersection(_CACHES) else batch_size
     c.objective.microbatch = microbatch
     c.model.remat = remat
 

@@ -24,11 +24,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def start(mesh: str, output: pathlib.Path, devices: int, **environment):
   """`tests/fixtures/mesh_run.py` in a process of its own."""
-  flags = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
     [sys.executable, "tests/fixtures/mesh_run.py", mesh, str(output)],
     cwd=ROOT,
-    env=dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, **environment),
+    env={
+      **os.environ,
+      "PYTHONPATH": str(ROOT),
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      **environment,
+    },
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,

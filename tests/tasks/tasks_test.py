@@ -101,7 +101,6 @@ def _shell(command, folder, code=0):
       **os.environ,
       "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
       "PYTHONPATH": str(_ROOT),
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
     },
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
