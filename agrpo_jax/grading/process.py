@@ -72,6 +72,8 @@ class WorkerProcess:
       if self._has_ended():
         self.kill()
         self._spawn()
+        if self._is_hung_up:  # on the socket of the worker before
+          break
       try:
         self._is_ready = "ready" in self.receive(START_SECONDS)
       except OSError:  # closed, or TimeoutError
