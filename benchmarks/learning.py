@@ -15,6 +15,7 @@ all of them draws the figure. Seconds are those of rollout, grading and update.
 
 import csv
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -120,8 +121,10 @@ def config(
 def learn(asked: Any, arm: str, seed: int) -> list[dict[str, Any]]:
   """Trains unless that is done; returns held-out accuracy as it went."""
   s = settings_lib.rl(config(asked, arm, seed, {}))
-  train.train(s)
-  records = list(metrics.read(pathlib.Path(s.workdir) / "metrics.jsonl"))
+  log = pathlib.Path(s.workdir) / "metrics.jsonl"
+  if not log.exists() or len([*metrics.read(log)]) < s.train.num_steps:
+    train.train(s)
+  records = [*metrics.read(log)]
   seconds = [
     sum(r[f"seconds/{phase}"] for phase in ("rollout", "grade", "update"))
     for r in records
@@ -151,18 +154,16 @@ def decode(asked: Any, arm: str, seed: int) -> list[dict[str, Any]]:
     is_base = arm == "before"
     s = settings_lib.rl(config(asked, "plain" if is_base else arm, seed, keys))
     folder = pathlib.Path(asked.work) / "decoded" / f"{arm}-{seed}"
-    result = evaluate.run(
-      s,
-      "" if is_base else s.workdir,
-      str(folder / name.replace(", ", "-").replace(" ", "")),
-    )
-    found = result.scalars()
+    folder /= name.replace(", ", "-").replace(" ", "")
+    if not (folder / "result.json").exists():
+      evaluate.run(s, "" if is_base else s.workdir, str(folder))
+    found = json.loads((folder / "result.json").read_text())
     rows.append(
       {
         "arm": arm,
         "seed": seed,
         "decoder": name,
-        "accuracy": result.accuracy,
+        "accuracy": found["accuracy"],
         "denoise_steps": found["mean_denoise_steps"],
         "whole_passes": found["mean_whole_passes"],
       }
