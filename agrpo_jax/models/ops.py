@@ -204,40 +204,17 @@ def _split_kernel(rows):
 
   The compiler cannot split a kernel itself.
   """
-  queries, keys = (_by_head(axis, 2) for axis in ("heads", "kv_heads"))
-  return _split(splash.attend, rows, (queries, keys, keys, _ROWS), queries)
-
-
-def _split_windows(rows):
-  """`splash.attend_windows`, likewise."""
-  queries, keys = (_by_head(axis, 3) for axis in ("heads", "kv_heads"))
-  shared = _by_head("kv_heads", 1)
-  return _split(
-    splash.attend_windows,
-    rows,
-    (queries, keys, keys, shared, shared, _ROWS, _ROWS),
-    queries,
+  P = jax.sharding.PartitionSpec
+  queries, keys = (
+    P(mesh_lib.ROW_AXES, None, mesh_lib.RULES[axis])
+    for axis in ("heads", "kv_heads")
   )
-
-
-def _split(kernel, rows, in_specs, out_specs):
   return jax.shard_map(
-    kernel,
+    splash.attend,
     mesh=rows.mesh,
-    in_specs=in_specs,
-    out_specs=out_specs,
+    in_specs=(queries, keys, keys, P(mesh_lib.ROW_AXES)),
+    out_specs=queries,
     check_vma=False,  # a kernel says nothing of what varies over the mesh
-  )
-
-
-_ROWS = jax.sharding.PartitionSpec(mesh_lib.ROW_AXES)
-
-
-def _by_head(axis, dimension):
-  """Rows in dimension 0, heads in another."""
-  between = [None] * (dimension - 1)
-  return jax.sharding.PartitionSpec(
-    mesh_lib.ROW_AXES, *between, mesh_lib.RULES[axis]
   )
 
 
@@ -254,15 +231,13 @@ def attend_windows(
   shared_v_BxHxLxDh: jax.Array,
   start_B: jax.Array,
   length_B: jax.Array,
-  implementation: str = "xla",
-  rows: mesh_lib.NamedSharding | None = None,
 ) -> jax.Array:
   """Attention of windows whose rows' other keys and values are shared.
 
   S states of a row differ in a window of Q positions from `start` on. A query
   of a state attends to that state's own keys within the window, and to the
   row's shared ones everywhere else, up to its length: one softmax over both.
-  But for "splash", nothing is copied to lay the two side by side.
+  Nothing is copied to lay the two side by side.
 
   Args:
     q_BxSxWxHxDh: queries of W positions of each state.
@@ -272,13 +247,11 @@ def attend_windows(
     shared_v_BxHxLxDh: their values.
     start_B: int32, the first position of a row's window.
     length_B: int32, tokens of each row before its padding.
-    implementation: "splash" (TPU only); others have it computed by XLA.
-    rows: see `attend`.
 
   Returns:
     [B, S, W, H, Dh].
   """
-  num_rows, states, queries, heads, size = q_BxSxWxHxDh.shape
+  rows, states, queries, heads, size = q_BxSxWxHxDh.shape
   window, groups = k_BxSxQxHxDh.shape[2:4]
   position_BxL = jnp.arange(shared_k_BxHxLxDh.shape[2])[None]
   own_BxQ = start_B[:, None] + jnp.arange(window)[None]
@@ -287,27 +260,21 @@ def attend_windows(
     position_BxL < start_B[:, None] + window
   )
   is_shared_BxL = (position_BxL < length_B[:, None]) & ~is_own_BxL
+  bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
   # A window may reach beyond its row; what stands there is padding.
   is_key_BxQ = own_BxQ < length_B[:, None]
-  if implementation == "splash":
-    kernel = splash.attend_windows if rows is None else _split_windows(rows)
-    return kernel(
-      *(q_BxSxWxHxDh, k_BxSxQxHxDh, v_BxSxQxHxDh),
-      *(shared_k_BxHxLxDh, shared_v_BxHxLxDh, is_shared_BxL, is_key_BxQ),
-    )
-  bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
   bias_own = jnp.where(is_key_BxQ, 0.0, _NEVER)[:, None, None, :]
   # A head's queries side by side, those of one state together: against shared
   # keys all of them are queries of one head, against their own those of one
   # state are.
   q = q_BxSxWxHxDh.reshape(
-    num_rows, states, queries, groups, heads // groups, size
+    rows, states, queries, groups, heads // groups, size
   ).transpose(0, 3, 1, 4, 2, 5)
-  q = q.reshape(num_rows, groups * states, -1, size)
+  q = q.reshape(rows, groups * states, -1, size)
 
   def per_state(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(
-      num_rows, groups * states, window, size
+      rows, groups * states, window, size
     )
 
   mixed = _attend_both(
@@ -320,9 +287,9 @@ def attend_windows(
     bias_shared,
   )
   mixed = mixed.reshape(
-    num_rows, groups, states, heads // groups, queries, size
+    rows, groups, states, heads // groups, queries, size
   ).transpose(0, 2, 4, 1, 3, 5)
-  return mixed.reshape(num_rows, states, queries, heads, size)
+  return mixed.reshape(rows, states, queries, heads, size)
 
 
 @jax.custom_vjp

@@ -218,11 +218,7 @@ class Layer(nn.Module):
     if of.start_B is None:
       how = _attention(self.shape, q.shape[1], self.rows)
       return ops.attend(q, row_k, row_v, of.length_B, how, self.rows)
-    # Where there are no rows in the pass the queries are few, and what they
-    # share lies as XLA reads it: a kernel would have it copied.
-    how = "xla"
     if shared is None:
-      how = _attention(self.shape, size, self.rows)
       shared = ops.heads_first(row_k), ops.heads_first(row_v)
     # The last layer is asked for positions of windows alone.
     row_queries = size if q.shape[1] == k.shape[1] else 0
@@ -237,11 +233,10 @@ class Layer(nn.Module):
       *shared,
       of.start_B,
       of.length_B,
-      how,
-      self.rows,
     )
     mixed = mixed.reshape(q.shape[0], -1, *q.shape[2:])
     if row_queries:
+      how = _attention(self.shape, row_queries, self.rows)
       of_rows = ops.attend(
         q[:, :size], row_k, row_v, of.length_B, how, self.rows
       )

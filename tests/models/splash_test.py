@@ -64,52 +64,6 @@ def test_same_as_xla(queries, keys, heads, kv_heads, lengths):
   )
 
 
-@pytest.mark.parametrize(
-  "states, window, wanted, heads, kv_heads, lengths",
-  [
-    (4, 12, 12, 2, 2, (150, 132)),
-    (4, 12, 3, 2, 1, (150, 125)),  # the last layer's; a window that is cut
-    (1, 32, 32, 4, 2, (200, 200)),
-    (11, 16, 16, 2, 2, (300, 129)),  # several blocks
-  ],
-)
-def test_windows_are_the_same_as_by_xla(
-  monkeypatch, states, window, wanted, heads, kv_heads, lengths
-):
-  length, row = jnp.array(lengths), max(lengths)
-  key = iter(jax.random.split(jax.random.key(4), 6))
-  q, target = (
-    jax.random.normal(next(key), (2, states, wanted, heads, 128))
-    for _ in range(2)
-  )
-  own = [
-    jax.random.normal(next(key), (2, states, window, kv_heads, 128))
-    for _ in range(2)
-  ]
-  shared = [
-    jax.random.normal(next(key), (2, kv_heads, row, 128)) for _ in range(2)
-  ]
-  start = jnp.array([7, 120])
-  monkeypatch.setattr(
-    splash,
-    "attend_windows",
-    functools.partial(splash.attend_windows, interpret=True),
-  )
-
-  def found(implementation):
-    def score(*arrays):
-      mixed = ops.attend_windows(*arrays, start, length, implementation)
-      return jnp.sum(mixed * target), mixed
-
-    return jax.value_and_grad(score, (0, 1, 2, 3, 4), has_aux=True)(
-      q, *own, *shared
-    )
-
-  chex.assert_trees_all_close(
-    found("splash"), found("xla"), rtol=2e-5, atol=2e-5
-  )
-
-
 def test_bfloat16_is_as_near_to_float32_as_xla_is():
   arrays = draw(1, 2, 200, 200, 4, 2, jnp.bfloat16)
   length = jnp.array([200, 77])
@@ -165,9 +119,6 @@ def test_on_a_mesh_every_device_computes_its_rows_and_heads(run_in_subprocess):
     from agrpo_jax.parallel import mesh as mesh_lib
 
     splash.attend = functools.partial(splash.attend, interpret=True)
-    splash.attend_windows = functools.partial(
-      splash.attend_windows, interpret=True
-    )
     rows = mesh_lib.rows(mesh_lib.make(data=2, fsdp=1, tensor=2))
     keys = jax.random.split(jax.random.key(0), 4)
     q, target = (jax.random.normal(k, (4, 100, 4, 128)) for k in keys[:2])
@@ -183,18 +134,6 @@ def test_on_a_mesh_every_device_computes_its_rows_and_heads(run_in_subprocess):
     chex.assert_trees_all_close(
       jax.jit(functools.partial(value_and_gradients, rows))(q, k, v),
       value_and_gradients(None, q, k, v),
-      rtol=1e-5,
-      atol=1e-5,
-    )
-
-    own_q = q.reshape(4, 2, 50, 4, 128)
-    own_k = k[:, :80].reshape(4, 2, 40, 2, 128)
-    windows = (own_q, own_k, own_k + 1, k.swapaxes(1, 2), v.swapaxes(1, 2))
-    start = jnp.array([0, 1, 30, 60])
-    attend = functools.partial(ops.attend_windows, implementation="splash")
-    chex.assert_trees_all_close(
-      jax.jit(functools.partial(attend, rows=rows))(*windows, start, length),
-      attend(*windows, start, length),
       rtol=1e-5,
       atol=1e-5,
     )
