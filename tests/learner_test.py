@@ -113,14 +113,18 @@ def test_a_price_of_steps_is_taken_from_the_reward():
   assert price.std() > 0
   after, metrics = step(dear, state, rollout, keys)
   np.testing.assert_allclose(metrics["step_price/mean"], price.mean(), 1e-6)
-  by_hand, other = step(
-    learner, state, rollout, keys, REWARD - jnp.asarray(price, jnp.float32)
+  # The same program, to which no step was executed: equal to the last bit.
+  no_steps = jnp.zeros_like(rollout.num_executed_steps)
+  by_hand, _ = step(
+    dear,
+    state,
+    rollout.replace(num_executed_steps=no_steps),
+    keys,
+    REWARD - jnp.asarray(price, jnp.float32),
   )
-  chex.assert_trees_all_close(
-    after.params, by_hand.params, rtol=1e-5, atol=1e-8
-  )
+  chex.assert_trees_all_equal(after.params, by_hand.params)
+  free, other = step(learner, state, rollout, keys)
   assert "step_price/mean" not in other
-  free, _ = step(learner, state, rollout, keys)
   assert (
     optax.tree.norm(jax.tree.map(jnp.subtract, free.params, after.params))
     > 1e-4
