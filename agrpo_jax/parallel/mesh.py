@@ -42,9 +42,6 @@ RULES: Mapping[str, str | None] = {
 }
 """Logical axis -> mesh axis that splits it, None for whole on every device."""
 
-HEADS_AXIS = "tensor"
-"""The mesh axis that splits keys and values by their heads."""
-
 
 def make(
   data: int = 1,

@@ -209,7 +209,7 @@ def fastest(
 def _with_caches(c: config_lib.ConfigDict) -> list[settings_lib.Rl]:
   """Returns the settings of a config under each of --caches."""
   found = []
-  for cache in _CACHES.value:
+  for cache in _CACHES.value or [c.rollout.cache]:
     one = c.copy_and_resolve_references()
     if cache != c.rollout.cache:
       config_lib.use_cache(one, cache)

@@ -102,7 +102,8 @@ class Model:
     slots = draw.num_slots or draw.batch_size
     rows = math.ceil(slots / mesh_lib.num_row_shards(self.mesh))
     num_tokens = prompt_length + draw.sampling.completion_length
-    heads, parts = shape.num_kv_heads, self.mesh.shape[mesh_lib.HEADS_AXIS]
+    heads = shape.num_kv_heads
+    parts = self.mesh.shape[mesh_lib.RULES["kv_heads"]]
     if heads % parts == 0:
       heads //= parts
     per_token = 2 * shape.num_layers * heads * shape.head_dim
