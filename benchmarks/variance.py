@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import step as step_lib
+from absl import app
 from absl import flags
 
 from agrpo_jax import command
@@ -183,14 +184,29 @@ def passes_per_unit(batch: Batch, step_rule: str) -> float:
   return flops / transformer.forward_flops(shape, length, wanted)
 
 
-def measure(batch: Batch, num_estimates: int) -> list[dict[str, Any]]:
+def asked_kinds(words: Sequence[str]) -> list[tuple[str, int]]:
+  """Returns what words such as `blocks=2` ask for, the exact gradient first."""
+  found = [("all", 1)]
+  for word in words:
+    step_rule, _, num_draws = word.partition("=")
+    if step_rule not in mc_steps.STEP_RULES or not num_draws.isdigit():
+      raise app.UsageError(f"--kinds: {word!r} is no step rule and number")
+    found.append((step_rule, int(num_draws)))
+  return found
+
+
+def measure(
+  batch: Batch, num_estimates: int, words: Sequence[str]
+) -> list[dict[str, Any]]:
   """Returns a row of figures per kind of estimate."""
   exact, rows = None, []
-  for step_rule, num_draws in kinds(batch.sampling):
+  for step_rule, num_draws in (
+    asked_kinds(words) if words else kinds(batch.sampling)
+  ):
     run = estimator(batch, step_rule, num_draws)
     # What is compiled with the first call is not counted.
     estimates, seconds = [], []
-    num = 3 if step_rule == "all" else num_estimates
+    num = 1 if step_rule == "all" else num_estimates
     for draw in range(num + 1):
       begin = time.perf_counter()
       gradient, num_units = run(jax.random.key(draw))
@@ -271,7 +287,11 @@ def main(argv: Sequence[str]) -> None:
     batches = [
       of_config(s, cache, asked.block_length) for cache in asked.caches
     ]
-  rows = [row for batch in batches for row in measure(batch, asked.draws)]
+  rows = [
+    row
+    for batch in batches
+    for row in measure(batch, asked.draws, asked.kinds)
+  ]
   if asked.output:
     path = pathlib.Path(asked.output)
     with path.with_suffix(".csv").open("w", newline="") as file:
@@ -286,5 +306,6 @@ if __name__ == "__main__":
   flags.DEFINE_list("caches", ["none", "dual"], "Policies.")
   flags.DEFINE_integer("block_length", 0, "T; 0: as the config has it.")
   flags.DEFINE_integer("draws", 16, "Estimates of each kind.")
+  flags.DEFINE_list("kinds", [], "STEP_RULE=DRAWS, ...; none: all of them.")
   flags.DEFINE_string("output", "", "CSV and PNG, without the suffix.")
   command.main(main)
