@@ -128,18 +128,38 @@ def use_task(c: ConfigDict, name: str, **options: Any) -> None:
   c.task.defaults = {**tasks.get(name).DEFAULTS, **options}
 
 
-def use_objective(c: ConfigDict, name: str, **settings: Any) -> None:
+def use_objective(
+  c: ConfigDict, name: str, path: str = "", **settings: Any
+) -> None:
   """Sets another objective than AGRPO, with those of its settings that differ.
 
   Args:
     c: changed in place.
-    name: a name in `objectives.OBJECTIVES`.
+    name: a name in `objectives.NAMES`.
+    path: of the Python file of an objective of your own, in place of `name`.
     **settings: fields of the objective's dataclass; the others keep the
       defaults that they have there.
   """
   kept = {key: c.objective[key] for key in ("microbatch", "step_price")}
   c.objective = _free()
-  c.objective.update(name=name, **kept | settings)
+  c.objective.update(name=name, path=path, **kept | settings)
+
+
+def choose_objective(c: ConfigDict, given: set[str]) -> None:
+  """Makes room for an objective that the command line names.
+
+  The settings of the config file are those of another objective then, and go;
+  those of the command line stay.
+
+  Args:
+    c: changed in place.
+    given: the keys that stand on the command line.
+  """
+  prefix = "objective."
+  if given & {"objective.name", "objective.path"}:
+    keys = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]
+    chosen = {key: c.objective[key] for key in {"name", *keys}}
+    use_objective(c, **chosen)
 
 
 def use_cache(c: ConfigDict, cache: str) -> None:
@@ -211,12 +231,14 @@ def rl() -> ConfigDict:
   rollout.temperature = 1.0
 
   c.objective = o = ConfigDict()
-  o.name = "agrpo"  # a name in `objectives.OBJECTIVES`
+  o.name = "agrpo"  # a name in `objectives.NAMES`
+  o.path = ""  # an objective of your own, in place of `name`: its Python file
   o.num_mc_steps = 24  # M denoising steps drawn per completion
   o.num_mc_blocks = 2  # M blocks drawn instead, if step_rule is one of blocks
   # uniform, entropy: steps; blocks, entropy_blocks: whole blocks; all: no draw.
   o.step_rule = "entropy"
   o.stratified = "row"  # row, batch, none
+  o.budget = "completion"  # M draws for each, or batch: B * M for all together
   # Those that are visited: executed, or content: up to the last non-EOS token.
   o.visited_steps = "executed"
   o.normalize = "sum"  # sum or mean over steps

@@ -84,25 +84,23 @@ class Learner:
     objective = self.objective
     share_B = rollout.num_executed_steps / self.sampling.max_steps
     price_B = self.step_price * share_B
-    advantage_NxG = jax.vmap(objective.advantage)(
+    advantage_NxG = objective.advantage(
       (reward_B - price_B).reshape(-1, self.group_size)
     )
     advantage_B = advantage_NxG.reshape(-1)
     batch_key, row_key = jax.random.split(key)
     key_B = noise_lib.row_keys(row_key, row_id_Bx2)
     visits_UxBxQxS, drawn = objective.visits(
-      rollout, batch_key, key_B, self.sampling
+      rollout, advantage_B, batch_key, key_B, self.sampling
     )
     behaviour_UxBxQxSxF = None
-    if objective.behaviour == "scored":
-      # Before the first update the policy is the behaviour policy.
+    if objective.behaviour == "scored" and objective.updates_per_batch > 1:
+      # Before the first update the policy is the behaviour policy; with a
+      # single update it is so throughout.
       behaviour_UxBxQxSxF = jax.lax.map(
         lambda visits: (
-          self._read_all(
-            self._units(visits, advantage_B),
-            self.bind(state.params, state.lora),
-            rollout,
-            visits,
+          self.factors(
+            self.bind(state.params, state.lora), rollout, advantage_B, visits
           ).logprob
         ),
         visits_UxBxQxS,
@@ -206,7 +204,8 @@ class Learner:
       rollout: B completions.
       advantage_B: float32 [B].
       visits: [B, Q, S, ...].
-      behaviour: float32 [B, Q, S, F] of a `scored` behaviour policy, or None.
+      behaviour: float32 [B, Q, S, F] of a `scored` behaviour policy; None if
+        it is the policy itself.
       reference: see `train_step`.
 
     Returns:
@@ -224,6 +223,10 @@ class Learner:
       weight_BxQxSxF, whole = self._loss_weights(
         units, state, rollout, advantage_B, visits, behaviour, reference_network
       )
+      # What the loss does not depend on here need not be differentiated.
+      is_used_BxQxS = (weight_BxQxSxF != 0).any(axis=-1)
+      visits = visits.replace(weight=is_used_BxQxS.astype(jnp.float32))
+      units = self._units(visits, advantage_B)
 
     def microbatch_loss(
       trainable: types.Tree, at: "_Slice"
@@ -247,6 +250,8 @@ class Learner:
         )
       if objective.behaviour == "recorded":
         old = self._recorded(rows, unit)
+      elif objective.behaviour == "scored" and behaviour is None:
+        old = jax.lax.stop_gradient(factors.logprob)
       # A sum over visits may be formed of any of them: each unit stands for a
       # completion of its own.
       terms = objective.loss(
@@ -277,6 +282,22 @@ class Learner:
     )
     gradient, terms = units.loop(accumulate, (zeros, base.Terms.zeros()))
     return gradient, terms if whole is None else whole, units.num
+
+  def factors(
+    self,
+    network: types.Network,
+    rollout: types.Rollout,
+    advantage_B: jax.Array,
+    visits: base.Visits,
+  ) -> base.Factors:
+    """Reads the visits [B, Q, S, ...] of an update under some network.
+
+    Returns:
+      Factors [B, Q, S, F]; units that cannot change the gradient are not run,
+      and have none.
+    """
+    units = self._units(visits, advantage_B)
+    return self._read_all(units, network, rollout, visits)
 
   def _units(self, visits: base.Visits, advantage_B: jax.Array) -> "_Units":
     num_states = visits.weight.shape[2]
@@ -315,6 +336,10 @@ class Learner:
     """Factors [P, S, F] of the visits [P, S, ...] of P rows."""
     policy = self.policy if self.objective.replays else plain.PLAIN
     mask_id = self.sampling.mask_id
+    prompt = rows.prompt
+    if unit.is_prompt_masked is not None:
+      # Behind the prompt too, where it is without effect.
+      prompt = jnp.where(unit.is_prompt_masked[:, 0], mask_id, prompt)
     partial_PxSxC = jnp.where(
       unit.is_masked, mask_id, rows.completion[:, None, :]
     )
@@ -324,7 +349,7 @@ class Learner:
     )
     memory = policy.open(
       network,
-      rows.prompt,
+      prompt,
       rows.prompt_length,
       jnp.where(
         rows.unmask_step >= start_step_P[:, None], mask_id, rows.completion
@@ -336,7 +361,7 @@ class Learner:
     logits_PxSxWxV = policy.logits(
       network,
       memory,
-      rows.prompt,
+      prompt,
       rows.prompt_length,
       partial_PxSxC,
       unit.offset,
@@ -419,6 +444,8 @@ class Learner:
       behaviour = jax.vmap(self._recorded, in_axes=(None, 1), out_axes=1)(
         rollout, visits
       )
+    elif self.objective.behaviour == "scored" and behaviour is None:
+      behaviour = factors.logprob
 
     # A group's completions are side by side; its loss may compare them.
     def grouped(tree: Any) -> Any:

@@ -516,15 +516,20 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     price,
     "0 (none) or more",
   )
-  found.known("objective.name", c.objective.name, tuple(objectives.OBJECTIVES))
-  # An unknown name is told above; the other mistakes are to be told with it.
-  record = objectives.OBJECTIVES.get(c.objective.name, agrpo.Agrpo)
+  own_file = c.objective.get("path", "")
+  try:
+    record = objectives.get(c.objective.name, own_file)
+  except errors.UserError as error:
+    found.append(f"objective.{'path' if own_file else 'name'}: {error}")
+    # The other mistakes are to be told with it.
+    record = agrpo.Agrpo
   fields = {field.name for field in dataclasses.fields(record)}  # type: ignore
   found += [
-    f"objective.{key} is no setting of the objective {c.objective.name!r}, "
-    f"which has {', '.join(sorted(fields))}; config.use_objective sets another"
+    f"objective.{key} is no setting of the objective "
+    f"{own_file or c.objective.name!r}, which has {', '.join(sorted(fields))}; "
+    "config.use_objective sets another"
     for key in c.objective
-    if key not in fields | {"name", "microbatch", "step_price"}
+    if key not in fields | {"name", "path", "microbatch", "step_price"}
   ]
   objective = _record(record, c.objective)
   found += [f"objective.{p}" for p in objective.problems(sampling)]

@@ -14,13 +14,10 @@ all of them draws the figure. Seconds are those of rollout, grading and update.
 """
 
 import csv
-import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
-from typing import ClassVar
-from typing import Literal
 
 import numpy as np
 from absl import flags
@@ -29,25 +26,9 @@ from scipy import stats
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
 from agrpo_jax import evaluate
-from agrpo_jax import objectives
 from agrpo_jax import settings as settings_lib
 from agrpo_jax import train
-from agrpo_jax.objectives import agrpo
 from agrpo_jax.runs import metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredWithoutCache(agrpo.Agrpo):
-  """What is common: fast rollouts, and a loss that does not know of the cache.
-
-  The behaviour policy is scored without it too, so that ratios begin at 1.
-  """
-
-  replays: ClassVar[bool] = False
-  behaviour: ClassVar[Literal["scored"]] = "scored"  # type: ignore[assignment]
-
-
-objectives.OBJECTIVES["agrpo_scored_without_cache"] = ScoredWithoutCache
 
 _DUAL = {"rollout.cache": "dual", "objective.step_rule": "all"}
 _THRESHOLD = {
@@ -68,7 +49,9 @@ ARMS: dict[str, dict[str, Any]] = {
   "dual_blocks": {**_DUAL, "objective.step_rule": "blocks"},
   "dual_scored_without_cache": {
     **_DUAL,
-    "objective.name": "agrpo_scored_without_cache",
+    "objective.path": str(
+      pathlib.Path(__file__).with_name("scored_without_cache.py")
+    ),
   },
   "threshold": _THRESHOLD,
   "threshold_priced": _THRESHOLD | _PRICE,

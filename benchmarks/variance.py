@@ -152,7 +152,7 @@ def estimator(batch: Batch, step_rule: str, num_draws: int) -> Any:
   state = types.TrainState(
     jnp.int32(0), batch.model.params, batch.model.lora, ()
   )
-  advantage_B = jax.vmap(objective.advantage)(
+  advantage_B = objective.advantage(
     batch.reward_B.reshape(-1, batch.group_size)
   ).reshape(-1)
 
@@ -161,7 +161,7 @@ def estimator(batch: Batch, step_rule: str, num_draws: int) -> Any:
     state: types.TrainState, rollout: types.Rollout, key: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     key_B = jax.random.split(key, len(advantage_B))
-    visits, _ = objective.visits(rollout, key, key_B, sampling)
+    visits, _ = objective.visits(rollout, advantage_B, key, key_B, sampling)
     visits = jax.tree.map(lambda x: x[0], visits)
     tree, _, num_units = learner.gradient(state, rollout, advantage_B, visits)
     leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
@@ -288,9 +288,7 @@ def main(argv: Sequence[str]) -> None:
       of_config(s, cache, asked.block_length) for cache in asked.caches
     ]
   rows = [
-    row
-    for batch in batches
-    for row in measure(batch, asked.draws, asked.kinds)
+    row for batch in batches for row in measure(batch, asked.draws, asked.kinds)
   ]
   if asked.output:
     path = pathlib.Path(asked.output)

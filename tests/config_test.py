@@ -76,7 +76,8 @@ def test_the_paper_preset_sets_every_switch_to_the_released_value():
 def test_settings_and_records_have_the_same_names_and_defaults():
   """A key that a record lacks would be ignored without a word."""
   o = config_lib.rl().objective
-  assert set(o) == {*vars(agrpo.Agrpo()), "name", "microbatch", "step_price"}
+  shared = {"name", "path", "microbatch", "step_price"}
+  assert set(o) == {*vars(agrpo.Agrpo()), *shared}
 
 
 def test_all_problems_at_once_by_their_full_names():

@@ -138,7 +138,7 @@ def test_microbatches_do_not_change_the_gradient(microbatch):
   gradients, expected_loss = [], None
   for one in (learner, other):
     visits, _ = one.objective.visits(
-      rollout, jax.random.key(0), keys, one.sampling
+      rollout, None, jax.random.key(0), keys, one.sampling
     )
     gradient, terms, _ = jax.jit(one.gradient)(
       state, rollout, REWARD - 0.5, jax.tree.map(lambda x: x[0], visits)

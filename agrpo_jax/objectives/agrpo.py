@@ -51,14 +51,6 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
   is_sum_over_visits: ClassVar[bool] = True
   behaviour: ClassVar[Literal["recorded"]] = "recorded"
 
-  @property
-  def has_reference(self) -> bool:
-    return self.kl_coef > 0
-
-  @property
-  def skips_zero_advantage(self) -> bool:
-    return not self.has_reference  # the penalty stays where the advantage is 0
-
   def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
     """Returns what is wrong with the settings, a sentence each."""
     found = mc_steps.problems(self) + clip_lib.problems(self)
@@ -91,13 +83,14 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
       )
     return found
 
-  def advantage(self, reward_G: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [G]."""
-    return advantage_lib.group_advantage(reward_G, self.baseline)
+  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
+    """Returns the rewards minus their baseline, [N, G]."""
+    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,
     rollout: types.Rollout,
+    advantage_B: jax.Array,
     batch_key: jax.Array,
     key_B: jax.Array,
     sampling: sampling_lib.Sampling,
@@ -110,6 +103,8 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     """
     # All M at once, so that the strata cover a row's steps over all updates.
     uniform_BxM = mc_steps.uniforms(batch_key, key_B, self)
+    if self.budget == "batch":
+      return self._visits_of_batch(rollout, advantage_B, uniform_BxM, sampling)
     if self.step_rule in mc_steps.DRAWN_STEPS:
       drawn = mc_steps.draw(rollout, uniform_BxM, self, sampling)
       visits = jax.vmap(visits_of, (None, 0, None, None))(
@@ -133,6 +128,34 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     return visits, {
       "draws/distinct_fraction": mc_steps.distinct_fraction(drawn.step),
       "draws/max_weight": drawn.weight.max(),
+    }
+
+  def _visits_of_batch(
+    self,
+    rollout: types.Rollout,
+    advantage_B: jax.Array,
+    uniform_BxM: jax.Array,
+    sampling: sampling_lib.Sampling,
+  ) -> tuple[base.Visits, dict[str, jax.Array]]:
+    """Visits [U, B, K, 1], of which those that were drawn have a weight."""
+    num_rows = len(advantage_B)
+    uniform_UxT = self._dealt(uniform_BxM).reshape(self.updates_per_batch, -1)
+    weight_UxBxK = jax.vmap(
+      lambda uniform_T: mc_steps.draw_of_batch(
+        rollout, advantage_B, uniform_T, self, sampling
+      )
+    )(uniform_UxT)
+    step_BxK = jnp.broadcast_to(
+      jnp.arange(sampling.max_steps), weight_UxBxK.shape[1:]
+    )
+    visits = jax.vmap(
+      lambda weight_BxK: _visits_at(
+        rollout, step_BxK, weight_BxK / num_rows, sampling, self
+      )
+    )(weight_UxBxK)
+    return jax.tree.map(lambda x: x[:, :, :, None], visits), {
+      "draws/distinct_fraction": (weight_UxBxK > 0).sum() / uniform_UxT.size,
+      "draws/max_weight": weight_UxBxK.max(),
     }
 
   def _dealt(self, x_BxM: jax.Array) -> jax.Array:
@@ -161,33 +184,17 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
   def loss(
     self,
     policy: base.Factors,
-    behaviour: jax.Array | None,
-    reference: jax.Array | None,
+    behaviour: base.Scores,
+    reference: base.Scores,
     advantage_G: jax.Array,
     visits: base.Visits,
     rows: types.Rollout,
   ) -> base.Terms:
     """Returns the sum of the surrogates of all visits."""
     del rows
-    weight = visits.weight
-    advantage = jnp.broadcast_to(advantage_G[:, None, None], weight.shape)
-
-    def flat(x: jax.Array) -> jax.Array:
-      # A visit is a summand by itself, whatever completion and unit it is of.
-      return x.reshape(-1, *x.shape[3:])
-
-    terms = jax.vmap(
-      clip_lib.surrogate,
-      in_axes=(0, 0, None if reference is None else 0, 0, 0, None),
-    )(
-      jax.tree.map(flat, policy),
-      jax.tree.map(flat, behaviour),
-      jax.tree.map(flat, reference),
-      flat(advantage),
-      flat(weight),
-      self,
+    return clip_lib.over_visits(
+      policy, behaviour, reference, advantage_G, visits.weight, self
     )
-    return terms.total()
 
 
 def visits_of(

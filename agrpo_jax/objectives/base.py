@@ -1,10 +1,16 @@
 """The records that learner and objective exchange."""
 
 import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+Scores = Any
+"""float32 array of factors, or None where an objective asks for none."""
 
 
 class Visits(flax.struct.PyTreeNode):
@@ -20,8 +26,13 @@ class Visits(flax.struct.PyTreeNode):
     block: int32 [...], the block that the visit belongs to.
     denoise_step: int32 [...], the recorded denoising step that it rebuilds; for
       a mask of the objective's own it means nothing.
-    weight: float32 [...], of the visit in the loss. A unit whose weights are
-      all 0 is not run.
+    weight: float32 [...], of the visit in the loss, with all denominators. A
+      unit whose weights are all 0 is not run.
+    scale: float32 [...], what multiplies a visit's log-probabilities where an
+      objective makes one value of several visits, such as 1 / mask ratio; None
+      where it makes none.
+    is_prompt_masked: bool [..., P], positions of the prompt that hold [MASK],
+      the same in all states of a unit; None where prompts are whole.
   """
 
   is_masked: jax.Array
@@ -29,6 +40,8 @@ class Visits(flax.struct.PyTreeNode):
   block: jax.Array
   denoise_step: jax.Array
   weight: jax.Array
+  scale: Any = None
+  is_prompt_masked: jax.Array | None = None
 
 
 class Factors(flax.struct.PyTreeNode):
@@ -77,3 +90,39 @@ class Terms(flax.struct.PyTreeNode):
   def zeros(cls) -> "Terms":
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{name: jnp.zeros(()) for name in names})
+
+
+def problems_of(settings: object, **legal: tuple[bool, str]) -> list[str]:
+  """Returns a sentence for each setting that is not fine.
+
+  Args:
+    settings: an objective's.
+    **legal: by name, whether the value is fine, and what it must be.
+  """
+  return [
+    f"{name}={getattr(settings, name)!r} must be {words}"
+    for name, (is_fine, words) in legal.items()
+    if not is_fine
+  ]
+
+
+def one_of(settings: object, **choices: Collection[str]) -> list[str]:
+  """Returns a sentence for each setting that is none of its choices."""
+  return problems_of(
+    settings,
+    **{
+      name: (getattr(settings, name) in known, f"one of {', '.join(known)}")
+      for name, known in choices.items()
+    },
+  )
+
+
+def at_least(least: float, settings: object, *names: str) -> list[str]:
+  """Returns a sentence for each setting that is smaller, or not finite."""
+  return problems_of(
+    settings,
+    **{
+      name: (least <= getattr(settings, name) < math.inf, f"at least {least}")
+      for name in names
+    },
+  )

@@ -28,6 +28,14 @@ class Clip:
   kl_coef: float = 0.0
   kl_estimator: str = "k3"
 
+  @property
+  def has_reference(self) -> bool:
+    return self.kl_coef > 0
+
+  @property
+  def skips_zero_advantage(self) -> bool:
+    return not self.has_reference  # the penalty stays where the advantage is 0
+
 
 def problems(clip: Clip) -> list[str]:
   """Returns what is wrong with the settings, a sentence each."""
@@ -105,6 +113,68 @@ def surrogate(
     clip_low=count(is_low_F),
     clip_high=count(is_high_F),
     kl=count(kl_F),
+  )
+
+
+def surrogates(
+  policy: base.Factors,
+  behaviour_GxF: jax.Array,
+  reference_GxF: jax.Array | None,
+  advantage_G: jax.Array,
+  weight_G: jax.Array,
+  clip: Clip,
+) -> base.Terms:
+  """The sum of G surrogates; as `surrogate`, with a leading axis."""
+  return jax.vmap(
+    surrogate,
+    in_axes=(0, 0, None if reference_GxF is None else 0, 0, 0, None),
+  )(policy, behaviour_GxF, reference_GxF, advantage_G, weight_G, clip).total()
+
+
+def over_visits(
+  policy: base.Factors,
+  behaviour: jax.Array,
+  reference: jax.Array | None,
+  advantage_G: jax.Array,
+  weight_GxQxS: jax.Array,
+  clip: Clip,
+) -> base.Terms:
+  """The sum of the surrogates of all visits of G completions.
+
+  Args:
+    policy: factors [G, Q, S, F].
+    behaviour: float32 [G, Q, S, F].
+    reference: float32 [G, Q, S, F], or None.
+    advantage_G: float32.
+    weight_GxQxS: float32, of each visit.
+    clip: the settings.
+  """
+  advantage = jnp.broadcast_to(advantage_G[:, None, None], weight_GxQxS.shape)
+
+  def flat(x: jax.Array) -> jax.Array:
+    # A visit is a summand by itself, whatever completion and unit it is of.
+    return x.reshape(-1, *x.shape[3:])
+
+  return surrogates(
+    jax.tree.map(flat, policy),
+    flat(behaviour),
+    jax.tree.map(flat, reference),
+    flat(advantage),
+    flat(weight_GxQxS),
+    clip,
+  )
+
+
+def reinforce(
+  policy: base.Factors, advantage_G: jax.Array, weight_GxQxS: jax.Array
+) -> base.Terms:
+  """-A times the sum of the factors, visit by visit: no ratio, no clipping."""
+  is_counted = policy.is_factor & (weight_GxQxS > 0)[..., None]
+  total_GxQxS = jnp.where(is_counted, policy.logprob, 0.0).sum(axis=-1)
+  num = is_counted.sum().astype(jnp.float32)
+  loss_GxQxS = -advantage_G[:, None, None] * weight_GxQxS * total_GxQxS
+  return base.Terms.zeros().replace(
+    loss=loss_GxQxS.sum(), num_factors=num, ratio=num
   )
 
 

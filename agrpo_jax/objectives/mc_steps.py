@@ -24,12 +24,14 @@ DRAWN_BLOCKS = ("blocks", "entropy_blocks")
 _BY_ENTROPY = ("entropy", "entropy_blocks")
 STEP_RULES = (*DRAWN_STEPS, *DRAWN_BLOCKS, "all")
 STRATA = ("row", "batch", "none")
+BUDGETS = ("completion", "batch")
 VISITED_STEPS = ("executed", "content")
 NORMALIZE = ("sum", "mean")
 
 # Released AGRPO's floor of a step's entropy, in nats: a step whose
 # distributions were all but deterministic keeps a positive probability.
 _ENTROPY_FLOOR = 1e-8
+_TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,11 @@ class McSteps:
     stratified: `row`: one uniform in each of M equal slices of [0, 1) for every
       completion; `batch`: one in each of B * M slices, shuffled over the batch
       (released AGRPO, after arXiv:2409.02908 G.2); `none`: independent.
+    budget: `completion`: M draws for each; `batch`: B * M for all together,
+      where |advantage| times the step's probability is large, so that the
+      same number of steps is scored in every update, whatever completions are
+      worth (as C3PO, arXiv:2506.14731, fixes the number of trained tokens).
+      Of steps only; strata are the batch's.
     visited_steps: `executed`: every denoising step that ran; `content`: those
       up to the last that unmasked a token other than EOS (released AGRPO), none
       in a completion that is all EOS.
@@ -58,6 +65,7 @@ class McSteps:
   num_mc_blocks: int = 2
   step_rule: str = "uniform"
   stratified: str = "row"
+  budget: str = "completion"
   visited_steps: str = "executed"
   normalize: str = "sum"
 
@@ -79,12 +87,17 @@ def problems(settings: McSteps) -> list[str]:
   for name, known in (
     ("step_rule", STEP_RULES),
     ("stratified", STRATA),
+    ("budget", BUDGETS),
     ("visited_steps", VISITED_STEPS),
     ("normalize", NORMALIZE),
   ):
     value = getattr(settings, name)
     if value not in known:
       found.append(f"{name}={value!r} must be one of {', '.join(known)}")
+  if settings.budget == "batch" and settings.step_rule not in DRAWN_STEPS:
+    found.append(
+      f"budget='batch' draws steps, not step_rule={settings.step_rule!r}"
+    )
   return found
 
 
@@ -183,7 +196,9 @@ def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
     settings: the proposal.
   """
   num_rows, num_draws = key_B.shape[0], settings.num_draws
-  if settings.stratified == "batch":
+  if settings.stratified != "none" and (
+    settings.stratified == "batch" or settings.budget == "batch"
+  ):
     order_key, offset_key = jax.random.split(key)
     num_strata = num_rows * num_draws
     stratum = jax.random.permutation(order_key, num_strata)
@@ -227,7 +242,7 @@ def steps_at(
   step_K = jnp.argsort(prob_K == 0, stable=True).astype(jnp.int32)
   prob_K = prob_K[step_K]
   num = (prob_K > 0).sum(dtype=jnp.int32)
-  if settings.step_rule == "uniform":
+  if settings.step_rule == "uniform" and settings.budget == "completion":
     rank_M = jnp.floor(uniform_M * num).astype(jnp.int32)
   else:
     rank_M = jnp.searchsorted(jnp.cumsum(prob_K), uniform_M).astype(jnp.int32)
@@ -269,6 +284,50 @@ def draw(
     visitable(rollout, settings, sampling.eos_id),
     uniform_BxM,
   )
+
+
+def draw_of_batch(
+  rollout: types.Rollout,
+  advantage_B: jax.Array,
+  uniform_T: jax.Array,
+  settings: McSteps,
+  sampling: sampling_lib.Sampling,
+) -> jax.Array:
+  """Draws T pairs of a completion and a step of it.
+
+  A pair is as likely as |advantage| times `step_prob`: gradients of the others
+  are small, or zero.
+
+  Args:
+    rollout: B completions.
+    advantage_B: float32.
+    uniform_T: float32 in [0, 1).
+    settings: the proposal.
+    sampling: how the rollout was drawn.
+
+  Returns:
+    float32 [B, K], how much every step weighs: 1 on average over the draws (or
+    1 / number of steps, where a mean is wanted), if it may be drawn.
+  """
+  is_visitable_BxK = visitable(rollout, settings, sampling.eos_id)
+  prob_BxK = jax.vmap(step_prob, (0, 0, 0, None, None))(
+    rollout.entropy,
+    rollout.unmask_step,
+    is_visitable_BxK,
+    settings,
+    is_mixed(sampling),
+  )
+  prob_BxK *= jnp.abs(advantage_B)[:, None]
+  prob_P = (prob_BxK / jnp.maximum(prob_BxK.sum(), _TINY)).reshape(-1)
+  drawn = steps_at(
+    uniform_T, prob_P, dataclasses.replace(settings, normalize="sum")
+  )
+  weight_P = jnp.zeros_like(prob_P).at[drawn.step].add(drawn.weight)
+  weight_BxK = weight_P.reshape(prob_BxK.shape) / len(uniform_T)
+  if settings.normalize == "mean":
+    num_Bx1 = is_visitable_BxK.sum(axis=1, keepdims=True)
+    weight_BxK /= jnp.maximum(num_Bx1, 1)
+  return weight_BxK
 
 
 def draw_blocks(

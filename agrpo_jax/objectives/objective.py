@@ -50,12 +50,16 @@ class Objective(Protocol):
   def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
     """Returns what is wrong with the settings, a sentence each."""
 
-  def advantage(self, reward_G: jax.Array) -> jax.Array:
-    """Returns float32 [G], the advantages of one prompt's completions."""
+  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
+    """Returns float32 [N, G], advantages; a row has one prompt's completions.
+
+    The whole batch is given for denominators that run over it.
+    """
 
   def visits(
     self,
     rollout: types.Rollout,
+    advantage_B: jax.Array,
     batch_key: jax.Array,
     key_B: jax.Array,
     sampling: sampling_lib.Sampling,
@@ -64,6 +68,7 @@ class Objective(Protocol):
 
     Args:
       rollout: B completions.
+      advantage_B: float32, theirs; what is drawn may depend on them.
       batch_key: a random key of the batch.
       key_B: a random key per completion; what is drawn for one should come
         from its own, so that it depends on no batch mate.
@@ -100,8 +105,8 @@ class Objective(Protocol):
   def loss(
     self,
     policy: base.Factors,
-    behaviour: jax.Array | None,
-    reference: jax.Array | None,
+    behaviour: base.Scores,
+    reference: base.Scores,
     advantage_G: jax.Array,
     visits: base.Visits,
     rows: types.Rollout,
@@ -113,7 +118,8 @@ class Objective(Protocol):
 
     Args:
       policy: factors [G, Q, S, F] under the policy.
-      behaviour: float32 [G, Q, S, F] under the behaviour policy, or None.
+      behaviour: float32 [G, Q, S, F] under the behaviour policy; None where
+        the objective asks for none.
       reference: float32 [G, Q, S, F] under the reference policy, or None.
       advantage_G: float32 [G].
       visits: [G, Q, S, ...].

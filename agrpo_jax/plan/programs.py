@@ -21,6 +21,7 @@ from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import tokens
+from agrpo_jax.objectives import mc_steps
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
@@ -207,11 +208,20 @@ class Planner:
     """Returns how many units an optimizer update visits at most."""
     size = s.rollout.num_rows
     keys = self._array((size,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    objective = s.objective
+    if isinstance(objective, mc_steps.McSteps) and objective.budget == "batch":
+      # Any step of the batch may be among its draws.
+      return size * objective.num_draws // objective.updates_per_batch
     visits, _ = jax.eval_shape(
-      lambda rollout, key, keys: s.objective.visits(
-        rollout, key, keys, s.rollout.sampling_for(self._model.tokenizer)
+      lambda rollout, advantage, key, keys: objective.visits(
+        rollout,
+        advantage,
+        key,
+        keys,
+        s.rollout.sampling_for(self._model.tokenizer),
       ),
       jax.eval_shape(self._sampler(s).program, *self._rollout_arguments(size)),
+      self._array((size,), jnp.float32),
       self._key(),
       keys,
     )

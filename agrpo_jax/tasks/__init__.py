@@ -28,12 +28,11 @@ What they return is checked (see `contract`).
 """
 
 import importlib
-import importlib.util
-import pathlib
 import types
 from collections.abc import Sequence
 
 from agrpo_jax import errors
+from agrpo_jax import user_file
 from agrpo_jax.tasks import base
 
 Example = base.Example
@@ -44,15 +43,14 @@ NAMES = ("countdown", "gsm8k", "math", "sudoku")
 def get(name: str, path: str | None = None) -> types.ModuleType:
   """Returns the task called `name`, or the one in the Python file at `path`.
 
-  Only the file at this explicit path is ever imported: it is the user's own
-  code, as trusted as the command that names it.
-
   Raises:
     UserError: an unknown name, a missing or broken file, or one whose functions
       are not those of a task.
   """
   if path:
-    return _from_file(pathlib.Path(path))
+    task = user_file.load(path, "task")
+    base.check_functions(task)
+    return task
   if name not in NAMES:
     raise errors.UserError(
       f"task {name!r} is unknown; the known ones are {', '.join(NAMES)}. "
@@ -69,22 +67,3 @@ def provenance(task: types.ModuleType, examples: Sequence[Example]) -> str:
   if published:
     return f"the published {published} ({size})"
   return f"not a published split ({size})"
-
-
-def _from_file(path: pathlib.Path) -> types.ModuleType:
-  if not path.is_file():
-    raise errors.UserError(f"task file {str(path)!r} does not exist.")
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  if spec is None or spec.loader is None:
-    raise errors.UserError(
-      f"task file {str(path)!r} is no Python file: its name must end in .py."
-    )
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except Exception as error:
-    raise errors.UserError(
-      f"task file {str(path)!r} failed to load: {type(error).__name__}: {error}"
-    ) from error
-  base.check_functions(module)
-  return module

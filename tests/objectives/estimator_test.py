@@ -407,8 +407,8 @@ def test_the_whole_train_step_is_unbiased(baseline):
     microbatch=64,
   )
   rollout = jax.tree.map(lambda x: x[pair], records)
-  advantage = jax.vmap(lambda r: advantage_lib.group_advantage(r, baseline))(
-    jnp.asarray(reward[pair], jnp.float32).reshape(-1, 2)
+  advantage = advantage_lib.group_advantage(
+    jnp.asarray(reward[pair], jnp.float32).reshape(-1, 2), baseline
   ).reshape(-1)
   chance = np.repeat(prob[first] * prob[second], 2)
   # Uniform over the two steps: visiting each once is the mean over the draw.

@@ -7,6 +7,7 @@ import pytest
 
 from agrpo_jax import types
 from agrpo_jax.objectives import mc_steps
+from agrpo_jax.samplers import sampling as sampling_lib
 
 
 def rollout(completion, unmask_step, entropy, num_denoise_steps, num_steps):
@@ -205,3 +206,35 @@ def test_every_draw_by_itself_is_uniform(stratified):
 def test_distinct_fraction():
   step = jnp.array([[1, 1, 2, 1], [0, 1, 2, 3]])
   np.testing.assert_allclose(mc_steps.distinct_fraction(step), 6 / 8)
+
+
+@pytest.mark.parametrize("step_rule", ["uniform", "entropy"])
+@pytest.mark.parametrize("normalize", ["sum", "mean"])
+def test_a_budget_of_the_batch_weighs_every_step_alike(step_rule, normalize):
+  """Over all uniforms: 1 where there is an advantage, 0 where there is none."""
+  entropy = np.random.default_rng(0).uniform(0.1, 1.0, (3, 4))
+  rows = rollout(
+    completion=np.full((3, 4), 5),
+    unmask_step=[[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 1, 4]],
+    entropy=entropy,
+    num_denoise_steps=4,
+    num_steps=[4, 4, 2],
+  )
+  num = 200_000
+  weight = mc_steps.draw_of_batch(
+    rows,
+    jnp.array([0.5, 0.0, -2.0]),
+    (jnp.arange(num) + 0.5) / num,
+    settings(step_rule=step_rule, budget="batch", normalize=normalize),
+    sampling_lib.Sampling(
+      mask_id=9,
+      eos_id=0,
+      completion_length=4,
+      block_length=4,
+      num_denoise_steps=4,
+    ),
+  )
+  expected = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]], float)
+  if normalize == "mean":
+    expected /= np.array([[4], [4], [2]])
+  np.testing.assert_allclose(weight, expected, rtol=2e-3)

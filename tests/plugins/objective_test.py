@@ -1,6 +1,8 @@
 """A second objective from outside: REINFORCE over random masks."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +41,10 @@ class Reinforce:
   def problems(self, sampling):
     return [] if self.num_masks >= 1 else [f"num_masks={self.num_masks}"]
 
-  def advantage(self, reward_G):
-    return reward_G - reward_G.mean()
+  def advantage(self, reward_NxG):
+    return reward_NxG - reward_NxG.mean(axis=1, keepdims=True)
 
-  def visits(self, rollout, batch_key, key_B, sampling):
+  def visits(self, rollout, advantage_B, batch_key, key_B, sampling):
     shape = (1, self.num_masks, 1, rollout.completion.shape[1])
     is_masked = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, shape))(
       key_B
@@ -128,7 +130,7 @@ def test_its_gradient_is_that_of_its_formula():
   # The same by hand: the masks again, a loop over rows, masks and positions.
   _, row_key = jax.random.split(jax.random.key(2))
   visits, _ = objective.visits(
-    rollout, None, noise.row_keys(row_key, row_id), SAMPLING
+    rollout, None, None, noise.row_keys(row_key, row_id), SAMPLING
   )
   is_masked = np.asarray(visits.is_masked)[0, :, :, 0]
   logprob = np.asarray(jax.nn.log_softmax(table), np.float64)
@@ -146,10 +148,18 @@ def test_its_gradient_is_that_of_its_formula():
   assert int(metrics["draws/pairs"]) == num_rows * 2
 
 
-def test_a_run_uses_it_by_name(tmp_path, monkeypatch):
-  monkeypatch.setitem(objectives.OBJECTIVES, "reinforce", Reinforce)
+OWN_FILE = re.findall(
+  r"```python\n(.*?)```",
+  (pathlib.Path(__file__).parents[2] / "docs/objectives.md").read_text("utf-8"),
+  re.DOTALL,
+)[0]
+
+
+def test_a_run_uses_the_documented_file(tmp_path):
+  file = tmp_path / "reinforce.py"
+  file.write_text(OWN_FILE, "utf-8")
   c = runs.varied(tmp_path)
-  config_lib.use_objective(c, "reinforce", num_masks=3)
+  config_lib.use_objective(c, "", path=str(file), num_masks=3)
   c.train.num_steps = 2
   runs.train(c)
   log = [*metrics.read(tmp_path / "run" / "metrics.jsonl")]
@@ -160,3 +170,40 @@ def test_a_run_uses_it_by_name(tmp_path, monkeypatch):
   c.objective.num_mc_steps = 4
   with pytest.raises(errors.UserError, match=r"num_mc_steps is no setting of"):
     runs.train(c)
+
+
+@pytest.mark.parametrize(
+  "text,message",
+  [
+    ("x = 1", "has no class `Objective`"),
+    (
+      "import dataclasses\n"
+      "@dataclasses.dataclass(frozen=True)\n"
+      "class Objective:\n"
+      "  updates_per_batch: int = 1\n",
+      "lacks .*advantage.*loss",
+    ),
+    ("import nothing_of_the_kind", "failed to load: ModuleNotFoundError"),
+  ],
+)
+def test_a_file_without_an_objective_is_refused(tmp_path, text, message):
+  file = tmp_path / "own.py"
+  file.write_text(text, "utf-8")
+  with pytest.raises(errors.UserError, match=message):
+    objectives.get("agrpo", str(file))
+
+
+def test_a_name_on_the_command_line_brings_its_own_defaults():
+  c = config_lib.rl()
+  with c.objective.unlocked():
+    c.objective.update(name="espo", num_masks=5, microbatch=3)
+  config_lib.choose_objective(
+    c, {"objective.name", "objective.num_masks", "seed"}
+  )
+  assert dict(c.objective) == {
+    "name": "espo",
+    "path": "",
+    "num_masks": 5,
+    "microbatch": 3,
+    "step_price": 0.0,
+  }

@@ -190,7 +190,11 @@ def test_units_are_cut_off_behind_their_last_state():
         policy=policy_of(s),
       )
       visits, _ = learner.objective.visits(
-        rollout, jax.random.key(0), jax.random.split(jax.random.key(0), B), s
+        rollout,
+        None,
+        jax.random.key(0),
+        jax.random.split(jax.random.key(0), B),
+        s,
       )
       visits = jax.tree.map(lambda x: x[0], visits)
       advantage_B = jnp.arange(B) % 3 - 1.0

@@ -1,0 +1,119 @@
+"""GDPO: an ELBO by quadrature over the mask ratio (arXiv:2510.08554).
+
+    B = sum_q w_q C / n_q sum over n_q masked of log p,    n_q = round(t_q C)
+
+with Gauss's nodes t_q in (0, 1) and their weights: only which positions are
+masked is random. Nodes near 0 and 1 are never visited, so the quadrature itself
+is biased. No official code is known to us; published as a port of it with n_q
+rounded down and 1 / t_q for C / n_q, which weighs short completions wrongly.
+"""
+
+import dataclasses
+from typing import ClassVar
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from agrpo_jax import types
+from agrpo_jax.objectives import advantage as advantage_lib
+from agrpo_jax.objectives import base
+from agrpo_jax.objectives import clip as clip_lib
+from agrpo_jax.objectives import masks
+from agrpo_jax.samplers import sampling as sampling_lib
+
+# Gauss-Legendre on (0, 1): number of nodes -> (t, w), ...
+_NODES = {
+  2: ((0.21132486540518713, 0.5), (0.7886751345948129, 0.5)),
+  3: (
+    (0.1127016653792583, 5 / 18),
+    (0.5, 8 / 18),
+    (0.8872983346207417, 5 / 18),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gdpo(clip_lib.Clip, masks.Masks):
+  """Settings of GDPO; defaults as ported to d1's trainer.
+
+  Attributes:
+    num_nodes: of the quadrature, 2 or 3; each costs a pass.
+    kl_coef: of k3 of the completion's values, over C.
+    baseline: one of `advantage.BASELINES`.
+  """
+
+  updates_per_batch: int = 12
+  num_nodes: int = 2
+  baseline: str = "group_mean"
+
+  is_sum_over_visits: ClassVar[bool] = False
+  behaviour: ClassVar[Literal["scored"]] = "scored"
+  scores_padding: ClassVar[bool] = True
+
+  def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
+    """Returns what is wrong with the settings, a sentence each."""
+    del sampling
+    return (
+      base.at_least(1, self, "updates_per_batch")
+      + clip_lib.problems(self)
+      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + base.problems_of(self, num_nodes=(self.num_nodes in _NODES, "2 or 3"))
+    )
+
+  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
+    """Returns the rewards minus their baseline, [N, G]."""
+    return advantage_lib.group_advantage(reward_NxG, self.baseline)
+
+  def visits(
+    self,
+    rollout: types.Rollout,
+    advantage_B: jax.Array,
+    batch_key: jax.Array,
+    key_B: jax.Array,
+    sampling: sampling_lib.Sampling,
+  ) -> tuple[base.Visits, dict[str, jax.Array]]:
+    """A mask per node, [U, B, nodes, 1]."""
+    del advantage_B, batch_key, sampling
+    num_rows, num_tokens = rollout.completion.shape
+    ratio_Q, node_weight_Q = jnp.asarray(_NODES[self.num_nodes]).T
+    count_Q = jnp.maximum(jnp.round(ratio_Q * num_tokens), 1)
+
+    def one(
+      key: jax.Array, row: types.Rollout, update: jax.Array
+    ) -> base.Visits:
+      del row
+      noise_QxC = jax.random.uniform(
+        jax.random.fold_in(key, update), (self.num_nodes, num_tokens)
+      )
+      is_masked_QxC = jax.vmap(masks.exactly, (0, None, 0))(
+        noise_QxC, jnp.ones((num_tokens,), bool), count_Q
+      )
+      scale_Q = node_weight_Q * num_tokens / count_Q
+      return masks.visits(is_masked_QxC, 1.0 / num_rows, scale_Q)
+
+    return masks.each(one, key_B, rollout, self.updates_per_batch), {}
+
+  def loss(
+    self,
+    policy: base.Factors,
+    behaviour: base.Scores,
+    reference: base.Scores,
+    advantage_G: jax.Array,
+    visits: base.Visits,
+    rows: types.Rollout,
+  ) -> base.Terms:
+    """Returns the clipped surrogate of every completion, with the penalty."""
+    num_tokens = rows.completion.shape[1]
+
+    def per_token(logprob: jax.Array) -> jax.Array:
+      return masks.value(policy.replace(logprob=logprob), visits) / num_tokens
+
+    return clip_lib.surrogates(
+      masks.one_factor(per_token(policy.logprob)),
+      per_token(behaviour)[:, None],
+      None if reference is None else per_token(reference)[:, None],
+      advantage_G,
+      masks.row_weight(visits),
+      self,
+    )
