@@ -4,6 +4,7 @@ import pytest
 
 from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import objectives
 from agrpo_jax import settings
 from agrpo_jax.objectives import agrpo
 from fixtures import recordings
@@ -19,6 +20,15 @@ def check(c):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_hold(name):
   check(recordings.config(name))
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_published_recipes_hold(name):
+  c = recordings.config("published", name)
+  check(c)
+  assert c.objective.name == name
+  with pytest.raises(ValueError, match="is not of"):
+    recordings.config("published", name + "s")
 
 
 @pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "v5p"])
