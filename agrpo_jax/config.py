@@ -34,6 +34,7 @@ def _common(kind: str) -> ConfigDict:
   m.dtype = "bfloat16"  # of activations and a frozen base: float32, bfloat16
   m.remat = "none"  # what the backward pass recomputes: none, dots, full
   m.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
+  m.unroll = 1  # layers per iteration of the loop over them; more compile more
 
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters

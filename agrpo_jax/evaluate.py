@@ -31,6 +31,7 @@ from agrpo_jax.evaluation import accuracy
 from agrpo_jax.evaluation import records
 from agrpo_jax.evaluation import statistics
 from agrpo_jax.grading import pool
+from agrpo_jax.models import base as models
 from agrpo_jax.parallel import processes
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_meta
@@ -39,7 +40,7 @@ from agrpo_jax.samplers import host
 
 # Of a model, what its folder holds decides, whatever its path; how it is
 # computed is the command's business.
-_FREE_MODEL_KEYS = ("path", "revision", "dtype", "remat", "attention")
+_FREE_MODEL_KEYS = ("path", "revision", *models.SWITCHES)
 
 
 def run(

@@ -350,6 +350,7 @@ def _model(c: config_lib.ConfigDict, found: _Problems) -> dict:
     ("attention", models.ATTENTION),
   ):
     found.known(f"model.{name}", c.model[name], choices)
+  found.at_least(1, "model", c.model, "unroll")
   for axis in mesh_lib.AXES:
     size = c.mesh[axis]
     found.want(

@@ -66,6 +66,7 @@ class Preset:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  unroll: int = 1
 
 
 def network(layers, width, heads, mlp, vocab):
@@ -102,7 +103,8 @@ PRESETS = {
     block_length=16,
     num_denoise_steps=64,
     num_mc_steps=8,
-    microbatch=16,
+    microbatch=8,
+    unroll=7,
   ),
   # Long completions: what is worth keeping grows with them.
   "long": Preset(
@@ -116,6 +118,7 @@ PRESETS = {
     num_denoise_steps=128,
     num_mc_steps=8,
     microbatch=8,
+    unroll=7,
   ),
   # The shape of `make demo`.
   "demo": Preset(
@@ -334,10 +337,12 @@ class Subject:
     }
 
 
-def make_model(preset: Preset, remat: str) -> model_lib.Model:
+def make_model(preset: Preset, remat: str = "none") -> model_lib.Model:
   """Returns a model with random weights on all devices."""
   mesh = mesh_lib.make()
-  config = base.Shape(**preset.network, dtype=preset.dtype, remat=remat)
+  config = base.Shape(
+    **preset.network, dtype=preset.dtype, remat=remat, unroll=preset.unroll
+  )
   axes = mesh_lib.shardings(
     mesh, transformer.logical_axes(config), transformer.abstract_params(config)
   )

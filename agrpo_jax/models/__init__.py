@@ -16,12 +16,12 @@ def family_of(shape: base.Shape) -> base.Family:
   return FAMILIES[shape.model_type]
 
 
-def read_shape(raw: Any, **switches: str) -> base.Shape:
+def read_shape(raw: Any, **switches: Any) -> base.Shape:
   """Reads the contents of a `config.json` of any family.
 
   Args:
     raw: the parsed file.
-    **switches: `dtype`, `remat`, `attention`; not stored in the file.
+    **switches: `base.SWITCHES`; not stored in the file.
 
   Raises:
     UserError: naming every key that is missing, malformed, or asks for

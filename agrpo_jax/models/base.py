@@ -16,7 +16,7 @@ REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 
 # The fields of `Shape` that say how to compute, not what.
-SWITCHES = ("dtype", "remat", "attention")
+SWITCHES = ("dtype", "remat", "attention", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Source:
     dtype: of activations, and of frozen parameters; see `Shape`.
     remat: see `Shape`.
     attention: see `Shape`.
+    unroll: see `Shape`.
   """
 
   path: str
@@ -38,6 +39,7 @@ class Source:
   dtype: str = "bfloat16"
   remat: str = "none"
   attention: str = "auto"
+  unroll: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Shape:
       the input of each layer.
     attention: "xla", "cudnn", "splash" (a TPU kernel), or "auto": for bfloat16
       the kernel of a GPU or TPU, except where there are few queries.
+    unroll: layers that one iteration of the loop over them has, at least 1:
+      more are more to compile, and what a layer keeps for the backward pass is
+      not copied in between.
   """
 
   model_type: str
@@ -98,6 +103,7 @@ class Shape:
   dtype: str = "float32"
   remat: str = "none"
   attention: str = "auto"
+  unroll: int = 1
 
   def __post_init__(self) -> None:
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -143,7 +149,7 @@ class Family:
     end_of_turn: name of the token that ends a turn of a chat.
   """
 
-  read: Callable[[Mapping[str, Any], Mapping[str, str]], Shape]
+  read: Callable[[Mapping[str, Any], Mapping[str, Any]], Shape]
   write: Callable[[Shape], dict[str, Any]]
   module_name: Callable[[tuple[str, ...], int | None], str]
   end_of_turn: str

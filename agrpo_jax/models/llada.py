@@ -84,7 +84,7 @@ _IN_LAYER = {
 _OUTSIDE = {"embed": "wte", "final_norm": "ln_f", "head": "ff_out"}
 
 
-def _read(raw: Mapping[str, Any], switches: Mapping[str, str]) -> base.Shape:
+def _read(raw: Mapping[str, Any], switches: Mapping[str, Any]) -> base.Shape:
   found = base.unsupported(raw, _ONLY)
   values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
   for name in _REQUIRED:

@@ -304,6 +304,7 @@ class Transformer(nn.Module):
         # Each layer reads shared keys and values of its own, in the same pass.
         in_axes=(0, nn.broadcast),
         length=shape.num_layers - 1,
+        unroll=min(shape.unroll, shape.num_layers - 1),
       )(shape, self.lora_scale, self.rows)
     self.last_layer = _remat(shape.remat, in_scan=False)(Layer)(
       shape, self.lora_scale, self.rows

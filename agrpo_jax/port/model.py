@@ -329,6 +329,7 @@ def load_shape(source: base.Source) -> base.Shape:
     compute_dtype=source.dtype,
     remat=source.remat,
     attention=source.attention,
+    unroll=source.unroll,
   )
 
 

@@ -28,7 +28,7 @@ Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
 
 
 def load_shape(
-  path: str, *, revision: str | None = None, **switches: str
+  path: str, *, revision: str | None = None, **switches: Any
 ) -> base.Shape:
   """Reads only the `config.json` of a checkpoint; see `load`."""
   folder = hub.folder(str(path), (files.CONFIG,), revision)
@@ -41,7 +41,7 @@ def load(
   dtype: Any = None,
   shardings: Shardings | Callable[[base.Shape], Shardings] | None = None,
   revision: str | None = None,
-  **switches: str,
+  **switches: Any,
 ) -> tuple[base.Shape, types.Tree]:
   """Loads the checkpoint of a network.
 
@@ -54,8 +54,8 @@ def load(
     shardings: where they go: a tree like the parameters', or a function that
       makes it from the shape; JAX's default device if None.
     revision: branch, tag or commit on the hub.
-    **switches: how to compute: `compute_dtype`, `remat`, `attention` (`dtype`,
-      `remat`, `attention` of `base.Shape`).
+    **switches: how to compute: `compute_dtype` (`dtype` of `base.Shape`) and
+      the others of `base.SWITCHES`.
 
   Raises:
     UserError: naming everything that is wrong with the checkpoint.
@@ -129,7 +129,7 @@ def load_tokenizer(
   return tokens.load(folder, models.vocabulary(shape))
 
 
-def _read_shape(folder: pathlib.Path, switches: dict[str, str]) -> base.Shape:
+def _read_shape(folder: pathlib.Path, switches: dict[str, Any]) -> base.Shape:
   if "compute_dtype" in switches:
     switches = {**switches, "dtype": switches["compute_dtype"]}
     del switches["compute_dtype"]

@@ -45,6 +45,22 @@ class TestRemat:
     assert projected in results["dots"][2] and mixed not in results["dots"][2]
     assert mixed in results["none"][2]
 
+  def test_unrolled_layers_compute_the_same(self):
+    results = []
+    for unroll in (1, 2, 8):
+      config, params = recordings.random_network(unroll=unroll, num_layers=4)
+      tokens = np.random.default_rng(0).integers(0, 37, (2, 12))
+      args = tokens, np.array([12, 9]), np.array([[3, 5], [0, 8]])
+      results.append(
+        jax.grad(
+          lambda params, config=config, args=args: (
+            transformer.bind(config, params).logits(*args).std()
+          )
+        )(params)
+      )
+    for other in results[1:]:
+      chex.assert_trees_all_close(other, results[0], rtol=1e-4, atol=1e-6)
+
 
 def test_rows_stay_split_when_parameters_are(run_in_subprocess):
   """Same logits on 8 devices, and nothing gathers the activations."""
