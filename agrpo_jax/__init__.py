@@ -18,6 +18,7 @@ is a layer, and imports only folders above it in this list:
   lm_eval/     a model for lm-eval
   show/        completions shown step by step
   plan/        whether a run fits, and what it takes, before it is started
+  lab/         how biased and how noisy the objectives are
 """
 
 __version__ = "0.1.0"

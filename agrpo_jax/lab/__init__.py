@@ -1,0 +1,1 @@
+"""Objectives and estimators on equal terms."""

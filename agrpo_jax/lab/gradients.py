@@ -1,0 +1,375 @@
+"""How far the gradient estimates are from the exact gradient, and from theirs.
+
+On one fixed batch of graded completions the exact gradient e visits every
+executed denoising step through the policy that drew it. An estimate g is drawn
+again and again, at the parameters that drew the batch. Objectives differ by
+constants (a mean over steps or their sum), so g is first scaled by
+
+    s = |e|^2 / <E g, e>
+
+after which, of its mean and of one draw,
+
+    bias = |s E g - e| / |e|      relative variance = E |s (g - E g)|^2 / |e|^2
+
+and the cosines with e, which need no scale. The first is freed of the noise of
+a mean over finitely many draws. The noise of the completions themselves comes
+on top, the same for all, and so does the objective's own advantage.
+"""
+
+import ast
+import csv
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from agrpo_jax import data
+from agrpo_jax import errors
+from agrpo_jax import learner as learner_lib
+from agrpo_jax import objectives as objectives_lib
+from agrpo_jax import settings as settings_lib
+from agrpo_jax import types
+from agrpo_jax.grading import shares
+from agrpo_jax.models import transformer
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import base
+from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.policies import base as policies
+from agrpo_jax.port import model as model_lib
+from agrpo_jax.samplers import host
+from agrpo_jax.samplers import sampling as sampling_lib
+
+EXACT = agrpo.Agrpo(step_rule="all")
+# Backward passes cost two forward ones.
+_READ, _LEARN = 1 / 3, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """A graded batch of rollouts, and the model that drew it.
+
+  Attributes:
+    model: with its parameters.
+    sampling: how the rollout was drawn.
+    policy: through which.
+    rollout: B completions.
+    reward_NxG: float32.
+    num_states: partial completions per forward and backward pass.
+  """
+
+  model: model_lib.Model
+  sampling: sampling_lib.Sampling
+  policy: policies.Policy
+  rollout: types.Rollout
+  reward_NxG: jax.Array
+  num_states: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What was found of one estimate; see the head of the file.
+
+  Attributes:
+    estimate: its name.
+    passes: forward and backward passes over whole rows, per completion; a
+      forward one alone is a third, a window its share of a row's FLOPs.
+    seconds: of a gradient, the median after the one that compiles.
+    bias: NaN if the mean points away from the exact gradient.
+    relative_variance: of one draw.
+    mean_cosine: of the mean over the draws with the exact gradient.
+    cosine: of one draw with it, the mean.
+  """
+
+  estimate: str
+  passes: float
+  seconds: float
+  bias: float
+  relative_variance: float
+  mean_cosine: float
+  cosine: float
+
+
+def default_estimators(sampling: sampling_lib.Sampling) -> list[str]:
+  """Returns all objectives, some of them at several budgets."""
+  found = ["agrpo/step_rule=all"]
+  for rule in ("uniform", "entropy"):
+    found += [
+      f"agrpo/step_rule={rule}/num_mc_steps={num}"
+      for num in (1, 2, 4, 8, 24)
+      if num <= sampling.max_steps
+    ]
+  found += [
+    f"agrpo/step_rule=blocks/num_mc_blocks={num}"
+    for num in (1, 2, 4)
+    if num < sampling.num_blocks
+  ]
+  found += [name for name in objectives_lib.NAMES if name != "agrpo"]
+  found += [f"espo/num_masks={num}" for num in (1, 8)]
+  return found + [f"bgpo/num_masks={num}" for num in (2, 64)]
+
+
+def parse(
+  word: str, sampling: sampling_lib.Sampling
+) -> objectives_lib.Objective:
+  """Returns the objective that OBJECTIVE/SETTING=VALUE/... means.
+
+  One optimizer update per rollout, and no KL penalty: at the parameters that
+  drew the batch it has no gradient.
+
+  Raises:
+    UserError: an unknown objective or setting, or a value that is not legal.
+  """
+  name, *changes = word.split("/")
+  record = objectives_lib.get(name)
+  fields = {f.name for f in dataclasses.fields(record)}  # type: ignore
+  values: dict[str, object] = {"updates_per_batch": 1}
+  if "kl_coef" in fields:
+    values["kl_coef"] = 0.0
+  for change in changes:
+    key, _, text = change.partition("=")
+    if key not in fields or not text:
+      raise errors.UserError(
+        f"{word}: {change!r} is no SETTING=VALUE of {name}, which has "
+        f"{', '.join(sorted(fields))}."
+      )
+    try:
+      values[key] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      values[key] = text  # a word, such as a step rule
+  try:
+    objective = record(**values)
+    problems = objective.problems(sampling)
+  except TypeError as error:
+    problems = [str(error)]
+  if problems:
+    raise errors.UserError(f"{word}: " + "; ".join(problems) + ".")
+  return objective
+
+
+def draw(s: settings_lib.Rl) -> Batch:
+  """Draws and grades the first batch of a run."""
+  mesh = s.mesh.make()
+  model = model_lib.load_model(s.model, s.lora, mesh, seed=s.seed)
+  dataset = data.load_dataset(s.task, s.data, model.tokenizer, "train")
+  data.check_size(len(dataset), s.rollout.num_prompts)
+  mesh_lib.check_rows(mesh, "config.objective.microbatch", s.microbatch)
+  # All in one call: it is one batch.
+  whole = dataclasses.replace(s.rollout, batch_size=s.rollout.num_rows)
+  sampler = host.Sampler(
+    model.bind, whole, model.tokenizer, mesh, s.data.bucket
+  )
+  prompts = dataset.batch(0, s.rollout.num_prompts, s.seed)
+  batch = data.Batch.of(prompts, s.rollout.group_size)
+  (rollout,) = sampler.sample(
+    model.params,
+    model.lora,
+    batch.tokens,
+    jax.random.key(s.seed),
+    batch.id_Bx2,
+  )
+  with s.start_grader() as grader:
+    graded = shares.submit(rollout, batch, model.tokenizer, grader)
+    reward_B = shares.collect([graded]).reward_B
+  if not np.ptp(reward_B.reshape(-1, s.rollout.group_size), axis=1).any():
+    raise errors.UserError(
+      "No group of the batch has rewards that differ: there is no gradient to "
+      "estimate. Take another config.seed, or more rollout.num_prompts."
+    )
+  return Batch(
+    model=model,
+    sampling=s.rollout.sampling_for(model.tokenizer),
+    policy=s.rollout.policy_for(model.tokenizer),
+    rollout=rollout,
+    reward_NxG=jnp.asarray(reward_B, jnp.float32).reshape(
+      -1, s.rollout.group_size
+    ),
+    num_states=s.microbatch,
+  )
+
+
+def estimator(
+  batch: Batch, objective: objectives_lib.Objective
+) -> Callable[[jax.Array], tuple[np.ndarray, float]]:
+  """Returns a compiled function: key -> the gradient, flat, and its passes."""
+  sampling, model = batch.sampling, batch.model
+  advantage_B = objective.advantage(batch.reward_NxG).reshape(-1)
+
+  def visits_of(key: jax.Array, rollout: types.Rollout) -> base.Visits:
+    key_B = jax.random.split(key, len(advantage_B))
+    visits, _ = objective.visits(rollout, advantage_B, key, key_B, sampling)
+    return jax.tree.map(lambda x: x[0], visits)
+
+  weight = jax.eval_shape(visits_of, jax.random.key(0), batch.rollout).weight
+  shared = weight.shape[2]
+  num_shards = mesh_lib.num_row_shards(model.mesh)
+  learner = learner_lib.Learner(
+    bind=model.bind,
+    optimizer=optax.sgd(1.0),
+    sampling=sampling,
+    objective=objective,
+    group_size=batch.reward_NxG.shape[1],
+    microbatch=max(1, batch.num_states // shared // num_shards) * num_shards,
+    policy=batch.policy,
+    shard_rows=mesh_lib.shard_rows(model.mesh),
+  )
+  state = types.TrainState(jnp.int32(0), model.params, model.lora, ())
+
+  @jax.jit
+  def gradient(
+    state: types.TrainState, rollout: types.Rollout, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    visits = visits_of(key, rollout)
+    # The reference policy is the one that training starts from.
+    tree, _, num_units = learner.gradient(
+      state, rollout, advantage_B, visits, reference=state.params
+    )
+    leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
+    num_visited = (visits.weight > 0).any(axis=2).sum()
+    return jnp.concatenate(leaves), num_units, num_visited
+
+  price = _price(batch, objective, shared)
+
+  def run(key: jax.Array) -> tuple[np.ndarray, float]:
+    found, num_learned, num_visited = gradient(state, batch.rollout, key)
+    passes = _LEARN * float(num_learned)
+    if not objective.is_sum_over_visits:
+      passes += _READ * float(num_visited)
+    if objective.has_reference:
+      passes += _READ * float(num_visited)
+    return np.asarray(found, np.float64), passes * price / len(advantage_B)
+
+  return run
+
+
+def _price(
+  batch: Batch, objective: objectives_lib.Objective, num_states: int
+) -> float:
+  """Returns the FLOPs of a unit's states, in those of a whole row."""
+  s, shape = batch.sampling, batch.model.shape
+  if s.cache == "none" or not objective.replays:
+    return float(num_states)
+  length = batch.rollout.prompt.shape[1] + s.completion_length
+  window = s.block_length if s.cache == "dual" else s.completion_length
+  wanted = s.tokens_per_step
+  flops = transformer.forward_flops(shape, length, 0)
+  flops += num_states * transformer.forward_flops(shape, length, wanted, window)
+  return flops / transformer.forward_flops(shape, length, wanted)
+
+
+def measure(
+  batch: Batch,
+  objectives: Mapping[str, objectives_lib.Objective],
+  num_draws: int,
+) -> list[Row]:
+  """Draws every estimate `num_draws` times, and prints a line of each."""
+  exact, _ = estimator(batch, EXACT)(jax.random.key(0))
+  if not exact.any():
+    raise errors.UserError("The exact gradient of this batch is zero.")
+  rows = []
+  print(
+    f"{'estimate':<42} {'passes':>7} {'seconds':>8} {'bias':>7} "
+    f"{'variance':>9} {'mean cos':>8} {'cosine':>7}"
+  )
+  for name, objective in objectives.items():
+    row = _measure_one(name, estimator(batch, objective), exact, num_draws)
+    rows.append(row)
+    print(
+      f"{name:<42} {row.passes:7.2f} {row.seconds:8.3f} {row.bias:7.3f} "
+      f"{row.relative_variance:9.3f} {row.mean_cosine:8.3f} {row.cosine:7.3f}",
+      flush=True,
+    )
+  return rows
+
+
+def _measure_one(
+  name: str,
+  run: Callable[[jax.Array], tuple[np.ndarray, float]],
+  exact: np.ndarray,
+  num_draws: int,
+) -> Row:
+  run(jax.random.key(0))  # compiles
+  total, squares = np.zeros_like(exact), 0.0
+  cosines, passes, seconds = [], [], []
+  for draw in range(num_draws):
+    begin = time.perf_counter()
+    found, cost = run(jax.random.key(draw + 1))
+    seconds.append(time.perf_counter() - begin)
+    passes.append(cost)
+    total += found
+    squares += found @ found
+    cosines.append(_cosine(found, exact))
+  mean = total / num_draws
+  # Of a sample: the mean's own square holds a share of the variance.
+  variance = (squares / num_draws - mean @ mean) * num_draws / (num_draws - 1)
+  mean_square = max(mean @ mean - variance / num_draws, 0.0)
+  along = mean @ exact / (exact @ exact)  # 1 / s
+  bias = math.nan
+  if along > 0:
+    bias = math.sqrt(max(mean_square / (along**2 * (exact @ exact)) - 1.0, 0.0))
+  return Row(
+    estimate=name,
+    passes=statistics.mean(passes),
+    seconds=statistics.median(seconds),
+    bias=bias,
+    relative_variance=max(variance, 0.0) / (along**2 * (exact @ exact)),
+    mean_cosine=_cosine(mean, exact),
+    cosine=statistics.mean(cosines),
+  )
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+  norm = np.linalg.norm(x) * np.linalg.norm(y)
+  return float(x @ y / norm) if norm else 0.0
+
+
+def write(rows: Sequence[Row], folder: pathlib.Path) -> None:
+  """Writes `gradients.csv`, and `gradients.png` where matplotlib is."""
+  with (folder / "gradients.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, dataclasses.asdict(rows[0]))
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+  if importlib.util.find_spec("matplotlib") is None:
+    print("No figure without matplotlib: pip install 'agrpo_jax[plot]'")
+    return
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6))
+  for row in rows:
+    kind = row.estimate.split("/")[0]
+    color = f"C{objectives_lib.NAMES.index(kind) % 10}"
+    marker = "o" if kind == "agrpo" else "s"
+    # An unbiased one has no place on a logarithmic axis.
+    bias = max(row.bias, 1e-2)
+    variance = max(row.relative_variance, 1e-3)
+    for axes, x, y in (
+      (left, bias, variance),
+      (right, row.passes, row.cosine),
+    ):
+      if math.isfinite(x) and math.isfinite(y):
+        axes.plot(x, y, marker, color=color)
+        axes.annotate(row.estimate, (x, y), fontsize=6)
+  left.set(
+    xscale="log",
+    yscale="log",
+    xlabel="bias (0.01: that or less)",
+    ylabel="relative variance of a draw",
+  )
+  right.set(
+    xscale="log", xlabel="passes per completion", ylabel="cosine of a draw"
+  )
+  figure.tight_layout()
+  figure.savefig(folder / "gradients.png", dpi=120)
+  pyplot.close(figure)
