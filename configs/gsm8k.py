@@ -79,7 +79,8 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     # Steps on windows read all weights for few tokens: many rows at once.
     c.rollout.batch_size = 128 if asked.intersection(_CACHES) else batch_size
     c.objective.microbatch = microbatch
-    c.model.remat = remat
+    # Windows that reach to the end are as long as the completion, four a unit.
+    c.model.remat = "full" if "prefix" in asked else remat
 
   c.optimizer.learning_rate = 5e-6
   c.optimizer.warmup_steps = 23  # 1 %

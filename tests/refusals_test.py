@@ -91,7 +91,7 @@ def test_config_files_that_are_broken(tmp_path, text, part):
     ("evaluate.guidance", float("inf"), "guidance=inf"),
     ("train.keep", None, "train.keep=None must be of type int"),
     ("rollout.group_size", True, "group_size=True must be of type int"),
-    ("objective.name", "espo", "objective.name='espo'"),
+    ("objective.name", "grpo", "objective.name: objective 'grpo' is unknown"),
     ("rollout.unmask_rule", "threshold", "rollout.threshold=None"),
     ("rollout.factor", 1.0, "rollout.factor=1.0 needs unmask_rule='factor'"),
     ("evaluate.gamma", 0.1, "evaluate.gamma=0.1 needs unmask_rule="),

@@ -1,10 +1,34 @@
 """Advantages: a completion's reward against the rest of its group."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from agrpo_jax.objectives import base
+
 BASELINES = ("leave_one_out", "group_mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+  """The setting of objectives whose advantage is `group_advantage`.
+
+  Attributes:
+    baseline: one of `BASELINES`.
+  """
+
+  baseline: str = "group_mean"
+
+  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
+    """Returns the rewards minus their baseline, [N, G]."""
+    return group_advantage(reward_NxG, self.baseline)
+
+
+def problems(settings: Baseline) -> list[str]:
+  """Returns what is wrong with the setting, a sentence."""
+  return base.one_of(settings, baseline=BASELINES)
 
 
 def group_advantage(reward_NxG: jax.Array, baseline: str) -> jax.Array:

@@ -29,7 +29,7 @@ LIKELIHOODS = ("exact", "product")
 
 
 @dataclasses.dataclass(frozen=True)
-class Agrpo(mc_steps.McSteps, clip_lib.Clip):
+class Agrpo(mc_steps.McSteps, advantage_lib.Baseline, clip_lib.Clip):
   """Settings of AGRPO: those of the drawn steps, of the clipping, and its own.
 
   Attributes:
@@ -82,10 +82,6 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
         "divisor"
       )
     return found
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,
@@ -179,21 +175,6 @@ class Agrpo(mc_steps.McSteps, clip_lib.Clip):
     """Returns float32 [W + 1]: the same factors, as the rollout recorded."""
     return jnp.append(
       row.logprob[visit.offset], row.order_logprob[visit.denoise_step]
-    )
-
-  def loss(
-    self,
-    policy: base.Factors,
-    behaviour: base.Scores,
-    reference: base.Scores,
-    advantage_G: jax.Array,
-    visits: base.Visits,
-    rows: types.Rollout,
-  ) -> base.Terms:
-    """Returns the sum of the surrogates of all visits."""
-    del rows
-    return clip_lib.over_visits(
-      policy, behaviour, reference, advantage_G, visits.weight, self
     )
 
 

@@ -92,6 +92,28 @@ class Terms(flax.struct.PyTreeNode):
     return cls(**{name: jnp.zeros(()) for name in names})
 
 
+def stratified(key: jax.Array, num: int) -> jax.Array:
+  """float32 [num] in [0, 1), each uniform: one in each of `num` equal slices.
+
+  Shuffled, so that each by itself is uniform.
+  """
+  order_key, offset_key = jax.random.split(key)
+  stratum = jax.random.permutation(order_key, num)
+  return below_one((stratum + jax.random.uniform(offset_key, (num,))) / num)
+
+
+def below_one(uniform: jax.Array) -> jax.Array:
+  """Rounding lifts the last stratum's largest values to 1; not a uniform."""
+  return jnp.minimum(uniform, 1 - jnp.finfo(jnp.float32).epsneg)
+
+
+def executed(unmask_step_C: jax.Array, num_steps: int) -> jax.Array:
+  """bool [K], the denoising steps of one completion that unmasked something."""
+  # Dropped is K, which positions have that no step unmasked.
+  none_K = jnp.zeros((num_steps,), bool)
+  return none_K.at[unmask_step_C].set(True, mode="drop")
+
+
 def problems_of(settings: object, **legal: tuple[bool, str]) -> list[str]:
   """Returns a sentence for each setting that is not fine.
 

@@ -20,28 +20,22 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class CjGrpo(replay.ClippedReplay):
+class CjGrpo(advantage_lib.Baseline, replay.ClippedReplay):
   """Settings of CJ-GRPO; defaults as published for GSM8K.
 
   Attributes:
-    baseline: one of `advantage.BASELINES`.
   """
 
   updates_per_batch: int = 12
   clip_low: float = 0.5
   clip_high: float = 0.5
   kl_coef: float = 0.04
-  baseline: str = "group_mean"
 
   def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
     """Returns what is wrong with the settings, a sentence each."""
     return super().problems(sampling) + base.one_of(
       self, baseline=advantage_lib.BASELINES
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,

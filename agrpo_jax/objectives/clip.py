@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from agrpo_jax import types
 from agrpo_jax.objectives import base
 
 KL_ESTIMATORS = ("k3", "k3_ratio")
@@ -35,6 +36,21 @@ class Clip:
   @property
   def skips_zero_advantage(self) -> bool:
     return not self.has_reference  # the penalty stays where the advantage is 0
+
+  def loss(
+    self,
+    policy: base.Factors,
+    behaviour: base.Scores,
+    reference: base.Scores,
+    advantage_G: jax.Array,
+    visits: base.Visits,
+    rows: types.Rollout,
+  ) -> base.Terms:
+    """Returns the surrogates of all visits, each factor by itself."""
+    del rows
+    return over_visits(
+      policy, behaviour, reference, advantage_G, visits.weight, self
+    )
 
 
 def problems(clip: Clip) -> list[str]:

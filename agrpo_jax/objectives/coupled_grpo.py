@@ -26,14 +26,13 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class CoupledGrpo(clip_lib.Clip, masks.Masks):
+class CoupledGrpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   """Settings of coupled-GRPO; defaults as published.
 
   The mask ratio is a microbatch's as published, here a completion's.
 
   Attributes:
     min_ratio, max_ratio: between which the mask ratio is drawn.
-    baseline: one of `advantage.BASELINES`.
   """
 
   updates_per_batch: int = 2
@@ -54,17 +53,13 @@ class CoupledGrpo(clip_lib.Clip, masks.Masks):
     return (
       base.at_least(1, self, "updates_per_batch")
       + clip_lib.problems(self)
-      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + advantage_lib.problems(self)
       + base.problems_of(
         self,
         min_ratio=(0 < low <= high, f"in (0, max_ratio={high!r}]"),
         max_ratio=(high < 1, "below 1"),
       )
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,

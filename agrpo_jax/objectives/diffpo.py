@@ -27,16 +27,14 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffpo(clip_lib.Clip, masks.Masks):
+class Diffpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   """Settings of the two-times surrogate.
 
   Attributes:
     max_weight: at which surrogate over recorded probability is truncated.
-    baseline: one of `advantage.BASELINES`.
   """
 
   max_weight: float = 2.0
-  baseline: str = "group_mean"
 
   behaviour: ClassVar[Literal["scored"]] = "scored"
   scores_padding: ClassVar[bool] = True
@@ -48,12 +46,8 @@ class Diffpo(clip_lib.Clip, masks.Masks):
       base.at_least(1, self, "updates_per_batch")
       + base.problems_of(self, max_weight=(self.max_weight > 0, "positive"))
       + clip_lib.problems(self)
-      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + advantage_lib.problems(self)
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,
@@ -72,8 +66,7 @@ class Diffpo(clip_lib.Clip, masks.Masks):
     ) -> base.Visits:
       # Drawn among steps: among positions, steps that unmask more would be
       # likelier.
-      is_executed_K = jnp.zeros((num_steps,), bool)
-      is_executed_K = is_executed_K.at[row.unmask_step].set(True, mode="drop")
+      is_executed_K = base.executed(row.unmask_step, num_steps)
       denoise_step = jax.random.categorical(
         jax.random.fold_in(key, update), jnp.where(is_executed_K, 0.0, -jnp.inf)
       )

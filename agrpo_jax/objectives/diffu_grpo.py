@@ -62,19 +62,17 @@ class MeanField(masks.Masks):
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffuGrpo(clip_lib.Clip, MeanField):
+class DiffuGrpo(advantage_lib.Baseline, clip_lib.Clip, MeanField):
   """Settings of diffu-GRPO; defaults as published for GSM8K.
 
   Its mean over tokens is over a microbatch as published, here over the batch.
 
   Attributes:
-    baseline: one of `advantage.BASELINES`.
   """
 
   clip_low: float = 0.5
   clip_high: float = 0.5
   kl_coef: float = 0.04
-  baseline: str = "group_mean"
 
   behaviour: ClassVar[Literal["scored"]] = "scored"
 
@@ -84,12 +82,8 @@ class DiffuGrpo(clip_lib.Clip, MeanField):
     return (
       self.mask_problems()
       + clip_lib.problems(self)
-      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + advantage_lib.problems(self)
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,
@@ -103,18 +97,3 @@ class DiffuGrpo(clip_lib.Clip, MeanField):
     del advantage_B, batch_key
     num_tokens = masks.until_eos(rollout.completion, sampling.eos_id).sum()
     return self.visits_of(rollout, key_B, 1.0 / num_tokens), {}
-
-  def loss(
-    self,
-    policy: base.Factors,
-    behaviour: base.Scores,
-    reference: base.Scores,
-    advantage_G: jax.Array,
-    visits: base.Visits,
-    rows: types.Rollout,
-  ) -> base.Terms:
-    """Returns the clipped surrogate of every token, with the KL penalty."""
-    del rows
-    return clip_lib.over_visits(
-      policy, behaviour, reference, advantage_G, visits.weight, self
-    )

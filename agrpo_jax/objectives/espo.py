@@ -25,7 +25,7 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Espo(clip_lib.Clip, masks.Masks):
+class Espo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   """Settings of ESPO; defaults as published for GSM8K.
 
   Published with counts stratified over a microbatch, here over a completion's
@@ -35,7 +35,6 @@ class Espo(clip_lib.Clip, masks.Masks):
   Attributes:
     kl_coef: of (B - B_ref)^2 / (2 C), whose gradient is that of the KL.
     num_masks: M; each costs two passes.
-    baseline: one of `advantage.BASELINES`.
   """
 
   updates_per_batch: int = 8
@@ -53,12 +52,8 @@ class Espo(clip_lib.Clip, masks.Masks):
     return (
       base.at_least(1, self, "updates_per_batch", "num_masks")
       + clip_lib.problems(self)
-      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + advantage_lib.problems(self)
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,
@@ -77,7 +72,7 @@ class Espo(clip_lib.Clip, masks.Masks):
     ) -> base.Visits:
       del row
       count_key, noise_key = jax.random.split(jax.random.fold_in(key, update))
-      uniform_M = masks.stratified(count_key, self.num_masks)
+      uniform_M = base.stratified(count_key, self.num_masks)
       count_M = jnp.floor(uniform_M * (num_tokens + 1))
       noise_MxC = jax.random.uniform(noise_key, (self.num_masks, num_tokens))
       is_masked_MxC = jax.vmap(masks.exactly, (0, None, 0))(

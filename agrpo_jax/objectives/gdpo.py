@@ -34,18 +34,16 @@ _NODES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Gdpo(clip_lib.Clip, masks.Masks):
+class Gdpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   """Settings of GDPO; defaults as ported to d1's trainer.
 
   Attributes:
     num_nodes: of the quadrature, 2 or 3; each costs a pass.
     kl_coef: of k3 of the completion's values, over C.
-    baseline: one of `advantage.BASELINES`.
   """
 
   updates_per_batch: int = 12
   num_nodes: int = 2
-  baseline: str = "group_mean"
 
   is_sum_over_visits: ClassVar[bool] = False
   behaviour: ClassVar[Literal["scored"]] = "scored"
@@ -57,13 +55,9 @@ class Gdpo(clip_lib.Clip, masks.Masks):
     return (
       base.at_least(1, self, "updates_per_batch")
       + clip_lib.problems(self)
-      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + advantage_lib.problems(self)
       + base.problems_of(self, num_nodes=(self.num_nodes in _NODES, "2 or 3"))
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,

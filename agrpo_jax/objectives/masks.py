@@ -162,14 +162,6 @@ def until_eos(completion_BxC: jax.Array, eos_id: int) -> jax.Array:
   return num_before_BxC == 0
 
 
-def stratified(key: jax.Array, num: int) -> jax.Array:
-  """float32 [num] in [0, 1): one in each of `num` equal slices, shuffled."""
-  order_key, offset_key = jax.random.split(key)
-  stratum = jax.random.permutation(order_key, num)
-  uniform = (stratum + jax.random.uniform(offset_key, (num,))) / num
-  return jnp.minimum(uniform, 1 - jnp.finfo(jnp.float32).epsneg)
-
-
 def exactly(
   noise_C: jax.Array, is_token_C: jax.Array, num: jax.Array
 ) -> jax.Array:
@@ -194,7 +186,7 @@ def any_order(
   """
   count_key, noise_key = jax.random.split(key)
   num_tokens = is_token_C.sum()
-  count_M = 1 + jnp.floor(stratified(count_key, num_masks) * num_tokens)
+  count_M = 1 + jnp.floor(base.stratified(count_key, num_masks) * num_tokens)
   noise_MxC = jax.random.uniform(noise_key, (num_masks, len(is_token_C)))
   is_masked_MxC = jax.vmap(exactly, (0, None, 0))(
     noise_MxC, is_token_C, count_M

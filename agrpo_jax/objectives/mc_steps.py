@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from agrpo_jax import types
+from agrpo_jax.objectives import base
 from agrpo_jax.samplers import sampling as sampling_lib
 
 DRAWN_STEPS = ("uniform", "entropy")
@@ -125,12 +126,9 @@ def visitable(
   """
   num_denoise_steps = rollout.order_logprob.shape[1]
 
-  def executed(unmask_step_C: jax.Array) -> jax.Array:
-    none_K = jnp.zeros((num_denoise_steps,), bool)
-    # Dropped is K, which positions have that no step unmasked.
-    return none_K.at[unmask_step_C].set(True, mode="drop")
-
-  is_visitable_BxK = jax.vmap(executed)(rollout.unmask_step)
+  is_visitable_BxK = jax.vmap(base.executed, (0, None))(
+    rollout.unmask_step, num_denoise_steps
+  )
   if settings.visited_steps == "content":
     is_content_BxC = rollout.completion != eos_id
     # -1 comes before all steps: a completion that is all EOS has none.
@@ -196,31 +194,17 @@ def uniforms(key: jax.Array, key_B: jax.Array, settings: McSteps) -> jax.Array:
     settings: the proposal.
   """
   num_rows, num_draws = key_B.shape[0], settings.num_draws
-  if settings.stratified != "none" and (
-    settings.stratified == "batch" or settings.budget == "batch"
-  ):
-    order_key, offset_key = jax.random.split(key)
-    num_strata = num_rows * num_draws
-    stratum = jax.random.permutation(order_key, num_strata)
-    offset = jax.random.uniform(offset_key, (num_strata,))
-    return _below_one((stratum + offset) / num_strata).reshape(num_rows, -1)
-
-  def one(row_key: jax.Array) -> jax.Array:
-    order_key, offset_key = jax.random.split(row_key)
-    uniform_M = jax.random.uniform(offset_key, (num_draws,))
-    if settings.stratified == "none":
-      return uniform_M
-    # Shuffled, so that each draw by itself is uniform: draws may be dealt out
-    # over several optimizer updates.
-    stratum_M = jax.random.permutation(order_key, num_draws)
-    return _below_one((stratum_M + uniform_M) / num_draws)
-
-  return jax.vmap(one)(key_B)
-
-
-def _below_one(uniform: jax.Array) -> jax.Array:
-  """Rounding lifts the last stratum's largest values to 1; not a uniform."""
-  return jnp.minimum(uniform, 1 - jnp.finfo(jnp.float32).epsneg)
+  if settings.stratified == "none":
+    # Of the second key, as the strata's offsets.
+    return jax.vmap(
+      lambda row_key: jax.random.uniform(
+        jax.random.split(row_key)[1], (num_draws,)
+      )
+    )(key_B)
+  if "batch" in (settings.stratified, settings.budget):
+    return base.stratified(key, num_rows * num_draws).reshape(num_rows, -1)
+  # Draws may be dealt out over several optimizer updates: each is uniform.
+  return jax.vmap(lambda row_key: base.stratified(row_key, num_draws))(key_B)
 
 
 def steps_at(

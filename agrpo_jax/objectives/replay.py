@@ -84,21 +84,6 @@ class ClippedReplay(clip_lib.Clip, Replay):
     """Returns what is wrong with the settings, a sentence each."""
     return self.step_problems(sampling) + clip_lib.problems(self)
 
-  def loss(
-    self,
-    policy: base.Factors,
-    behaviour: base.Scores,
-    reference: base.Scores,
-    advantage_G: jax.Array,
-    visits: base.Visits,
-    rows: types.Rollout,
-  ) -> base.Terms:
-    """Returns the clipped surrogate of every factor, with the KL penalty."""
-    del rows
-    return clip_lib.over_visits(
-      policy, behaviour, reference, advantage_G, visits.weight, self
-    )
-
 
 def unmasked_per_step(rollout: types.Rollout, num_steps: int) -> jax.Array:
   """float32 [B, K], how many positions each denoising step unmasked."""

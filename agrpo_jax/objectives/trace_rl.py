@@ -110,10 +110,7 @@ class TraceRl(TokenMean):
     Executed steps are counted, for their indices may have gaps. Positions that
     no step unmasked come last.
     """
-    # Dropped is K, which they have.
-    is_executed_K = jnp.zeros((num_steps,), bool)
-    is_executed_K = is_executed_K.at[unmask_step_C].set(True, mode="drop")
-    rank_K = jnp.cumsum(is_executed_K) - 1
+    rank_K = jnp.cumsum(base.executed(unmask_step_C, num_steps)) - 1
     rank_C = rank_K.at[unmask_step_C].get(mode="fill", fill_value=num_steps)
     return jnp.where(
       rank_C < num_steps, rank_C // self.shrink, self._num_visits(num_steps)

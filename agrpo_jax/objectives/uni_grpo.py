@@ -25,17 +25,15 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class UniGrpo(clip_lib.Clip, masks.Masks):
+class UniGrpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   """Settings of UniGRPO; the paper gives no values for clipping and KL.
 
   Attributes:
     updates_per_batch: mask ratios per completion, one for each update.
-    baseline: one of `advantage.BASELINES`.
   """
 
   updates_per_batch: int = 5
   kl_coef: float = 0.04
-  baseline: str = "group_mean"
 
   behaviour: ClassVar[Literal["scored"]] = "scored"
 
@@ -45,12 +43,8 @@ class UniGrpo(clip_lib.Clip, masks.Masks):
     return (
       base.at_least(1, self, "updates_per_batch")
       + clip_lib.problems(self)
-      + base.one_of(self, baseline=advantage_lib.BASELINES)
+      + advantage_lib.problems(self)
     )
-
-  def advantage(self, reward_NxG: jax.Array) -> jax.Array:
-    """Returns the rewards minus their baseline, [N, G]."""
-    return advantage_lib.group_advantage(reward_NxG, self.baseline)
 
   def visits(
     self,
@@ -85,18 +79,3 @@ class UniGrpo(clip_lib.Clip, masks.Masks):
       return masks.visits(is_masked_1xC, 1.0 / (num * num_rows))
 
     return masks.each(one, key_B, rollout, self.updates_per_batch), {}
-
-  def loss(
-    self,
-    policy: base.Factors,
-    behaviour: base.Scores,
-    reference: base.Scores,
-    advantage_G: jax.Array,
-    visits: base.Visits,
-    rows: types.Rollout,
-  ) -> base.Terms:
-    """Returns the clipped surrogate of every token, with the KL penalty."""
-    del rows
-    return clip_lib.over_visits(
-      policy, behaviour, reference, advantage_G, visits.weight, self
-    )
