@@ -79,8 +79,12 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     # Steps on windows read all weights for few tokens: many rows at once.
     c.rollout.batch_size = 128 if asked.intersection(_CACHES) else batch_size
     c.objective.microbatch = microbatch
-    # Windows that reach to the end are as long as the completion, four a unit.
-    c.model.remat = "full" if "prefix" in asked else remat
+    c.model.remat = remat
+    if "prefix" in asked:
+      # Windows that reach to the end are as long as the completion, and a unit
+      # has four.
+      c.objective.microbatch = 16
+      c.model.remat = "full"
 
   c.optimizer.learning_rate = 5e-6
   c.optimizer.warmup_steps = 23  # 1 %
