@@ -47,7 +47,7 @@ def _common(kind: str) -> ConfigDict:
   mesh.tensor = 1  # heads, MLP and vocabulary split
 
   c.task = task = ConfigDict()
-  task.name = ""  # gsm8k, math, countdown, sudoku
+  task.name = ""  # gsm8k, math, countdown, sudoku, word_problems
   task.path = ""  # a task of your own, in place of `name`: its Python file
   task.options = _free()  # of the task; explained in its module
   task.defaults = _free()  # of the task `name` alone: filled by `use_task`

@@ -37,7 +37,7 @@ from agrpo_jax.tasks import base
 
 Example = base.Example
 
-NAMES = ("countdown", "gsm8k", "math", "sudoku")
+NAMES = ("countdown", "gsm8k", "math", "sudoku", "word_problems")
 
 
 def get(name: str, path: str | None = None) -> types.ModuleType:

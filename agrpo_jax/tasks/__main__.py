@@ -1,8 +1,16 @@
-"""Shows what a task asks and what it rewards.
+"""Shows what a task asks and what it rewards, or writes demonstrations.
 
-python -m agrpo_jax.tasks --show=gsm8k --protocol=agrpo --path=test.jsonl
+    python -m agrpo_jax.tasks --show=gsm8k --protocol=agrpo --path=test.jsonl
+    python -m agrpo_jax.tasks --show=countdown --protocol=bare --split=train \
+      --demonstrations=countdown.jsonl
+
+The second writes what `agrpo_jax.sft` learns from by `config.data.path`; files
+of several tasks, one behind the other, are a mixture.
 """
 
+import json
+import pathlib
+import random
 import textwrap
 from collections.abc import Sequence
 
@@ -11,6 +19,7 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax import tasks
+from agrpo_jax.tasks import base
 from agrpo_jax.tasks import contract
 
 _SHOW = flags.DEFINE_string("show", "", f"Task: {', '.join(tasks.NAMES)}.")
@@ -22,6 +31,9 @@ _OPTION = flags.DEFINE_multi_string(
 _SPLIT = flags.DEFINE_enum("split", "test", ("train", "test"), "Which split.")
 _PATH = flags.DEFINE_string("path", "", "Local data file or folder.")
 _INDEX = flags.DEFINE_integer("index", 0, "Which problem of the split.")
+_DEMONSTRATIONS = flags.DEFINE_string(
+  "demonstrations", "", "Write all of the split's to this JSONL file instead."
+)
 
 
 def _value(text: str) -> bool | int | float | str:
@@ -77,13 +89,57 @@ def _section(title: str, text: str) -> str:
   return f"--- {title}\n{textwrap.indent(text.rstrip(), '    ')}"
 
 
+def write_demonstrations(
+  task_name: str, task_path: str | None, file: pathlib.Path
+) -> int:
+  """Writes a demonstration per problem, as `data.from_jsonl` reads them.
+
+  What a prompt prefills stands at the start of the completion. A task that
+  draws its demonstrations draws the same ones every time.
+
+  Returns:
+    How many there are.
+
+  Raises:
+    UserError: a task that makes none, or a file that cannot be written.
+  """
+  task = tasks.get(task_name, task_path)
+  if not hasattr(task, "demonstration"):
+    what = "makes no demonstrations"
+    raise base.mistake(task, what, "Only tasks that do can be written.")
+  options = _options()
+  examples = contract.examples(
+    task, _SPLIT.value, path=_PATH.value or None, options=options
+  )
+  try:
+    with file.open("w", encoding="utf-8") as lines:
+      for example in examples:
+        rng = random.Random(example.id)
+        text = contract.demonstration(task, example, rng, options)
+        row = {
+          "prompt": example.messages,
+          "completion": example.prefill + text,
+        }
+        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+  except OSError as error:
+    raise errors.UserError(
+      f"--demonstrations={file} cannot be written: {error.strerror}."
+    ) from error
+  return len(examples)
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   if not _SHOW.value and not _TASK_PATH.value:
     raise errors.UserError(
       f"Say which task: --show={'|'.join(tasks.NAMES)} or --task_path=FILE."
     )
-  print(render(_SHOW.value, _TASK_PATH.value or None))
+  if _DEMONSTRATIONS.value:
+    file = pathlib.Path(_DEMONSTRATIONS.value)
+    count = write_demonstrations(_SHOW.value, _TASK_PATH.value or None, file)
+    print(f"Wrote {count} demonstrations to {file}")
+  else:
+    print(render(_SHOW.value, _TASK_PATH.value or None))
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def test_row_that_holds_no_problem(tmp_path, row):
     ("d1", ["user"], "<reasoning>"),
     ("llada", ["user"], ""),
     ("bare", ["user"], ""),
+    ("worked", ["user"], ""),
   ],
 )
 def test_prompts(protocol, roles, prefill):
@@ -143,7 +144,7 @@ def test_prompts(protocol, roles, prefill):
   assert [message["role"] for message in messages] == roles
   assert prompts.PREFILL[protocol] == prefill
   content = messages[-1]["content"]
-  if protocol == "bare":
+  if protocol in ("bare", "worked"):
     assert content == "30,100,93=23"
   else:
     assert "Target: 23\nNumbers: [30, 100, 93]" in content
@@ -162,6 +163,53 @@ def test_demonstrations_are_right(protocol):
     if protocol != "llada":  # whose boxed expression holds no equation
       assert grades["accuracy"] == 1.0
     assert grades["accuracy_tolerant"] == 1.0
+
+
+@pytest.mark.parametrize(
+  "numbers, target, text",
+  [
+    ((6, 9, 10), 44, "6*9=54\n54-10=44\n6*9-10"),
+    ((1, 8, 3), 21, "8-1=7\n3*7=21\n3*(8-1)"),
+    ((2, 4, 6), 3, "2/4=1/2\n6*(1/2)=3\n6*2/4"),
+  ],
+)
+def test_worked_demonstrations(numbers, target, text):
+  example = countdown.base.Example(
+    0, (), {"numbers": list(numbers), "target": target}
+  )
+  options = {"protocol": "worked"}
+  assert countdown.demonstration(example, random.Random(0), options) == text
+
+
+@pytest.mark.parametrize("num_numbers", [2, 3, 4])
+def test_equations_are_true_and_lead_to_the_target(num_numbers):
+  for numbers, target in _problems(
+    "train", num_examples=60, num_numbers=num_numbers, max_number=12
+  ):
+    equations = problems_lib.equations(numbers, target)
+    assert len(equations) == num_numbers - 1
+    for equation in equations:
+      left, _, right = equation.partition("=")
+      assert arithmetic.value(left) == fractions.Fraction(right)
+    assert equations[-1].endswith(f"={target}")
+
+
+@pytest.mark.parametrize(
+  "completion, solved",
+  [
+    ("17*5=85\n85-18=67\n17*5-18", 1),
+    ("17*5=86\n86-18=68\n17*5-18", 1),  # the expression is the answer
+    ("17*5=85\n85-18=67\n17*5+18", 0),
+    ("17*5=85\n85-18=67", 0),  # which uses 85
+    ("17*5-18\n17*5=85", 0),
+  ],
+)
+def test_worked_verdict_is_of_the_last_line(completion, solved):
+  options = {"protocol": "worked"}
+  assert countdown.grade(completion, _FIELDS, options)["accuracy"] == solved
+  parts = countdown.reward(completion, _FIELDS, options)
+  assert parts["solved"] == solved
+  assert countdown.reward_weights(options) == countdown.reward_weights(_BARE)
 
 
 def test_no_demonstration_of_an_unsolvable_problem():

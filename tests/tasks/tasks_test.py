@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import types
 
 import pytest
 
+from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import tasks
 from agrpo_jax.grading import pool
@@ -214,10 +216,44 @@ def test_show_with_options():
   assert done.stdout.count("Puzzle: ") == 1
 
 
+def test_demonstrations_of_tasks_are_written_for_sft(tmp_path):
+  """Files one behind the other are a mixture that `agrpo_jax.sft` reads."""
+  names = ("countdown", "sudoku", "word_problems")
+  for name in names:
+    done = _show(
+      f"--show={name}",
+      "--split=train",
+      "--option=num_examples=3",
+      *(["--protocol=d1"] if name == "sudoku" else []),
+      f"--demonstrations={tmp_path / name}.jsonl",
+    )
+    assert "Wrote 3 demonstrations" in done.stdout, done.stderr
+  mixture = tmp_path / "mixture.jsonl"
+  mixture.write_text(
+    "".join((tmp_path / f"{name}.jsonl").read_text() for name in names)
+  )
+  examples = data.from_jsonl(str(mixture))
+  assert [example.id for example in examples] == [*range(9)]
+  own = tasks.get("word_problems").examples("train", options={})[0]
+  assert examples[6].messages == own.messages
+  text = tasks.get("word_problems").demonstration(own, random.Random(0))
+  assert examples[6].fields["completion"] == text
+  # A prefill, which SFT has no other place for, comes first.
+  assert examples[3].fields["completion"].startswith("<reasoning>")
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
     ([], "Say which task"),
+    (
+      ["--show=gsm8k", "--demonstrations=x.jsonl"],
+      "'gsm8k': makes no demonstrations",
+    ),
+    (
+      ["--show=sudoku", "--demonstrations=/nowhere/x.jsonl"],
+      "/nowhere/x.jsonl cannot be written: No such file",
+    ),
     (["--show=gsm"], "countdown, gsm8k, math, sudoku"),
     (["--show=sudoku", "--option=shots"], "name=value"),
     (["--show=sudoku", "--option=num_examples=4", "--index=4"], "0 and 3"),

@@ -25,7 +25,7 @@ from agrpo_jax.tasks.verdicts import d1
 
 NAME = "countdown"
 DEFAULTS = {
-  "protocol": "agrpo",  # agrpo, d1, llada or bare
+  "protocol": "agrpo",  # agrpo, d1, llada, bare or worked
   "num_numbers": 3,  # of a generated problem, 2-4; of a file: 0 takes all rows
   "max_number": 99,  # of a generated problem
   "max_target": 99,  # of a generated problem
@@ -200,8 +200,8 @@ def grade(
   """Returns verdicts, 1 or 0.
 
   accuracy: as published. As in the released AGRPO evaluation the last equation
-    of the answer, or, under the protocol d1, as in d1's; under bare, which asks
-    for nothing but the expression, the same as tolerant.
+    of the answer, or, under the protocol d1, as in d1's; under bare and worked,
+    which ask for an expression without "=", the same as tolerant.
   accuracy_tolerant: an expression, or one side of an equation, that uses each
     number once and has exactly the value; what the other side says is ignored.
   """
@@ -210,7 +210,7 @@ def grade(
   numbers, target = fields["numbers"], fields["target"]
   expression = extraction.find(text, numbers)
   tolerant = problems_lib.solves(expression, numbers, target)
-  if protocol == "bare":
+  if protocol in ("bare", "worked"):
     strict = tolerant
   elif protocol == "d1":
     strict = d1.countdown_correct(text, numbers, target)
@@ -248,4 +248,6 @@ def demonstration(
     raise errors.UserError(
       f"Countdown problem {numbers} -> {target} has no solution to show."
     )
-  return prompts.completion(expression, target, _settings(options)["protocol"])
+  equations = problems_lib.equations(numbers, target)
+  protocol = _settings(options)["protocol"]
+  return prompts.completion(expression, equations, target, protocol)

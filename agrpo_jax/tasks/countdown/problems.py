@@ -21,9 +21,8 @@ _OPERATORS = "+-*/"
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 Problem = tuple[tuple[int, ...], int]  # numbers, target
-_Value = tuple[
-  fractions.Fraction, str, int
-]  # value, text, rank of its operator
+# value, text, rank of its operator, the equations that lead to it
+_Value = tuple[fractions.Fraction, str, int, tuple[str, ...]]
 
 
 def is_test(numbers: Sequence[int], target: int) -> bool:
@@ -141,24 +140,36 @@ def solves(expression: str, numbers: Sequence[int], target: int) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=4096)
 def solution(numbers: tuple[int, ...], target: int) -> str | None:
   """Returns an expression that solves the problem; None if there is none.
 
   The first of an exhaustive search, so always the same one.
   """
-  start = [(fractions.Fraction(n), str(n), 3) for n in numbers]
-  for value, text in _combinations(start):
-    if value == target:
-      return text
-  return None
+  found = _search(numbers, target)
+  return None if found is None else found[1]
 
 
-def _combinations(
-  values: Sequence[_Value],
-) -> Iterator[tuple[fractions.Fraction, str]]:
+def equations(numbers: tuple[int, ...], target: int) -> tuple[str, ...]:
+  """Returns the operations of `solution` in order, each as in "6*9=54".
+
+  An operand that is no whole number is written as a fraction in parentheses;
+  () if there is no solution.
+  """
+  found = _search(numbers, target)
+  return () if found is None else found[3]
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(numbers: tuple[int, ...], target: int) -> _Value | None:
+  start: list[_Value] = [
+    (fractions.Fraction(n), str(n), 3, ()) for n in numbers
+  ]
+  return next((v for v in _combinations(start) if v[0] == target), None)
+
+
+def _combinations(values: Sequence[_Value]) -> Iterator[_Value]:
   if len(values) == 1:
-    yield values[0][0], values[0][1]
+    yield values[0]
     return
   for i, j in itertools.permutations(range(len(values)), 2):
     rest = [value for k, value in enumerate(values) if k not in (i, j)]
@@ -176,8 +187,17 @@ def _join(operator: str, left: _Value, right: _Value) -> _Value:
   left_text = f"({left[1]})" if left[2] < rank else left[1]
   needs = right[2] < rank or (right[2] == rank and operator in "-/")
   right_text = f"({right[1]})" if needs else right[1]
+  value = _apply(operator, left[0], right[0])
+  equation = f"{_operand(left[0])}{operator}{_operand(right[0])}={value}"
   return (
-    _apply(operator, left[0], right[0]),
+    value,
     f"{left_text}{operator}{right_text}",
     rank,
+    (*left[3], *right[3], equation),
   )
+
+
+def _operand(value: fractions.Fraction) -> str:
+  """Returns a value as it stands in an equation: 12, (-3) or (1/2)."""
+  text = str(value)
+  return text if text.isdecimal() else f"({text})"

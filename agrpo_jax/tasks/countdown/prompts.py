@@ -7,6 +7,8 @@ d1: one user turn, <reasoning> and <answer>, the completion prefilled with
 llada: the problem and one sentence that asks for a boxed expression.
 bare: "30,100,93=23", and the completion is the expression and nothing else.
   For tiny models.
+worked: posed as bare; the completion works the value out, an equation per line,
+  and ends with the expression on a line of its own. For tiny models.
 
 The required format is that of the published prompts; the wording is ours.
 """
@@ -15,8 +17,8 @@ from collections.abc import Sequence
 
 from agrpo_jax.tasks import base
 
-PROTOCOLS = ("agrpo", "d1", "llada", "bare")
-PREFILL = {"agrpo": "", "d1": "<reasoning>", "llada": "", "bare": ""}
+PROTOCOLS = ("agrpo", "d1", "llada", "bare", "worked")
+PREFILL = {**dict.fromkeys(PROTOCOLS, ""), "d1": "<reasoning>"}
 
 _RULES = (
   "You are given a target and a list of numbers. Combine the numbers with +, "
@@ -44,7 +46,7 @@ def messages(
   numbers: Sequence[int], target: int, protocol: str
 ) -> tuple[dict[str, str], ...]:
   """Returns the chat turns that pose the problem."""
-  if protocol == "bare":
+  if protocol in ("bare", "worked"):
     return base.user_turn(f"{','.join(map(str, numbers))}={target}")
   problem = f"Target: {target}\nNumbers: {list(numbers)}"
   if protocol == "agrpo":
@@ -56,10 +58,21 @@ def messages(
   )
 
 
-def completion(expression: str, target: int, protocol: str) -> str:
-  """Returns an answer in the protocol's format, after what is prefilled."""
+def completion(
+  expression: str, equations: Sequence[str], target: int, protocol: str
+) -> str:
+  """Returns an answer in the protocol's format, after what is prefilled.
+
+  Args:
+    expression: has the value `target`.
+    equations: its operations in order, as in "6*9=54".
+    target: of the problem.
+    protocol: one of PROTOCOLS.
+  """
   if protocol == "bare":
     return expression
+  if protocol == "worked":
+    return "\n".join([*equations, expression])
   reasoning = f"{expression} gives {target}."
   box = f"\\boxed{{{expression}}}"
   if protocol == "llada":
