@@ -145,6 +145,7 @@ class Learner:
     state = state.with_trainable(trainable).replace(
       opt_state=opt_state, train_step=state.train_step + 1
     )
+    num_units, num_visits = self.asked(visits_UxBxQxS, advantage_B)
     carries_BxC = rollout.unmask_step < rollout.order_logprob.shape[1]
     num_factors = jnp.maximum(terms.num_factors.sum(), 1)
     first = jax.tree.map(lambda x: x[0], terms)
@@ -166,7 +167,11 @@ class Learner:
       / num_factors,
       "entropy": rollout.entropy.sum() / jnp.maximum(carries_BxC.sum(), 1),
       "frac_reward_zero_std": (advantage_NxG == 0).all(axis=1).mean(),
+      # Run with a gradient; of a loss that is no sum there may be fewer than
+      # were asked for, and read.
       "draws/pairs": norms["num_units"].sum(),
+      "draws/units": num_units,
+      "draws/visits": num_visits,
       "completions/mean_denoise_steps": rollout.num_executed_steps.mean(),
       "completions/mean_whole_passes": rollout.num_whole_passes.mean(),
       # Of the steps during which a completion held a slot, those that it used.
@@ -282,6 +287,20 @@ class Learner:
     )
     gradient, terms = units.loop(accumulate, (zeros, base.Terms.zeros()))
     return gradient, terms if whole is None else whole, units.num
+
+  def asked(
+    self, visits: base.Visits, advantage_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Counts what can change the gradient: int32, units and their visits.
+
+    Args:
+      visits: [U, B, Q, S, ...].
+      advantage_B: float32 [B].
+    """
+    is_asked_UxBxQxS = visits.weight > 0
+    if self.objective.skips_zero_advantage:
+      is_asked_UxBxQxS &= (advantage_B != 0)[None, :, None, None]
+    return is_asked_UxBxQxS.any(axis=-1).sum(), is_asked_UxBxQxS.sum()
 
   def factors(
     self,

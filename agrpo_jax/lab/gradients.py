@@ -16,7 +16,6 @@ a mean over finitely many draws. The noise of the completions themselves comes
 on top, the same for all, and so does the objective's own advantage.
 """
 
-import ast
 import csv
 import dataclasses
 import importlib.util
@@ -40,7 +39,8 @@ from agrpo_jax import objectives as objectives_lib
 from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
 from agrpo_jax.grading import shares
-from agrpo_jax.models import transformer
+from agrpo_jax.lab import prices
+from agrpo_jax.lab import words
 from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import base
 from agrpo_jax.parallel import mesh as mesh_lib
@@ -50,8 +50,6 @@ from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
 
 EXACT = agrpo.Agrpo(step_rule="all")
-# Backward passes cost two forward ones.
-_READ, _LEARN = 1 / 3, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +79,7 @@ class Row:
 
   Attributes:
     estimate: its name.
-    passes: forward and backward passes over whole rows, per completion; a
-      forward one alone is a third, a window its share of a row's FLOPs.
+    passes: of the gradient, per completion; see `prices`.
     seconds: of a gradient, the median after the one that compiles.
     bias: NaN if the mean points away from the exact gradient.
     relative_variance: of one draw.
@@ -127,33 +124,9 @@ def parse(
   drew the batch it has no gradient.
 
   Raises:
-    UserError: an unknown objective or setting, or a value that is not legal.
+    UserError: see `words.parse`.
   """
-  name, *changes = word.split("/")
-  record = objectives_lib.get(name)
-  fields = {f.name for f in dataclasses.fields(record)}  # type: ignore
-  values: dict[str, object] = {"updates_per_batch": 1}
-  if "kl_coef" in fields:
-    values["kl_coef"] = 0.0
-  for change in changes:
-    key, _, text = change.partition("=")
-    if key not in fields or not text:
-      raise errors.UserError(
-        f"{word}: {change!r} is no SETTING=VALUE of {name}, which has "
-        f"{', '.join(sorted(fields))}."
-      )
-    try:
-      values[key] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      values[key] = text  # a word, such as a step rule
-  try:
-    objective = record(**values)
-    problems = objective.problems(sampling)
-  except TypeError as error:
-    problems = [str(error)]
-  if problems:
-    raise errors.UserError(f"{word}: " + "; ".join(problems) + ".")
-  return objective
+  return words.parse(word, sampling, {"updates_per_batch": 1, "kl_coef": 0.0})
 
 
 def draw(s: settings_lib.Rl) -> Batch:
@@ -227,43 +200,24 @@ def estimator(
   @jax.jit
   def gradient(
     state: types.TrainState, rollout: types.Rollout, key: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     visits = visits_of(key, rollout)
     # The reference policy is the one that training starts from.
     tree, _, num_units = learner.gradient(
       state, rollout, advantage_B, visits, reference=state.params
     )
     leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
-    num_visited = (visits.weight > 0).any(axis=2).sum()
-    return jnp.concatenate(leaves), num_units, num_visited
+    asked = learner.asked(jax.tree.map(lambda x: x[None], visits), advantage_B)
+    return jnp.concatenate(leaves), (num_units, *asked)
 
-  price = _price(batch, objective, shared)
+  price = prices.of_policy(sampling, model.shape, batch.rollout.prompt.shape[1])
 
   def run(key: jax.Array) -> tuple[np.ndarray, float]:
-    found, num_learned, num_visited = gradient(state, batch.rollout, key)
-    passes = _LEARN * float(num_learned)
-    if not objective.is_sum_over_visits:
-      passes += _READ * float(num_visited)
-    if objective.has_reference:
-      passes += _READ * float(num_visited)
-    return np.asarray(found, np.float64), passes * price / len(advantage_B)
+    found, counts = gradient(state, batch.rollout, key)
+    passes = prices.of_updates(objective, price, *map(float, counts))
+    return np.asarray(found, np.float64), passes / len(advantage_B)
 
   return run
-
-
-def _price(
-  batch: Batch, objective: objectives_lib.Objective, num_states: int
-) -> float:
-  """Returns the FLOPs of a unit's states, in those of a whole row."""
-  s, shape = batch.sampling, batch.model.shape
-  if s.cache == "none" or not objective.replays:
-    return float(num_states)
-  length = batch.rollout.prompt.shape[1] + s.completion_length
-  window = s.block_length if s.cache == "dual" else s.completion_length
-  wanted = s.tokens_per_step
-  flops = transformer.forward_flops(shape, length, 0)
-  flops += num_states * transformer.forward_flops(shape, length, wanted, window)
-  return flops / transformer.forward_flops(shape, length, wanted)
 
 
 def measure(

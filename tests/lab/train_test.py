@@ -1,0 +1,401 @@
+"""Training at equal compute: budgets, prices, learning rates, resumption."""
+
+import csv
+import dataclasses
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.lab import compare
+from agrpo_jax.lab import prices
+from agrpo_jax.lab import train
+from agrpo_jax.models import base as models
+from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import espo
+from agrpo_jax.samplers import sampling as sampling_lib
+from fixtures import commands
+from fixtures import recordings
+
+
+def asked(work, **changes):
+  c = recordings.config("sudoku_tiny", "blocks")
+  c.task.options.num_examples = 64
+  c.evaluate.num_examples = 8
+  values = dict(
+    config=c,
+    objectives=("agrpo", "espo"),
+    num_seeds=2,
+    budget=train.Budget("passes", 100.0),
+    learning_rates=(),
+    sweep_seeds=1,
+    sweep_share=0.5,
+    evaluations=2,
+    final_examples=0,
+    work=work,
+    command="the command",
+  )
+  return train.Asked(**values | changes)
+
+
+@pytest.mark.parametrize(
+  "amount,cost,num_steps",
+  [(10.0, 2.5, 4), (0.3, 0.1, 3), (9.99, 2.5, 3), (1.0, 1.0, 1)],
+)
+def test_a_budget_pays_for_whole_train_steps(amount, cost, num_steps):
+  assert train.Budget("passes", amount).num_steps("espo", cost) == num_steps
+
+
+def test_a_budget_of_less_than_a_train_step_is_refused():
+  budget = train.Budget("seconds", 2.0)
+  with pytest.raises(
+    errors.UserError, match=r"--budget_seconds=2 is less .*es"
+  ):
+    budget.num_steps("espo", 2.5)
+
+
+class TestPrices:
+  def objective(self, **changes):
+    flags = dict(
+      replays=True,
+      is_sum_over_visits=True,
+      has_reference=False,
+      behaviour="recorded",
+      updates_per_batch=1,
+    )
+    return types.SimpleNamespace(**flags | changes)
+
+  @pytest.mark.parametrize(
+    "changes,passes",
+    [
+      ({}, 6.0),
+      ({"updates_per_batch": 4}, 6.0),
+      ({"behaviour": "scored"}, 6.0),  # it is the policy itself
+      ({"behaviour": "scored", "updates_per_batch": 4}, 9.0),
+      ({"has_reference": True}, 9.0),
+      ({"is_sum_over_visits": False, "has_reference": True}, 12.0),
+    ],
+  )
+  def test_reads_are_a_third(self, changes, passes):
+    found = prices.of_updates(
+      self.objective(**changes), prices.WHOLE_ROWS, 6.0, 9.0, 9.0
+    )
+    assert found == pytest.approx(passes)
+
+  def test_a_memory_is_paid_once_per_unit(self):
+    policy = prices.Prices(memory=0.5, state=0.25)
+    found = prices.of_updates(self.objective(), policy, 2.0, 2.0, 8.0)
+    assert found == pytest.approx(2 * (0.5 + 4 * 0.25))
+    plain = self.objective(replays=False)
+    assert prices.of_updates(plain, policy, 2.0, 2.0, 2.0) == 2.0
+    assert prices.of_updates(plain, policy, 0.0, 0.0, 0.0) == 0.0
+    assert prices.of_rollout(policy, 8, 2) == pytest.approx((1 + 2) / 3)
+
+  def test_a_train_step_pays_for_its_rollouts_too(self):
+    record = {
+      "completions/mean_denoise_steps": 6.0,
+      "completions/mean_whole_passes": 6.0,
+      "draws/pairs": 8.0,
+      "draws/units": 8.0,
+      "draws/visits": 8.0,
+    }
+    objective = self.objective()
+    found = prices.of_train_step(objective, prices.WHOLE_ROWS, 4, record)
+    assert found == pytest.approx(6 / 3 + 2)
+    # Completions drawn on from states within others.
+    record["values/mean_denoise_steps"] = 9.0
+    found = prices.of_train_step(objective, prices.WHOLE_ROWS, 4, record)
+    assert found == pytest.approx(6 / 3 + 9 / 3 + 2)
+
+  def test_windows_are_cheaper_than_rows(self):
+    shape, _ = recordings.random_network()
+    assert isinstance(shape, models.Shape)
+    made = sampling_lib.Sampling(
+      mask_id=0,
+      eos_id=1,
+      completion_length=16,
+      block_length=4,
+      num_denoise_steps=8,
+    )
+    assert prices.of_policy(made, shape, 32) is prices.WHOLE_ROWS
+    dual, prefix = (
+      prices.of_policy(dataclasses.replace(made, cache=cache), shape, 32)
+      for cache in ("dual", "prefix")
+    )
+    assert 0.5 < dual.memory < 1 and dual.memory == prefix.memory
+    assert dual.state < prefix.state < 1
+
+
+class TestSettings:
+  def settings(self, word, tmp_path):
+    return asked(tmp_path).settings(
+      word,
+      "runs/x",
+      seed=3,
+      learning_rate=1e-3,
+      num_steps=10,
+      evaluations=3,
+    )
+
+  def test_the_configs_own_objective_keeps_its_settings(self, tmp_path):
+    own = self.settings("agrpo", tmp_path).objective
+    assert own == agrpo.Agrpo(num_mc_steps=2, step_rule="entropy")
+    changed = self.settings("agrpo/step_rule=all", tmp_path).objective
+    assert changed == agrpo.Agrpo(num_mc_steps=2, step_rule="all")
+
+  def test_another_has_its_own_defaults(self, tmp_path):
+    s = self.settings("espo/num_masks=4", tmp_path)
+    assert s.objective == espo.Espo(num_masks=4)
+    assert s.microbatch == 256
+    assert s.optimizer.num_updates == 10 * s.objective.updates_per_batch
+
+  def test_the_run_is_one_of_the_comparison(self, tmp_path):
+    s = self.settings("espo", tmp_path)
+    assert s.seed == 3 and s.optimizer.learning_rate == 1e-3
+    assert s.evaluate.every == 4 and s.train.num_steps == 10
+    assert s.workdir == str(tmp_path / "runs/x")
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"objectives": ("agrpo", "grpo")}, "objective 'grpo' is unknown"),
+    ({"objectives": ("agrpo", "espo/masks=3")}, "'masks=3' is no SETTING"),
+    ({"objectives": ("wd1", "espo/num_masks=0")}, "must be at least 1"),
+    ({"objectives": ("wd1", "espo/num_masks=many")}, "espo/num_masks=many: "),
+    ({"objectives": ("wd1",)}, "--objectives=wd1 must be two or more"),
+    ({"num_seeds": 1}, "--seeds=1 must be from 2, for there to be a spread"),
+    ({"budget": train.Budget("passes", 0.0)}, "--budget_passes=0 must be pos"),
+    ({"budget": train.Budget("steps", 1.5)}, "--budget_steps=1.5 must be pos"),
+    ({"learning_rates": (1e-3, -1.0)}, "learning_rate=-1.0 must be in"),
+    ({"sweep_share": 0.0}, "--sweep_share=0.0 must be in"),
+    ({"sweep_seeds": 0}, "--sweep_seeds=0 must be at least 1"),
+  ],
+)
+def test_what_cannot_be_compared_is_refused(changes, message, tmp_path):
+  with pytest.raises(errors.UserError, match=message):
+    next(train.run(asked(tmp_path / "work", **changes)))
+  assert not (tmp_path / "work").exists()
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+  wrong = asked(tmp_path, num_seeds=1, objectives=("grpo", "ppo"))
+  with pytest.raises(errors.UserError) as caught:
+    train.check(wrong)
+  for part in ("--seeds=1", "'grpo'", "'ppo'"):
+    assert part in str(caught.value)
+
+
+class Fake:
+  """Runs without training: what they cost and how good they get."""
+
+  def __init__(self, monkeypatch, work):
+    self.work = work
+    self.runs: list[str] = []
+    monkeypatch.setattr(train._Comparison, "_trained", self.trained)
+    monkeypatch.setattr(train._Comparison, "_evaluate", self.evaluated)
+
+  def trained(self, s):
+    name = "espo" if isinstance(s.objective, espo.Espo) else "agrpo"
+    folder = pathlib.Path(s.workdir)
+    self.runs.append(f"{folder.relative_to(self.work)} {s.train.num_steps}")
+    # Train steps of runs get cheaper than they were at first.
+    is_short = "calibration" in folder.parts
+    cost = {"agrpo": 5.0, "espo": 10.0}[name] * (1.0 if is_short else 0.8)
+    rate = s.optimizer.learning_rate
+    if rate == 1.0:
+      raise FloatingPointError("Not finite in train step 3: loss=nan")
+    right = {"agrpo": rate, "espo": 0.1 - rate}[name]
+    num_steps = s.train.num_steps
+    point = compare.Point(num_steps, cost * num_steps, num_steps, right)
+    return train._Trained((point,), point)
+
+  def evaluated(self, s, checkpoint, examples, folder):
+    del folder
+    rng = np.random.default_rng(s.seed)
+    return rng.integers(0, 2, len(examples)) * (1.0 if checkpoint else 0.0)
+
+
+class TestComparison:
+  def test_without_a_sweep_calibration_gives_the_train_steps(
+    self, monkeypatch, tmp_path
+  ):
+    fake = Fake(monkeypatch, tmp_path)
+    (found,) = train.run(asked(tmp_path))
+    assert fake.runs == [
+      "calibration/agrpo 8",
+      "calibration/espo 8",
+      "runs/agrpo/0.0003-0 20",
+      "runs/espo/0.0003-0 10",
+      "runs/agrpo/0.0003-1 20",
+      "runs/espo/0.0003-1 10",
+    ]
+    assert [(r.objective, r.seed) for r in found.runs] == [
+      ("agrpo", 0),
+      ("agrpo", 1),
+      ("espo", 0),
+      ("espo", 1),
+    ]
+    assert not found.rates and found.before_curve == 0.0
+
+  def test_every_objective_gets_its_best_learning_rate(
+    self, monkeypatch, tmp_path
+  ):
+    fake = Fake(monkeypatch, tmp_path)
+    rates = (1e-3, 1e-2, 1.0)
+    (found,) = train.run(asked(tmp_path, learning_rates=rates))
+    chosen = {r.objective: r for r in found.rates if r.is_chosen}
+    assert chosen["agrpo"].learning_rate == 1e-2 and not chosen["agrpo"].is_edge
+    assert chosen["espo"].learning_rate == 1e-3 and chosen["espo"].is_edge
+    # What is not finite is no candidate.
+    diverged = [r for r in found.rates if r.learning_rate == 1.0]
+    assert [r.accuracy for r in diverged] == [0.0, 0.0]
+    # Half of the budget for the sweep; then at the cost that it found.
+    for expected in (
+      "sweep/agrpo/0.01-0 10",
+      "sweep/espo/0.01-0 5",
+      "runs/agrpo/0.01-0 25",
+      "runs/espo/0.001-1 12",
+    ):
+      assert expected in fake.runs
+    assert {run.learning_rate for run in found.of("agrpo")} == {1e-2}
+
+  def test_final_prompts_are_others_than_those_of_the_curves(self, tmp_path):
+    c = asked(tmp_path)
+    apart = train.held_out(c.shared, 0)
+    assert len(apart.curve) == len(apart.final) == 8
+    assert not {e.id for e in apart.curve} & {e.id for e in apart.final}
+    assert train.held_out(c.shared, 20).final[:8] == apart.final
+    # 64 in all.
+    assert train.held_out(c.shared, 200).is_shared
+
+  def test_another_budget_in_the_same_folder_is_refused(
+    self, monkeypatch, tmp_path
+  ):
+    Fake(monkeypatch, tmp_path)
+    [*_] = train.run(asked(tmp_path))
+    # More seeds and objectives are welcome.
+    more = asked(tmp_path, num_seeds=3, objectives=("agrpo", "espo", "wd1"))
+    train._same_comparison(more)
+    other = asked(tmp_path, budget=train.Budget("passes", 50.0))
+    with pytest.raises(errors.UserError, match=r"budget.amount: 100.0 before"):
+      next(train.run(other))
+    changed = asked(tmp_path)
+    changed.config.rollout.temperature = 0.5
+    with pytest.raises(errors.UserError, match=r"config.rollout.temperature"):
+      next(train.run(changed))
+
+
+_COMMAND = (
+  "-m",
+  "agrpo_jax.lab",
+  "train",
+  "--config=configs/sudoku_tiny.py:blocks",
+  "--config.rollout.num_prompts=2",
+  "--config.rollout.group_size=4",
+  "--config.rollout.batch_size=8",
+  "--config.objective.microbatch=16",
+  "--config.task.options.num_examples=200",
+  "--config.grading.num_workers=1",
+  "--config.evaluate.num_examples=16",
+  "--config.evaluate.batch_size=16",
+  "--objectives=agrpo,uni_grpo/updates_per_batch=2",
+  "--seeds=2",
+  "--budget_passes=30",
+  "--evaluations=2",
+)
+
+
+def _rows(file):
+  with file.open() as opened:
+    return [
+      {k: v for k, v in row.items() if k != "seconds"}
+      for row in csv.DictReader(opened)
+    ]
+
+
+def test_a_killed_command_goes_on_to_the_same_result(tmp_path):
+  def words(name):
+    return (
+      *_COMMAND,
+      f"--work={tmp_path / name}",
+      f"--output={tmp_path / name}.out",
+    )
+
+  killed = subprocess.Popen(
+    [sys.executable, *words("killed")],
+    cwd=commands.ROOT,
+    env=commands.environment(1),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
+  log = tmp_path / "killed" / "runs" / "agrpo" / "0.0003-0" / "metrics.jsonl"
+  deadline = time.monotonic() + 120
+  while not log.exists() or log.read_text().count("\n") < 3:
+    assert killed.poll() is None, killed.stdout.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait()
+  said = commands.alone(*words("killed"), devices=1)
+  assert "run 4 of 4" in said
+  commands.alone(*words("whole"), devices=1)
+  for name in ("train.csv", "curves.csv", "pairs.csv"):
+    rows = _rows(tmp_path / "whole.out" / name)
+    assert rows == _rows(tmp_path / "killed.out" / name) and rows
+  runs = _rows(tmp_path / "whole.out" / "train.csv")
+  assert [run["objective"] for run in runs] == [
+    "agrpo",
+    "agrpo",
+    "uni_grpo/updates_per_batch=2",
+    "uni_grpo/updates_per_batch=2",
+  ]
+  for run in runs:
+    assert 15 < float(run["passes"]) < 40
+    assert not math.isnan(float(run["accuracy"]))
+  # What is there is read, not made again.
+  begin = time.monotonic()
+  commands.alone(*words("whole"), devices=1)
+  assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize(
+  "words,message",
+  [
+    ((), "Missing: --objectives=..., --work=..., --output=..., --budget_pas"),
+    (
+      (
+        "--objectives=agrpo,espo",
+        "--work=runs/x",
+        "--output=runs/y",
+        "--budget_steps=3",
+        "--budget_passes=30",
+      ),
+      "a run has one budget",
+    ),
+  ],
+)
+def test_the_command_asks_for_what_it_needs(words, message):
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "agrpo_jax.lab",
+      "train",
+      "--config=configs/sudoku_tiny.py:blocks",
+      *words,
+    ],
+    cwd=commands.ROOT,
+    env=commands.environment(1),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and message in done.stderr
