@@ -162,9 +162,10 @@ def attend(
       only).
     rows: how the rows are split over devices, None for one device.
   """
+  keys, groups = k_BxLxHxDh.shape[1:3]
+  is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
   if implementation == "splash":
-    kernel = splash.attend if rows is None else _split_kernel(rows)
-    return kernel(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, length_B)
+    return _splash(rows)(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, is_key_BxL)
   if implementation == "cudnn":
     return jax.nn.dot_product_attention(
       q_BxSxHxDh,
@@ -174,12 +175,10 @@ def attend(
       implementation="cudnn",
     )
   num_rows, queries, heads, size = q_BxSxHxDh.shape
-  keys, groups = k_BxLxHxDh.shape[1:3]
   # Queries that share keys become further queries of one head.
   q = q_BxSxHxDh.reshape(num_rows, queries, groups, heads // groups, size)
   q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, size)
   k, v = heads_first(k_BxLxHxDh), heads_first(v_BxLxHxDh)
-  is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
   bias = jnp.where(is_key_BxL, 0.0, _NEVER)
   mixed = _attend(q, k, v, bias[:, None, None, :])
   mixed = mixed.reshape(num_rows, groups, heads // groups, queries, size)
@@ -199,20 +198,23 @@ def splash_problem(
   return f"mesh.{axis}={parts} splits one of its {num_kv_heads} KV heads"
 
 
-def _split_kernel(rows):
+def _splash(rows, mask_SxL=None):
   """Splash attention of which every device computes its rows and heads.
 
   The compiler cannot split a kernel itself.
   """
+  kernel = functools.partial(splash.attend, mask_SxL=mask_SxL)
+  if rows is None:
+    return kernel
   P = jax.sharding.PartitionSpec
   queries, keys = (
     P(mesh_lib.ROW_AXES, None, mesh_lib.RULES[axis])
     for axis in ("heads", "kv_heads")
   )
   return jax.shard_map(
-    splash.attend,
+    kernel,
     mesh=rows.mesh,
-    in_specs=(queries, keys, keys, P(mesh_lib.ROW_AXES)),
+    in_specs=(queries, keys, keys, P(mesh_lib.ROW_AXES, None)),
     out_specs=queries,
     check_vma=False,  # a kernel says nothing of what varies over the mesh
   )
@@ -223,6 +225,11 @@ def heads_first(x_BxLxHxDh: jax.Array) -> jax.Array:
   return x_BxLxHxDh.transpose(0, 2, 1, 3)
 
 
+def _heads_last(x_BxHxLxDh):
+  """Returns what `heads_first` was given."""
+  return x_BxHxLxDh.transpose(0, 2, 1, 3)
+
+
 def attend_windows(
   q_BxSxWxHxDh: jax.Array,
   k_BxSxQxHxDh: jax.Array,
@@ -231,13 +238,15 @@ def attend_windows(
   shared_v_BxHxLxDh: jax.Array,
   start_B: jax.Array,
   length_B: jax.Array,
+  implementation: str = "xla",
+  rows: mesh_lib.NamedSharding | None = None,
 ) -> jax.Array:
   """Attention of windows whose rows' other keys and values are shared.
 
   S states of a row differ in a window of Q positions from `start` on. A query
   of a state attends to that state's own keys within the window, and to the
   row's shared ones everywhere else, up to its length: one softmax over both.
-  Nothing is copied to lay the two side by side.
+  A kernel is given the two side by side; XLA's attention copies nothing for it.
 
   Args:
     q_BxSxWxHxDh: queries of W positions of each state.
@@ -247,11 +256,13 @@ def attend_windows(
     shared_v_BxHxLxDh: their values.
     start_B: int32, the first position of a row's window.
     length_B: int32, tokens of each row before its padding.
+    implementation: see `attend`.
+    rows: see `attend`.
 
   Returns:
     [B, S, W, H, Dh].
   """
-  rows, states, queries, heads, size = q_BxSxWxHxDh.shape
+  num_rows, states, queries, heads, size = q_BxSxWxHxDh.shape
   window, groups = k_BxSxQxHxDh.shape[2:4]
   position_BxL = jnp.arange(shared_k_BxHxLxDh.shape[2])[None]
   own_BxQ = start_B[:, None] + jnp.arange(window)[None]
@@ -260,21 +271,33 @@ def attend_windows(
     position_BxL < start_B[:, None] + window
   )
   is_shared_BxL = (position_BxL < length_B[:, None]) & ~is_own_BxL
-  bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
   # A window may reach beyond its row; what stands there is padding.
   is_key_BxQ = own_BxQ < length_B[:, None]
+  if implementation != "xla":
+    mixed = _attend_side_by_side(
+      q_BxSxWxHxDh.reshape(num_rows, -1, heads, size),
+      (_heads_last(shared_k_BxHxLxDh), k_BxSxQxHxDh),
+      (_heads_last(shared_v_BxHxLxDh), v_BxSxQxHxDh),
+      jnp.concatenate(
+        [is_shared_BxL, jnp.tile(is_key_BxQ, (1, states))], axis=1
+      ),
+      implementation,
+      rows,
+    )
+    return mixed.reshape(q_BxSxWxHxDh.shape)
+  bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
   bias_own = jnp.where(is_key_BxQ, 0.0, _NEVER)[:, None, None, :]
   # A head's queries side by side, those of one state together: against shared
   # keys all of them are queries of one head, against their own those of one
   # state are.
   q = q_BxSxWxHxDh.reshape(
-    rows, states, queries, groups, heads // groups, size
+    num_rows, states, queries, groups, heads // groups, size
   ).transpose(0, 3, 1, 4, 2, 5)
-  q = q.reshape(rows, groups * states, -1, size)
+  q = q.reshape(num_rows, groups * states, -1, size)
 
   def per_state(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(
-      rows, groups * states, window, size
+      num_rows, groups * states, window, size
     )
 
   mixed = _attend_both(
@@ -287,9 +310,37 @@ def attend_windows(
     bias_shared,
   )
   mixed = mixed.reshape(
-    rows, groups, states, heads // groups, queries, size
+    num_rows, groups, states, heads // groups, queries, size
   ).transpose(0, 2, 4, 1, 3, 5)
-  return mixed.reshape(rows, states, queries, heads, size)
+  return mixed.reshape(num_rows, states, queries, heads, size)
+
+
+def _attend_side_by_side(q, keys, values, is_key, implementation, rows):
+  """A kernel's attention of windows.
+
+  q [B, S * W, H, Dh]; keys and values are pairs, shared [B, L, H, Dh] and own
+  [B, S, Q, H, Dh]; is_key [B, L + S * Q] is False where nothing is seen.
+  """
+  states, window = keys[1].shape[1:3]
+  # What a kernel is told beforehand: the windows of other states are not seen.
+  is_own_SxS = np.eye(states, dtype=bool)
+  mask = np.ones((q.shape[1], is_key.shape[1]), bool)
+  mask[:, -states * window :] = np.kron(
+    is_own_SxS, np.ones((q.shape[1] // states, window), bool)
+  )
+  k, v = (
+    jnp.concatenate([shared, own.reshape(own.shape[0], -1, *own.shape[3:])], 1)
+    for shared, own in (keys, values)
+  )
+  if implementation == "splash":
+    return _splash(rows, mask)(q, k, v, is_key)
+  return jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    mask=is_key[:, None, None, :] & mask[None, None],
+    implementation="cudnn",
+  )
 
 
 @jax.custom_vjp

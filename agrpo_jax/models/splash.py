@@ -7,6 +7,7 @@ reads q, k and v and writes the mixture.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 # Sequences are padded to a multiple: the width of a TPU's vector registers.
@@ -25,11 +26,12 @@ def attend(
   q_BxSxHxDh: jax.Array,
   k_BxLxHxDh: jax.Array,
   v_BxLxHxDh: jax.Array,
-  length_B: jax.Array,
+  is_key_BxL: jax.Array,
   *,
+  mask_SxL: np.ndarray | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Returns `ops.attend` of the same arguments, [B, S, H, Dh] in q's dtype.
+  """Returns softmax(q k / sqrt(Dh)) v, [B, S, H, Dh] in q's dtype.
 
   q is rounded once more, after it is divided by sqrt(Dh).
 
@@ -37,29 +39,37 @@ def attend(
     q_BxSxHxDh: queries.
     k_BxLxHxDh: keys, of as many heads or fewer.
     v_BxLxHxDh: values.
-    length_B: int32, the keys of each row that are seen.
+    is_key_BxL: bool, the keys of each row that are seen by its queries.
+    mask_SxL: bool, which of them each query sees, alike in all rows; None: all.
     interpret: compute on any hardware, slowly, for tests.
   """
   num_queries, num_heads, size = q_BxSxHxDh.shape[1:]
   q = _by_head(q_BxSxHxDh * size**-0.5)
   k, v = _by_head(k_BxLxHxDh), _by_head(v_BxLxHxDh)
   queries, keys = q.shape[2], k.shape[2]  # with padding
+  mask: splash_attention.Mask = splash_attention.FullMask((queries, keys))
+  if mask_SxL is not None:
+    # Queries of padding see whatever: without any key they would be NaN.
+    padding = [(0, queries - num_queries), (0, keys - k_BxLxHxDh.shape[1])]
+    mask = splash_attention.NumpyMask(
+      np.pad(mask_SxL, padding, constant_values=True)
+    )
   kernel = splash_attention.make_splash_mha_single_device(
-    splash_attention.MultiHeadMask(
-      [splash_attention.FullMask((queries, keys))] * num_heads
-    ),
+    splash_attention.MultiHeadMask([mask] * num_heads),
     block_sizes=_blocks(queries, keys),
     interpret=interpret,
   )
   # Queries see the keys of their own segment.
   segment_S = jnp.zeros(queries, jnp.int32)
-  is_padding_BxL = jnp.arange(keys)[None] >= length_B[:, None]
+  # Padding is of no row's segment.
+  is_key = jnp.pad(is_key_BxL, ((0, 0), (0, keys - is_key_BxL.shape[1])))
+  segment_BxL = jnp.where(is_key, 0, 1)
 
   def attend_row(q, k, v, segment_L):
     segments = splash_attention.SegmentIds(q=segment_S, kv=segment_L)
     return kernel(q, k, v, segments)
 
-  mixed = jax.vmap(attend_row)(q, k, v, is_padding_BxL.astype(jnp.int32))
+  mixed = jax.vmap(attend_row)(q, k, v, segment_BxL)
   return mixed[:, :, :num_queries].transpose(0, 2, 1, 3)
 
 

@@ -233,6 +233,8 @@ class Layer(nn.Module):
       *shared,
       of.start_B,
       of.length_B,
+      _attention(self.shape, q.shape[1] - row_queries, self.rows),
+      self.rows,
     )
     mixed = mixed.reshape(q.shape[0], -1, *q.shape[2:])
     if row_queries:

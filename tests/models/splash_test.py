@@ -38,8 +38,17 @@ def value_and_gradients(attend, q, k, v, target, length):
   return jax.value_and_grad(score, (0, 1, 2), has_aux=True)(q, k, v)
 
 
-by_splash = functools.partial(splash.attend, interpret=True)
+interpreted = functools.partial(splash.attend, interpret=True)
 by_xla = ops.attend
+
+
+@pytest.fixture(autouse=True)
+def no_tpu(monkeypatch):
+  monkeypatch.setattr(splash, "attend", interpreted)
+
+
+def by_splash(q, k, v, length):
+  return ops.attend(q, k, v, length, "splash")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +116,52 @@ def test_a_row_without_keys_is_finite():
   arrays = draw(3, 1, 20, 20, 1, 1)
   chex.assert_tree_all_finite(
     value_and_gradients(by_splash, *arrays, jnp.array([0]))
+  )
+
+
+def cudnn_of_xla(monkeypatch):
+  """cuDNN's call, computed by what any hardware has."""
+  real = jax.nn.dot_product_attention
+
+  def attend(*arrays, implementation, **keys):
+    assert implementation == "cudnn"
+    return real(*arrays, **keys)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+
+
+@pytest.mark.parametrize("how", ["splash", "cudnn"])
+@pytest.mark.parametrize(
+  "states, queries, window, kv_heads, starts",
+  [
+    (3, 8, 8, 2, (5, 40)),  # the second row's window ends in padding
+    (2, 96, 96, 4, (0, 33)),
+    (4, 5, 40, 2, (50, 8)),  # the last layer's, at some positions only
+  ],
+)
+def test_windows_as_xla(
+  monkeypatch, how, states, queries, window, kv_heads, starts
+):
+  cudnn_of_xla(monkeypatch)
+  keys = iter(jax.random.split(jax.random.key(4), 6))
+  size, length = 128, jnp.array([90, 44])
+
+  def normal(*shape):
+    return jax.random.normal(next(keys), shape)
+
+  q, target = (normal(2, states, queries, 4, size) for _ in range(2))
+  own = [normal(2, states, window, kv_heads, size) for _ in range(2)]
+  shared = [normal(2, kv_heads, 100, size) for _ in range(2)]
+
+  def value_and_gradients(how):
+    def score(arrays):
+      mixed = ops.attend_windows(*arrays, jnp.array(starts), length, how)
+      return jnp.sum(mixed * target), mixed
+
+    return jax.jit(jax.value_and_grad(score, has_aux=True))([q, *own, *shared])
+
+  chex.assert_trees_all_close(
+    value_and_gradients(how), value_and_gradients("xla"), rtol=2e-5, atol=2e-5
   )
 
 
