@@ -53,6 +53,11 @@ class Espo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
       base.at_least(1, self, "updates_per_batch", "num_masks")
       + clip_lib.problems(self)
       + advantage_lib.problems(self)
+      # Of another estimator nothing would come of it.
+      + base.problems_of(
+        self,
+        kl_estimator=(self.kl_estimator == "k3", "left at k3: see kl_coef"),
+      )
     )
 
   def visits(

@@ -287,6 +287,12 @@ def any_order_bound(params: dict, row: types.Rollout) -> float:
   return total / len(orders)
 
 
+def test_espo_has_one_kl_estimator():
+  """Another one would be accepted and do nothing."""
+  (problem,) = espo.Espo(kl_estimator="k3_ratio").problems(SAMPLING)
+  assert problem == "kl_estimator='k3_ratio' must be left at k3: see kl_coef"
+
+
 @pytest.mark.parametrize("objective", [bgpo.Bgpo(num_masks=4), espo.Espo()])
 def test_masks_estimate_the_any_order_bound(objective):
   """Without bias: the mean over many keys is the bound, within its error."""
