@@ -1,6 +1,6 @@
 """One train step of any objective: from a graded rollout to new parameters.
 
-1. Rewards become advantages, group by group.
+1. Rewards, and values where the objective has any, become advantages.
 2. The objective says which partial completions to visit, for each of U
    optimizer updates.
 3. An update's visits are a flat list of units; those that cannot change the
@@ -64,6 +64,7 @@ class Learner:
     key: jax.Array,
     row_id_Bx2: jax.Array,
     reference: types.Tree | None,
+    value_BxV: jax.Array | None = None,
   ) -> tuple[types.TrainState, dict[str, jax.Array]]:
     """Learns from one rollout batch. Pure; the caller jits and donates state.
 
@@ -76,18 +77,28 @@ class Learner:
       reference: the reference policy's parameters when the objective has one
         and all parameters are trained; with adapters it is the network without
         them.
+      value_BxV: float32, values of states within the completions, the price of
+        steps taken off, where the objective is `objectives.Valued`.
 
     Returns:
       The state after, and scalars: loss, gradient norm, policy ratio, clipped
       fractions, KL, entropy, spread of rewards, draws, price of steps.
+
+    Raises:
+      ValueError: the objective asks for values, and there are none.
     """
     objective = self.objective
-    share_B = rollout.num_executed_steps / self.sampling.max_steps
-    price_B = self.step_price * share_B
-    advantage_NxG = objective.advantage(
-      (reward_B - price_B).reshape(-1, self.group_size)
-    )
+    price_B = self.price(rollout.num_executed_steps)
+    paid_NxG = (reward_B - price_B).reshape(-1, self.group_size)
+    advantage_NxG = objective.advantage(paid_NxG)
     advantage_B = advantage_NxG.reshape(-1)
+    if isinstance(objective, objective_lib.Valued):
+      if value_BxV is None:
+        raise ValueError("the objective has values, which are to be given")
+      advantage_NxGxB = objective.block_advantage(
+        paid_NxG, value_BxV.reshape(*paid_NxG.shape, -1), self.sampling
+      )
+      advantage_B = advantage_NxGxB.reshape(len(advantage_B), -1)
     batch_key, row_key = jax.random.split(key)
     key_B = noise_lib.row_keys(row_key, row_id_Bx2)
     visits_UxBxQxS, drawn = objective.visits(
@@ -184,6 +195,17 @@ class Learner:
       metrics["kl"] = terms.kl.sum() / num_factors
     return state, metrics | drawn
 
+  @property
+  def restarts(self) -> base.Restarts | None:
+    """Which states get a value; None: the objective asks for none."""
+    if isinstance(self.objective, objective_lib.Valued):
+      return self.objective.restarts(self.sampling)
+    return None
+
+  def price(self, num_executed_steps_B: Any) -> Any:
+    """Returns float [B], what completions pay for their denoising steps."""
+    return self.step_price * (num_executed_steps_B / self.sampling.max_steps)
+
   def gradient(
     self,
     state: types.TrainState,
@@ -207,7 +229,8 @@ class Learner:
     Args:
       state: with the parameters to differentiate by.
       rollout: B completions.
-      advantage_B: float32 [B].
+      advantage_B: float32 [B]; [B, num_blocks] if they differ by block, which
+        only a sum over visits can have.
       visits: [B, Q, S, ...].
       behaviour: float32 [B, Q, S, F] of a `scored` behaviour policy; None if
         it is the policy itself.
@@ -223,6 +246,7 @@ class Learner:
       frozen = state.params if state.lora is not None else reference
       reference_network = self.bind(frozen, None)
     units = self._units(visits, advantage_B)
+    advantage_BxQ = base.advantage_at(advantage_B, visits.block[..., 0])
     weight_BxQxSxF = whole = None
     if not objective.is_sum_over_visits:
       weight_BxQxSxF, whole = self._loss_weights(
@@ -239,7 +263,7 @@ class Learner:
       trained = state.with_trainable(trainable)
       network = self.bind(trained.params, trained.lora)
       rows, unit, advantage_P, old, weight_PxSxF = units.take(
-        at, rollout, visits, advantage_B, behaviour, weight_BxQxSxF
+        at, rollout, visits, advantage_BxQ, behaviour, weight_BxQxSxF
       )
       factors = self._read(network, rows, unit)
       if weight_PxSxF is not None:
@@ -295,11 +319,14 @@ class Learner:
 
     Args:
       visits: [U, B, Q, S, ...].
-      advantage_B: float32 [B].
+      advantage_B: float32 [B], or [B, num_blocks].
     """
     is_asked_UxBxQxS = visits.weight > 0
     if self.objective.skips_zero_advantage:
-      is_asked_UxBxQxS &= (advantage_B != 0)[None, :, None, None]
+      advantage_UxBxQ = jax.vmap(base.advantage_at, (None, 0))(
+        advantage_B, visits.block[..., 0]
+      )
+      is_asked_UxBxQxS &= (advantage_UxBxQ != 0)[..., None]
     return is_asked_UxBxQxS.any(axis=-1).sum(), is_asked_UxBxQxS.sum()
 
   def factors(
@@ -324,7 +351,9 @@ class Learner:
     state_S = jnp.arange(1, num_states + 1)
     used_BxQ = jnp.where(visits.weight > 0, state_S, 0).max(axis=2)
     if self.objective.skips_zero_advantage:
-      used_BxQ = jnp.where((advantage_B != 0)[:, None], used_BxQ, 0)
+      # All states of a unit lie in one block.
+      advantage_BxQ = base.advantage_at(advantage_B, visits.block[..., 0])
+      used_BxQ = jnp.where(advantage_BxQ != 0, used_BxQ, 0)
     used_P = used_BxQ.reshape(-1)
     # Active units first, so that loops may stop at the last of them: their
     # number is known on device only, and differs from step to step. Those with
@@ -584,7 +613,7 @@ class _Units:
     at: "_Slice",
     rollout: types.Rollout,
     visits: base.Visits,
-    advantage_B: jax.Array | None = None,
+    advantage_BxQ: jax.Array | None = None,
     *per_unit: Any,
   ) -> Any:
     """Returns what a microbatch works on, its rows on the mesh.
@@ -593,7 +622,7 @@ class _Units:
       at: the microbatch.
       rollout: B completions.
       visits: [B, Q, S, ...]; what is not active comes back with weight 0.
-      advantage_B: float32 [B], or None.
+      advantage_BxQ: float32, of each unit's block, or None.
       *per_unit: further trees whose leaves have the leading axes [B, Q, S].
 
     Returns:
@@ -610,7 +639,7 @@ class _Units:
       (
         jax.tree.map(lambda x: x[row], rollout),
         visits.replace(weight=weight),
-        None if advantage_B is None else advantage_B[row],
+        None if advantage_BxQ is None else advantage_BxQ[row, column],
         *per_unit,
       )
     )

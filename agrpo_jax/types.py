@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import flax.struct
 import jax
+import numpy as np
 
 Tree = Any  # a pytree of arrays
 
@@ -76,6 +77,22 @@ BindFn = Callable[[Tree, Tree | None], Network]
 """(params, lora) -> the network bound to them."""
 
 
+class Start(flax.struct.PyTreeNode):
+  """Where B completions are taken up: at a block, those before it as given.
+
+  What stands in the block and behind it is without effect.
+
+  Attributes:
+    completion: int32 [B, C].
+    unmask_step: int32 [B, C], as in `Rollout`; before the block all unmasked.
+    block: int32 [B], the first that is drawn; 0 draws all.
+  """
+
+  completion: jax.Array | np.ndarray
+  unmask_step: jax.Array | np.ndarray
+  block: jax.Array | np.ndarray
+
+
 class Prompts(flax.struct.PyTreeNode):
   """B prompts, one per completion to draw, each padded on the right.
 
@@ -85,18 +102,22 @@ class Prompts(flax.struct.PyTreeNode):
     key: random keys [B], one per row. All that is drawn for a completion comes
       from its own key, so it depends neither on its batch mates nor on the
       number of devices.
+    start: where the completions are taken up; None: they are drawn whole.
   """
 
   tokens: jax.Array
   length: jax.Array
   key: jax.Array
+  start: Start | None = None
 
 
 class Rollout(flax.struct.PyTreeNode):
   """B completions with all that scoring them again needs.
 
   A position that no denoising step unmasked (the completion ended before it)
-  holds the EOS id, and its `unmask_step` is K, later than every step.
+  holds the EOS id, and its `unmask_step` is K, later than every step. Of a
+  completion that was taken up (`Start`) nothing else is recorded of the blocks
+  that were given.
 
   Attributes:
     prompt: int32 [B, P], padded on the right.

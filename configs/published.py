@@ -134,6 +134,16 @@ PUBLISHED = {
   "spg": _D1,
   "tbrm": _D1,
   "uni_grpo": _D1,
+  "vine_ppo": {
+    **_FULL,
+    "optimizer.learning_rate": 1e-6,
+    "rollout.num_prompts": 8,
+    "rollout.group_size": 8,
+    "rollout.batch_size": 64,
+    "rollout.temperature": 0.6,
+    "rollout.top_p": 0.9,
+    "objective.kl_coef": 1e-4,
+  },
   "vrpo": {
     **_FULL,
     "optimizer.learning_rate": 5e-7,

@@ -97,7 +97,10 @@ class Row:
 
 
 def default_estimators(sampling: sampling_lib.Sampling) -> list[str]:
-  """Returns all objectives, some of them at several budgets."""
+  """Returns all objectives, some of them at several budgets.
+
+  Without those whose advantages are values of states: `parse` refuses them.
+  """
   found = ["agrpo/step_rule=all"]
   for rule in ("uniform", "entropy"):
     found += [
@@ -110,7 +113,12 @@ def default_estimators(sampling: sampling_lib.Sampling) -> list[str]:
     for num in (1, 2, 4)
     if num < sampling.num_blocks
   ]
-  found += [name for name in objectives_lib.NAMES if name != "agrpo"]
+  found += [
+    name
+    for name in objectives_lib.NAMES
+    if name != "agrpo"
+    and not issubclass(objectives_lib.get(name), objectives_lib.Valued)
+  ]
   found += [f"espo/num_masks={num}" for num in (1, 8)]
   return found + [f"bgpo/num_masks={num}" for num in (2, 64)]
 
@@ -124,9 +132,19 @@ def parse(
   drew the batch it has no gradient.
 
   Raises:
-    UserError: see `words.parse`.
+    UserError: see `words.parse`; or an objective with values, whose advantages
+      are what it is about and would have to be drawn beside the batch.
   """
-  return words.parse(word, sampling, {"updates_per_batch": 1, "kl_coef": 0.0})
+  objective = words.parse(
+    word, sampling, {"updates_per_batch": 1, "kl_coef": 0.0}
+  )
+  if isinstance(objective, objectives_lib.Valued):
+    raise errors.UserError(
+      f"{word}: given its advantages, its estimate is that of agrpo with the "
+      "same step_rule, which can be measured here. What the advantages are "
+      "worth is told by benchmarks/values.py."
+    )
+  return objective
 
 
 def draw(s: settings_lib.Rl) -> Batch:

@@ -17,6 +17,7 @@ from agrpo_jax import user_file
 from agrpo_jax.objectives import objective
 
 Objective = objective.Objective
+Valued = objective.Valued
 
 _CLASSES = {
   "agrpo": "Agrpo",
@@ -35,6 +36,7 @@ _CLASSES = {
   "tbrm": "Tbrm",
   "trace_rl": "TraceRl",
   "uni_grpo": "UniGrpo",
+  "vine_ppo": "VinePpo",
   "vrpo": "Vrpo",
   "wd1": "Wd1",
 }

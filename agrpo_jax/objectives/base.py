@@ -44,6 +44,20 @@ class Visits(flax.struct.PyTreeNode):
   is_prompt_masked: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Restarts:
+  """Which states of a completion get a value, and how it is estimated.
+
+  Attributes:
+    blocks: the states in which these begin, ascending, none of them 0: the
+      first state is that of the whole group, whose rewards tell its value.
+    num: completions that are drawn anew from each.
+  """
+
+  blocks: tuple[int, ...]
+  num: int
+
+
 class Factors(flax.struct.PyTreeNode):
   """Log-probabilities that a visit reads.
 
@@ -90,6 +104,18 @@ class Terms(flax.struct.PyTreeNode):
   def zeros(cls) -> "Terms":
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{name: jnp.zeros(()) for name in names})
+
+
+def advantage_at(advantage_B: jax.Array, block_BxQ: jax.Array) -> jax.Array:
+  """Returns float32 [B, Q], completions' advantages in some of their blocks.
+
+  Args:
+    advantage_B: float32 [B], or [B, num_blocks] where they differ by block.
+    block_BxQ: int32.
+  """
+  if advantage_B.ndim == 1:
+    return jnp.broadcast_to(advantage_B[:, None], block_BxQ.shape)
+  return jnp.take_along_axis(advantage_B, block_BxQ, axis=1)
 
 
 def stratified(key: jax.Array, num: int) -> jax.Array:

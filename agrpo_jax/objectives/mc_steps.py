@@ -284,7 +284,7 @@ def draw_of_batch(
 
   Args:
     rollout: B completions.
-    advantage_B: float32.
+    advantage_B: float32 [B], or [B, num_blocks].
     uniform_T: float32 in [0, 1).
     settings: the proposal.
     sampling: how the rollout was drawn.
@@ -301,7 +301,10 @@ def draw_of_batch(
     settings,
     is_mixed(sampling),
   )
-  prob_BxK *= jnp.abs(advantage_B)[:, None]
+  block_K = jnp.arange(sampling.max_steps) // sampling.steps_per_block
+  prob_BxK *= jnp.abs(
+    base.advantage_at(advantage_B, jnp.broadcast_to(block_K, prob_BxK.shape))
+  )
   prob_P = (prob_BxK / jnp.maximum(prob_BxK.sum(), _TINY)).reshape(-1)
   drawn = steps_at(
     uniform_T, prob_P, dataclasses.replace(settings, normalize="sum")

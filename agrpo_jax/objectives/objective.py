@@ -10,6 +10,7 @@ what it costs.
 
 from typing import Literal
 from typing import Protocol
+from typing import runtime_checkable
 
 import jax
 
@@ -68,7 +69,8 @@ class Objective(Protocol):
 
     Args:
       rollout: B completions.
-      advantage_B: float32, theirs; what is drawn may depend on them.
+      advantage_B: float32, theirs; what is drawn may depend on them. Of a
+        `Valued` objective [B, num_blocks].
       batch_key: a random key of the batch.
       key_B: a random key per completion; what is drawn for one should come
         from its own, so that it depends on no batch mate.
@@ -128,4 +130,32 @@ class Objective(Protocol):
     Returns:
       Sums. The losses of all groups are added; a mean over them is the
       objective's own business, by way of the weights.
+    """
+
+
+@runtime_checkable
+class Valued(Protocol):
+  """What an objective has besides whose advantages differ block by block.
+
+  They come from values of states within a completion, for which the trainer
+  draws completions anew from there (`train.values`). The loss must be a sum
+  over visits: each is then given the advantage of its block.
+  """
+
+  def restarts(self, sampling: sampling_lib.Sampling) -> base.Restarts:
+    """Returns which states get a value, V of them."""
+
+  def block_advantage(
+    self,
+    reward_NxG: jax.Array,
+    value_NxGxV: jax.Array,
+    sampling: sampling_lib.Sampling,
+  ) -> jax.Array:
+    """Returns float32 [N, G, num_blocks], advantages of the steps of a block.
+
+    Args:
+      reward_NxG: float32, as for `Objective.advantage`.
+      value_NxGxV: float32, mean rewards of the completions drawn anew from each
+        state; of states behind the completion's end its own reward.
+      sampling: how the rollout was drawn.
     """

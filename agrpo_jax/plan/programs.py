@@ -61,7 +61,8 @@ class Program:
 
   Attributes:
     name: rollout or update.
-    runs: how often it runs in a train step.
+    runs: how often it runs in a train step; a rollout that is taken up at a
+      later block counts by the blocks that it draws.
     arguments, outputs, temporaries: bytes; outputs without those that take
       over the memory of a donated argument.
     resident: bytes that lie in memory meanwhile and are no argument.
@@ -158,18 +159,28 @@ class Planner:
         *self._rollout_arguments(s.rollout.batch_size)
       ),
       trips=_rollout_trips(s.rollout),
-      runs=s.rollout.num_rows // s.rollout.batch_size,
+      runs=s.rollout.num_rows // s.rollout.batch_size + self._restart_runs(s),
       # What the update alone reads, such as moments, lies in memory meanwhile.
       resident=self.held_bytes(s)
       - mesh_lib.bytes_per_device((model.params, model.lora)),
       cache=model.cache_bytes(self.prompt_length, s.rollout),
     )
 
+  def _restart_runs(self, s: settings_lib.Rl) -> int:
+    """Whole rollouts that cost as much as those of states within one."""
+    restarts = self._learner(s).restarts
+    if restarts is None:
+      return 0
+    num_blocks = s.rollout.sampling.num_blocks
+    share = sum(1 - block / num_blocks for block in restarts.blocks)
+    rows = s.rollout.num_rows * restarts.num * share
+    return math.ceil(rows / s.rollout.batch_size)
+
   def update(self, s: settings_lib.Rl) -> Program:
     """The program that learns from a train step's completions."""
     model, rows = self._model, mesh_lib.rows(self._model.mesh)
     sampler, learner = self._sampler(s), self._learner(s)
-    size = s.rollout.num_rows
+    size, restarts = s.rollout.num_rows, learner.restarts
     # As if drawn in one batch: an update gets those of a train step together.
     rollout = jax.eval_shape(sampler.program, *self._rollout_arguments(size))
     rollout = jax.tree.map(
@@ -191,6 +202,9 @@ class Planner:
         self._array((size, 2), jnp.uint32),
         # A copy of the parameters from before training, of the same shapes.
         model.params if self._has_reference(s) else None,
+        self._array((size, len(restarts.blocks)), jnp.float32)
+        if restarts is not None
+        else None,
       ),
       trips=[math.ceil(self.units_per_update(s) / s.microbatch)],
     )

@@ -104,11 +104,13 @@ class Sampler:
       length_B: jax.Array,
       key: jax.Array,
       row_id_Bx2: jax.Array,
+      start: types.Start | None = None,
     ) -> types.Rollout:
       prompts = types.Prompts(
         tokens=tokens_BxP,
         length=length_B,
         key=noise_lib.row_keys(key, row_id_Bx2),
+        start=start,
       )
       return rollout_lib.sample_rollout(
         bind(params, lora),
@@ -132,12 +134,14 @@ class Sampler:
     key: jax.Array,
     row_id_Bx2: np.ndarray,
     first: int = 0,
+    start: types.Start | None = None,
   ) -> Iterator[types.Rollout]:
     """Yields rollouts of `batch_size` rows, in the order of the prompts.
 
     Row b draws from `noise.row_keys(key, row_id_Bx2)[b]`.
     Rows before `first` are passed over; the others are drawn exactly as with
-    them, in arrays of the same width.
+    them, in arrays of the same width. With `start`, numpy arrays of all rows,
+    completions are taken up there, which is another program to compile.
 
     The next batch is dispatched before one is yielded, so that the device
     works while the host decodes and grades. The last batch is filled up with
@@ -146,13 +150,18 @@ class Sampler:
     # All at once: batches of one width need one compilation.
     tokens_BxP, length_B = row_lib.pack(prompts, self._bucket)
     ahead = None
-    for start in range(first, len(prompts), self.batch_size):
-      row = np.arange(start, start + self.batch_size)
+    for begin in range(first, len(prompts), self.batch_size):
+      row = np.arange(begin, begin + self.batch_size)
       row = np.minimum(row, len(prompts) - 1)
-      tokens, length, row_id = jax.device_put(
-        (tokens_BxP[row], length_B[row], row_id_Bx2[row]), self._rows
+      tokens, length, row_id, taken_up = jax.device_put(
+        jax.tree.map(
+          lambda x, row=row: x[row], (tokens_BxP, length_B, row_id_Bx2, start)
+        ),
+        self._rows,
       )
-      rollout = self.program(params, lora, tokens, length, key, row_id)
+      rollout = self.program(
+        params, lora, tokens, length, key, row_id, taken_up
+      )
       if ahead is not None:
         yield ahead
       ahead = rollout

@@ -17,6 +17,10 @@ steps in which it does nothing, and those are cheap beside one that opens; a
 policy that shares nothing has rounds of one step, and nobody waits. A row that
 has ended its completion makes room, at the next round, for one that has not
 begun.
+
+A row may be taken up at the start of a block (`types.Start`): what follows has
+the law of any completion that came to that state, since a block's steps look at
+the tokens that stand there and not at how they came.
 """
 
 from collections.abc import Callable
@@ -168,7 +172,9 @@ def sample_rollout(
     )
 
   def start(support_CxS: jax.Array | None) -> _Row:
-    return jax.vmap(lambda _: _start(sampling, support_CxS))(prompts.length)
+    return jax.vmap(lambda _, start: _start(sampling, support_CxS, start))(
+      prompts.length, prompts.start
+    )
 
   row_B = start(None)
   if sampling.is_truncated:
@@ -201,10 +207,12 @@ def sample_rollout(
 
 
 def _start(
-  sampling: sampling_lib.Sampling, support_CxS: jax.Array | None
+  sampling: sampling_lib.Sampling,
+  support_CxS: jax.Array | None,
+  start: types.Start | None,
 ) -> _Row:
   num_tokens, max_steps = sampling.completion_length, sampling.max_steps
-  return _Row(
+  row = _Row(
     completion=jnp.full((num_tokens,), sampling.eos_id, jnp.int32),
     unmask_step=jnp.full((num_tokens,), max_steps, jnp.int32),
     logprob=jnp.zeros((num_tokens,)),
@@ -219,6 +227,15 @@ def _start(
     denoise_step=jnp.int32(0),
     is_waiting=jnp.bool_(False),
     is_done=jnp.bool_(False),
+  )
+  if start is None:
+    return row
+  is_given_C = jnp.arange(num_tokens) < start.block * sampling.block_length
+  return row.replace(
+    completion=jnp.where(is_given_C, start.completion, row.completion),
+    unmask_step=jnp.where(is_given_C, start.unmask_step, row.unmask_step),
+    block=start.block,
+    denoise_step=start.block * sampling.steps_per_block,
   )
 
 

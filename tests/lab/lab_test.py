@@ -76,6 +76,7 @@ def test_it_tells_a_biased_estimate_from_an_unbiased_one():
     ("espo/num_masks", "is no SETTING=VALUE"),
     ("espo/num_masks=0", "num_masks=0 must be at least 1"),
     ("espo/num_masks=many", "espo/num_masks=many: "),
+    ("vine_ppo", "its estimate is that of agrpo with the same step_rule"),
   ],
 )
 def test_a_word_that_means_nothing_is_refused(word, message, batch):

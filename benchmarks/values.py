@@ -1,0 +1,168 @@
+"""Whether values by restarts pay: variance of the gradient, and passes.
+
+    python benchmarks/values.py --config=configs/sudoku_tiny.py:blocks \
+      --output=benchmarks/results/values_tiny
+
+The prompts of a run's first batch are drawn and graded again and again. Of each
+draw the gradient of all denoising steps is computed with the leave-one-out
+advantages of AGRPO, and with those of VinePPO from the same completions, with
+more and more restarts. All are unbiased; their variance, relative to the square
+of the mean gradient, says how many batches a given precision takes. A rollout's
+step and a restart's are forward passes, a third of what a scored step costs;
+completions with nothing to teach are not scored. Variance times passes is what
+a precision costs: `cost_ratio`, in that of leave-one-out.
+"""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from agrpo_jax import command
+from agrpo_jax import data
+from agrpo_jax import settings as settings_lib
+from agrpo_jax import train
+from agrpo_jax import types
+from agrpo_jax.grading import shares
+from agrpo_jax.objectives import base
+from agrpo_jax.objectives import vine_ppo
+from agrpo_jax.port import model as model_lib
+from agrpo_jax.samplers import host
+
+NUM_RESTARTS = (1, 2, 4, 8, 16)
+Arm = tuple[str, int]  # target, or leave_one_out, and restarts a state
+
+
+def gradients(
+  s: settings_lib.Rl, num_draws: int
+) -> Iterator[dict[Arm, tuple[np.ndarray, float]]]:
+  """Yields, draw by draw, every arm's gradient and its passes a completion."""
+  model = model_lib.load_model(s.model, s.lora, s.mesh.make(), seed=s.seed)
+  tokenizer = model.tokenizer
+  dataset = data.load_dataset(s.task, s.data, tokenizer, "train")
+  prompts = dataset.batch(0, s.rollout.num_prompts, s.seed)
+  batch = data.Batch.of(prompts, s.rollout.group_size)
+  sampler = host.Sampler(
+    model.bind, s.rollout, tokenizer, model.mesh, s.data.bucket
+  )
+  objective = vine_ppo.VinePpo(step_rule="all")
+  learner = dataclasses.replace(
+    s.make_learner(model.bind, tokenizer, model.mesh), objective=objective
+  )
+  sampling = learner.sampling
+  num_rows, size = len(batch), s.rollout.group_size
+  state = types.TrainState(jnp.int32(0), model.params, model.lora, ())
+
+  @jax.jit
+  def gradient(
+    rollout: types.Rollout, advantage_BxN: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    key = jax.random.key(0)  # all steps are visited: nothing is drawn
+    visits, _ = objective.visits(
+      rollout, advantage_BxN, key, jax.random.split(key, num_rows), sampling
+    )
+    first = jax.tree.map(lambda x: x[0], visits)
+    tree, _, num_units = learner.gradient(state, rollout, advantage_BxN, first)
+    leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves), num_units
+
+  blocks = objective.restarts(sampling).blocks
+  with s.start_grader() as grader:
+    for draw in range(num_draws):
+      draw_key, value_key = jax.random.split(
+        jax.random.fold_in(jax.random.key(s.seed), draw)
+      )
+      rollout, pending = train.sample(
+        sampler, state, batch, draw_key, tokenizer, grader
+      )
+      reward_B = shares.collect(pending).reward_B
+      one_by_one, num_passes = [], 0.0
+      for restart in range(max(NUM_RESTARTS)):
+        value_BxV, scalars = train.values(
+          base.Restarts(blocks, num=1),
+          learner,
+          sampler,
+          state,
+          batch,
+          rollout,
+          reward_B,
+          jax.random.fold_in(value_key, restart),
+          tokenizer,
+          grader,
+        )
+        one_by_one.append(value_BxV)
+        num_passes = scalars["values/mean_whole_passes"]
+      reward_NxG = jnp.asarray(reward_B, jnp.float32).reshape(-1, size)
+      loo_B = objective.advantage(reward_NxG).reshape(-1)
+      advantages = {
+        ("leave_one_out", 0): jnp.tile(loo_B[:, None], sampling.num_blocks)
+      }
+      for num in NUM_RESTARTS:
+        value_NxGxV = jnp.asarray(np.mean(one_by_one[:num], axis=0)).reshape(
+          *reward_NxG.shape, -1
+        )
+        for target in vine_ppo.TARGETS:
+          arm = vine_ppo.VinePpo(target=target)
+          advantages[target, num] = arm.block_advantage(
+            reward_NxG, value_NxGxV, sampling
+          ).reshape(num_rows, -1)
+      whole = float(rollout.num_whole_passes.mean())
+      found = {}
+      for (name, num), advantage_BxN in advantages.items():
+        flat, num_units = gradient(rollout, advantage_BxN)
+        passes = (whole + num * num_passes) / 3 + float(num_units) / num_rows
+        found[name, num] = np.asarray(flat, np.float64), passes
+      yield found
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  asked = flags.FLAGS
+  s = settings_lib.rl(command.CONFIG.value)
+  draws = [*gradients(s, asked.draws)]
+  arms = list(draws[0])
+  mean = {arm: np.mean([d[arm][0] for d in draws], axis=0) for arm in arms}
+  variance = {
+    arm: sum(((d[arm][0] - mean[arm]) ** 2).sum() for d in draws)
+    / (len(draws) - 1)
+    for arm in arms
+  }
+  # All arms have the same mean. Its square holds a share of the variance.
+  square = np.mean(
+    [mean[arm] @ mean[arm] - variance[arm] / len(draws) for arm in arms]
+  )
+  first = arms[0]
+  rows = []
+  for arm in arms:
+    passes = np.mean([d[arm][1] for d in draws])
+    ratio = variance[arm] / variance[first]
+    paid = passes / np.mean([d[first][1] for d in draws])
+    rows.append(
+      {
+        "advantage": arm[0],
+        "restarts": arm[1],
+        "passes": round(passes, 3),
+        "relative_variance": round(variance[arm] / square, 3),
+        "variance_ratio": round(ratio, 4),
+        "cost_ratio": round(ratio * paid, 4),
+      }
+    )
+    print(rows[-1], flush=True)
+  if asked.output:
+    path = pathlib.Path(asked.output).with_suffix(".csv")
+    with path.open("w", newline="") as file:
+      writer = csv.DictWriter(file, rows[0])
+      writer.writeheader()
+      writer.writerows(rows)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_integer("draws", 32, "Of the batch.")
+  flags.DEFINE_string("output", "", "CSV, without the suffix.")
+  command.main(main)
