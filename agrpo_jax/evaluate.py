@@ -49,6 +49,7 @@ def run(
   output: str = "",
   *,
   num_samples: int = 1,
+  examples: Sequence[tasks.Example] | None = None,
 ) -> statistics.Result:
   """Evaluates a model, or what a run trained.
 
@@ -59,12 +60,14 @@ def run(
     checkpoint: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP, or "".
     output: see `records`, or "".
     num_samples: completions per prompt.
+    examples: the problems; None for those of the split.
 
   Raises:
     UserError: anything that the user has to change, as early as it shows.
   """
   check(s, num_samples)
-  examples = data.load_examples(s.task, s.data, s.evaluate.split)
+  if examples is None:
+    examples = data.load_examples(s.task, s.data, s.evaluate.split)
   asked = record_settings(s, examples, checkpoint, num_samples)
   result = accuracy.finished(output, asked, num_samples)
   if result is None:

@@ -31,7 +31,9 @@ from absl import flags
 
 from agrpo_jax import command
 from agrpo_jax import errors
+from agrpo_jax import evaluate
 from agrpo_jax import settings as settings_lib
+from agrpo_jax import train as train_lib
 from agrpo_jax.lab import compare
 from agrpo_jax.lab import gradients
 from agrpo_jax.lab import train
@@ -90,7 +92,9 @@ def compare_training() -> None:
       final_examples=asked.final_examples,
       work=pathlib.Path(asked.work).expanduser(),
       command=f"python -m agrpo_jax.lab {shlex.join(sys.argv[1:])}",
-    )
+    ),
+    train_lib.train,
+    evaluate.run,
   )
   for outcome in outcomes:
     compare.write(outcome, folder)

@@ -1,6 +1,6 @@
 """Trains objectives at equal compute.
 
-1. A few train steps of every objective tell what a train step costs, and so
+1. Three train steps of every objective tell what a train step costs, and so
    how many the budget pays for.
 2. Of the learning rates asked for, each objective gets the one that does best
    on seeds that the comparison does not have. What train steps cost in these
@@ -8,8 +8,9 @@
 3. Every objective is trained with every seed: same prompts, same model.
 4. All are evaluated on held-out prompts that no learning curve was drawn with.
 
-Every run is one of `train.train`, in a work directory of its own below that of
-the comparison: what is done is not done again, what was stopped goes on.
+Every run is an ordinary one (`agrpo_jax.main`), in a work directory of its own
+below that of the comparison: what is done is not done again, what was stopped
+goes on.
 """
 
 import contextlib
@@ -17,9 +18,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
-import statistics
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -31,11 +33,9 @@ import numpy as np
 from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import errors
-from agrpo_jax import evaluate
 from agrpo_jax import settings as settings_lib
 from agrpo_jax import tasks
-from agrpo_jax import train as train_lib
-from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import statistics
 from agrpo_jax.lab import compare
 from agrpo_jax.lab import prices
 from agrpo_jax.lab import words
@@ -50,7 +50,7 @@ from agrpo_jax.runs import workdir
 
 UNITS = ("passes", "seconds", "steps")
 
-_CALIBRATION_STEPS = 8
+_CALIBRATION_STEPS = 3
 # Seeds of calibration and sweep start so much behind those of the comparison.
 _SWEEP_SEED = 1000
 
@@ -236,8 +236,22 @@ def check(asked: Asked) -> None:
     raise errors.UserError("Nothing was run.\n" + "\n".join(found))
 
 
-def run(asked: Asked) -> Iterator[compare.Outcome]:
+TrainFn = Callable[[settings_lib.Rl], None]
+"""`train.train`."""
+
+EvaluateFn = Callable[..., statistics.Result]
+"""`evaluate.run`: settings, checkpoint, folder, and the examples by name."""
+
+
+def run(
+  asked: Asked, train_fn: TrainFn, evaluate_fn: EvaluateFn
+) -> Iterator[compare.Outcome]:
   """Yields what is known after each seed, from the second on.
+
+  Args:
+    asked: what is to be compared.
+    train_fn: trains one run, or goes on with it.
+    evaluate_fn: evaluates a model, or what a run trained, unless that is done.
 
   Raises:
     UserError: anything that the user has to change.
@@ -248,11 +262,11 @@ def run(asked: Asked) -> Iterator[compare.Outcome]:
   with workdir.claim(asked.work):
     _same_comparison(asked)
     # Runs that differ by their seeds alone are the same programs.
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       programs = str((asked.work / "programs").absolute())
       jax.config.update("jax_compilation_cache_dir", programs)
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    yield from _Comparison(asked).run()
+    yield from _Comparison(asked, train_fn, evaluate_fn).run()
 
 
 def _same_comparison(asked: Asked) -> None:
@@ -331,8 +345,9 @@ def held_out(s: settings_lib.Rl, num_final: int) -> _HeldOut:
 class _Comparison:
   """One comparison, as far as its folder has it."""
 
-  def __init__(self, asked: Asked):
+  def __init__(self, asked: Asked, train_fn: TrainFn, evaluate_fn: EvaluateFn):
     self._asked = asked
+    self._train_fn, self._evaluate_fn = train_fn, evaluate_fn
     s = asked.shared
     self._held_out = held_out(s, asked.final_examples)
     bucket = s.data.bucket
@@ -400,16 +415,8 @@ class _Comparison:
     s = dataclasses.replace(
       s, evaluate=dataclasses.replace(s.evaluate, num_examples=0)
     )
-    wanted = evaluate.record_settings(s, examples, checkpoint, 1)
-    result = accuracy.finished(str(folder), wanted, 1)
-    if result is None:
-      with s.start_grader() as grader, _aside(folder):
-        model = model_lib.load_trained(
-          s.model, s.lora, s.mesh.make(), checkpoint
-        )
-        result = evaluate.measure(
-          s, model, examples, grader, wanted, str(folder)
-        )
+    with _aside(folder):
+      result = self._evaluate_fn(s, checkpoint, str(folder), examples=examples)
     return result.grades["accuracy"]
 
   def _num_steps(
@@ -436,9 +443,8 @@ class _Comparison:
     """Returns what a train step of these runs cost, in units of the budget."""
     if self._asked.budget.unit == "steps":
       return 1.0
-    return statistics.mean(
-      getattr(run.end, self._asked.budget.unit) / run.num_steps for run in runs
-    )
+    unit = self._asked.budget.unit
+    return _mean([getattr(run.end, unit) / run.num_steps for run in runs])
 
   def _sweep(
     self, costs: dict[str, float]
@@ -464,7 +470,7 @@ class _Comparison:
         for rate in asked.learning_rates
       }
       accuracies = {
-        rate: statistics.mean([run.end.accuracy for run in found] or [0.0])
+        rate: _mean([run.end.accuracy for run in found] or [0.0])
         for rate, found in runs.items()
       }
       best = chosen[word] = compare.choose(accuracies)
@@ -551,7 +557,7 @@ class _Comparison:
     folder = pathlib.Path(s.workdir)
     if not _is_done(s):
       with _aside(folder):
-        train_lib.train(s)
+        self._train_fn(s)
     records = [*metrics.read(folder / "metrics.jsonl")]
     passes = np.cumsum(
       [
@@ -561,14 +567,7 @@ class _Comparison:
     )
     # Train steps are alike, but those that compile: the first of a process, and
     # the first of each width of prompts.
-    second = statistics.median(
-      sum(
-        seconds
-        for name, seconds in record.items()
-        if name.startswith("seconds/") and name != "seconds/evaluate"
-      )
-      for record in records
-    )
+    second = float(np.median([_seconds(record) for record in records]))
     points = [
       compare.Point(
         train_step=index + 1,
@@ -653,6 +652,19 @@ def _aside(folder: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _seconds(record: Mapping[str, float]) -> float:
+  """Returns what a train step took, its evaluation apart."""
+  return sum(
+    seconds
+    for name, seconds in record.items()
+    if name.startswith("seconds/") and name != "seconds/evaluate"
+  )
+
+
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / len(values)
+
+
 def _folder(word: str) -> str:
   return word.replace("/", ",")
 
@@ -684,6 +696,6 @@ class Watch:
     line = f"run {self._num_begun} of {self._num_runs}: {name}, seed {seed}: "
     line += ", ".join(said)
     if left and self._seconds:
-      expected = left * statistics.mean(self._seconds)
+      expected = left * _mean(self._seconds)
       line += f"; about {progress.duration(expected)} left"
     print(line, flush=True)
