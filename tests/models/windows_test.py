@@ -27,6 +27,16 @@ def toy(sharp=2.5):
   return shape, params, tokens, windows
 
 
+def bind(*args):
+  """Compiled: else every operation of every call is compiled by itself."""
+  network = transformer.bind(*args)
+  return network._replace(
+    logits=jax.jit(network.logits),
+    keys_values=jax.jit(network.keys_values),
+    window_logits=jax.jit(network.window_logits),
+  )
+
+
 def positions(num_wanted=Q):
   at = START[:, None, None] + np.arange(num_wanted)
   return np.broadcast_to(at, (B, S, num_wanted))
@@ -110,42 +120,48 @@ def real(row):
   return min(Q, LENGTH[row] - START[row])
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_logits_equal_those_of_a_slow_program(keeps):
-  shape, params, tokens, windows = toy()
-  found = jax.jit(functools.partial(window_logits, keeps=keeps))(params)
-  for row in range(B):
-    expected = slow_logits(
+def slow_rows(params):
+  """The slow program's logits of each row."""
+  shape, _, tokens, windows = toy()
+  return [
+    slow_logits(
       shape, params, tokens[row], LENGTH[row], windows[row], START[row]
     )
+    for row in range(B)
+  ]
+
+
+def loss(rows):
+  """A number in which every logit has a part of its own."""
+  return sum(
+    (jnp.sin(row) * jnp.cos(jnp.arange(row.shape[-1]))[None, None]).sum()
+    for row in rows
+  )
+
+
+@functools.cache
+def slow_gradient():
+  params = toy(sharp=1.0)[1]
+  return jax.jit(jax.grad(lambda params: loss(slow_rows(params))))(params)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_logits_equal_those_of_a_slow_program(keeps):
+  params = toy()[1]
+  found = jax.jit(functools.partial(window_logits, keeps=keeps))(params)
+  for row, expected in enumerate(jax.jit(slow_rows)(params)):
     np.testing.assert_allclose(found[row, :, : real(row)], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_gradients_flow_through_the_shared_keys_and_values(remat):
   """Those of both ways equal those of the slow program."""
-  shape, params, tokens, windows = toy(sharp=1.0)
-
-  def loss(logits):
-    return (
-      jnp.sin(logits) * jnp.cos(jnp.arange(logits.shape[-1]))[None, None]
-    ).sum()
+  params, expected = toy(sharp=1.0)[1], slow_gradient()
 
   def ours(params, keeps):
     logits = window_logits(params, keeps, remat=remat)
-    return sum(loss(logits[row, :, : real(row)]) for row in range(B))
+    return loss([logits[row, :, : real(row)] for row in range(B)])
 
-  def slow(params):
-    return sum(
-      loss(
-        slow_logits(
-          shape, params, tokens[row], LENGTH[row], windows[row], START[row]
-        )
-      )
-      for row in range(B)
-    )
-
-  expected = jax.jit(jax.grad(slow))(params)
   for keeps in (True, False):
     found = jax.jit(jax.grad(functools.partial(ours, keeps=keeps)))(params)
     for path, one in jax.tree_util.tree_leaves_with_path(expected):
@@ -156,7 +172,7 @@ def test_gradients_flow_through_the_shared_keys_and_values(remat):
 
 def test_a_window_of_the_same_tokens_gives_what_the_row_does():
   shape, params, tokens, _ = toy()
-  network = transformer.bind(shape, params)
+  network = bind(shape, params)
   windows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (Q,)))(
     jnp.pad(tokens, ((0, 0), (0, Q))), START
   )
@@ -173,7 +189,7 @@ def test_a_window_of_the_same_tokens_gives_what_the_row_does():
 
 def test_padding_batch_mates_and_other_states_change_nothing():
   shape, params, tokens, windows = toy()
-  network = transformer.bind(shape, params)
+  network = bind(shape, params)
   together = network.window_logits(
     jnp.asarray(tokens), LENGTH, windows, START, positions()
   )
@@ -194,7 +210,7 @@ def test_padding_batch_mates_and_other_states_change_nothing():
 def test_wanted_positions_may_be_few_and_repeat():
   _, params, tokens, windows = toy()
   shape = toy()[0]
-  network = transformer.bind(shape, params)
+  network = bind(shape, params)
   every = network.window_logits(
     jnp.asarray(tokens), LENGTH, windows, START, positions()
   )
@@ -227,8 +243,8 @@ def test_an_adapter_acts_on_windows_and_on_what_they_share():
       network.keys_values(tokens, LENGTH), LENGTH, windows, START, positions()
     )
     for network in (
-      transformer.bind(shape, params, adapter, settings.scale),
-      transformer.bind(shape, merged),
+      bind(shape, params, adapter, settings.scale),
+      bind(shape, merged),
     )
   )
   np.testing.assert_allclose(found, expected, atol=5e-3)
