@@ -56,6 +56,24 @@ def test_generator_is_deterministic_and_prefix_stable():
   assert few[0] == ((78, 18, 71), 25)  # the same on every machine
 
 
+def test_fewer_problems_than_the_default_number():
+  """They are all there, in both splits, if no number was asked for."""
+  options = {"num_numbers": 2, "max_number": 3, "max_target": 6}
+  found = {
+    (tuple(sorted(n)), t)
+    for split in ("train", "test")
+    for n, t in _problems(split, **options)
+  }
+  # By hand; 1-3 among others gives nothing that is positive.
+  sums = {((a, b), a + b) for a in (1, 2, 3) for b in range(a, 4)}
+  differences = {((1, 2), 1), ((1, 3), 2), ((2, 3), 1)}
+  products = {((a, b), a * b) for a in (1, 2, 3) for b in range(a, 4)}
+  quotients = {((a, a), 1) for a in (1, 2, 3)}
+  quotients |= {((1, 2), 2), ((1, 3), 3)}
+  wanted = sums | differences | products | quotients
+  assert found == {(n, t) for n, t in wanted if t <= 6}
+
+
 @pytest.mark.parametrize(
   "options, message",
   [

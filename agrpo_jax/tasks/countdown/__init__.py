@@ -29,7 +29,8 @@ DEFAULTS = {
   "num_numbers": 3,  # of a generated problem, 2-4; of a file: 0 takes all rows
   "max_number": 99,  # of a generated problem
   "max_target": 99,  # of a generated problem
-  "num_examples": 0,  # 0: all rows of a file, or 20000 train / 256 test
+  # 0: all rows of a file, or 20000 train / 256 test, or all if there are fewer.
+  "num_examples": 0,
   "seed": 0,  # of the generator
   "exclude": "",  # a file: problems with its numbers, in any order, go out
 }
@@ -75,6 +76,7 @@ def examples(
       max_number=chosen["max_number"],
       max_target=chosen["max_target"],
       seed=chosen["seed"],
+      or_all=not count,
     )
   else:
     sizes = {chosen["num_numbers"]} if chosen["num_numbers"] else {2, 3, 4}
