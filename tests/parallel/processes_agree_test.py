@@ -1,11 +1,6 @@
 """One program on any mesh: the same tokens, the same parameters."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import types as python_types
 
 import numpy as np
@@ -18,90 +13,16 @@ from agrpo_jax import tasks
 from agrpo_jax.grading import pool
 from agrpo_jax.grading import shares as shares_lib
 from agrpo_jax.parallel import processes
-
-ROOT = pathlib.Path(__file__).parents[2]
-IN_HASTE = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+from fixtures import mesh_run
 
 
-def start(mesh: str, output: pathlib.Path, devices: int, **environment):
-  """`tests/fixtures/mesh_run.py` in a process of its own."""
-  return subprocess.Popen(
-    [sys.executable, "tests/fixtures/mesh_run.py", mesh, str(output)],
-    cwd=ROOT,
-    # Compiled as users have it: in haste, candidates whose probabilities differ
-    # by rounding alone come in another order on another mesh.
-    env={
-      **{k: v for k, v in os.environ.items() if k not in IN_HASTE},
-      "PYTHONPATH": str(ROOT),
-      "JAX_NUM_CPU_DEVICES": str(devices),
-      **environment,
-    },
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def finish(*processes: subprocess.Popen) -> None:
-  for process in processes:
-    _, message = process.communicate(timeout=300)
-    assert process.returncode == 0, message[-3000:]
-
-
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory) -> dict[str, np.ndarray]:
-  output = tmp_path_factory.mktemp("mesh") / "one.npz"
-  finish(start("data=1,fsdp=1,tensor=1", output, devices=1))
-  arrays = dict(np.load(output))
-  assert len({*arrays["early/num_steps"].tolist()}) > 1
-  return arrays
-
-
-def assert_same(output: pathlib.Path, expected: dict[str, np.ndarray]) -> None:
-  ours = np.load(output)
-  assert set(ours.files) == set(expected)
-  for name, array in expected.items():
-    if name.endswith(("completion", "unmask_step", "support", "num_steps")):
-      np.testing.assert_array_equal(ours[name], array, err_msg=name)
-    else:
-      # Adam divides by the gradient's size: where that is rounding noise, a
-      # step of 1e-3 keeps a part of the noise.
-      np.testing.assert_allclose(ours[name], array, atol=2e-4, err_msg=name)
-
-
-@pytest.mark.parametrize(
-  "mesh",
-  [
-    "data=8,fsdp=1,tensor=1",
-    "data=1,fsdp=8,tensor=1",
-    "data=2,fsdp=2,tensor=2",
-  ],
-)
-def test_eight_devices_give_what_one_gives(mesh, tmp_path, one_device):
-  output = tmp_path / "eight.npz"
-  finish(start(mesh, output, devices=8))
-  assert_same(output, one_device)
-
-
-def test_two_processes_give_what_one_gives(tmp_path, one_device):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  output = tmp_path / "two.npz"
-  finish(
-    *[
-      start(
-        "data=2,fsdp=2,tensor=2",
-        output,
-        devices=4,
-        AGRPO_COORDINATOR=f"localhost:{port}",
-        AGRPO_NUM_PROCESSES="2",
-        AGRPO_PROCESS_ID=str(process),
-      )
-      for process in range(2)
-    ]
-  )
-  assert_same(output, one_device)
+# AGRPO; an objective that masks prompts, and one whose loss takes two passes.
+@pytest.mark.parametrize("objectives", [(), ("diffu_grpo", "espo")])
+def test_two_processes_give_what_one_device_gives(tmp_path, objectives):
+  """Split all ways; `meshes_proof.py` has more meshes, and all objectives."""
+  expected = mesh_run.one_device(tmp_path / "one.npz", objectives)
+  mesh_run.two_processes(tmp_path / "two.npz", objectives)
+  mesh_run.assert_same(tmp_path / "two.npz", expected)
 
 
 @pytest.mark.parametrize(
