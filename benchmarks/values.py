@@ -35,7 +35,7 @@ from agrpo_jax.objectives import vine_ppo
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
 
-NUM_RESTARTS = (1, 2, 4, 8, 16)
+NUM_RESTARTS = (1, 2, 4, 8)
 Arm = tuple[str, int]  # target, or leave_one_out, and restarts a state
 
 
@@ -118,6 +118,7 @@ def gradients(
         flat, num_units = gradient(rollout, advantage_BxN)
         passes = (whole + num * num_passes) / 3 + float(num_units) / num_rows
         found[name, num] = np.asarray(flat, np.float64), passes
+      print(f"drew {draw + 1} of {num_draws}", flush=True)
       yield found
 
 
