@@ -130,6 +130,11 @@ class Asked:
     return len(self.learning_rates) > 1
 
   @property
+  def rates(self) -> tuple[float, ...]:
+    """The learning rates, the config's if none was asked for."""
+    return self.learning_rates or (self.config.optimizer.learning_rate,)
+
+  @property
   def sweep_budget(self) -> Budget:
     amount = self.budget.amount * self.sweep_share
     return dataclasses.replace(self.budget, amount=amount)
@@ -218,7 +223,7 @@ def check(asked: Asked) -> None:
   want(examples >= 0, "final_examples", examples, "0 or more")
   _ = asked.shared  # mistakes of the config are nobody's own
   for word in asked.objectives:
-    for rate in asked.learning_rates or (asked.config.optimizer.learning_rate,):
+    for rate in asked.rates:
       try:
         asked.settings(
           word,
@@ -433,7 +438,8 @@ class _Comparison:
       word,
       f"calibration/{_folder(word)}",
       seed=_SWEEP_SEED,
-      learning_rate=asked.config.optimizer.learning_rate,
+      # One of the sweep's: with a constant schedule its program serves both.
+      learning_rate=asked.rates[0],
       num_steps=_CALIBRATION_STEPS,
       evaluations=0,
     )
@@ -459,9 +465,7 @@ class _Comparison:
     """
     asked = self._asked
     if not asked.is_sweep:
-      usual = asked.config.optimizer.learning_rate
-      rate = asked.learning_rates[0] if asked.learning_rates else usual
-      return [], dict.fromkeys(asked.objectives, rate)
+      return [], dict.fromkeys(asked.objectives, asked.rates[0])
     num_steps = self._num_steps(asked.sweep_budget, costs)
     tried, chosen = [], {}
     for word in asked.objectives:

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import math
 import pathlib
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from agrpo_jax import errors
+from agrpo_jax import evaluate
+from agrpo_jax import train as train_lib
 from agrpo_jax.evaluation import statistics
 from agrpo_jax.lab import compare
 from agrpo_jax.lab import prices
@@ -300,24 +302,16 @@ class TestComparison:
       fake.run(changed)
 
 
-_COMMAND = (
-  "-m",
-  "agrpo_jax.lab",
-  "train",
-  "--config=configs/sudoku_tiny.py:blocks",
-  "--config.rollout.num_prompts=2",
-  "--config.rollout.group_size=4",
-  "--config.rollout.batch_size=8",
-  "--config.objective.microbatch=16",
-  "--config.task.options.num_examples=200",
-  "--config.grading.num_workers=1",
-  "--config.evaluate.num_examples=16",
-  "--config.evaluate.batch_size=16",
-  "--objectives=agrpo,wd1/updates_per_batch=1",
-  "--seeds=2",
-  "--budget_steps=5",  # no calibration: less to compile
-  "--evaluations=2",
-)
+_CHANGES = {
+  "rollout.num_prompts": 2,
+  "rollout.group_size": 4,
+  "rollout.batch_size": 8,
+  "objective.microbatch": 16,
+  "task.options.num_examples": 200,
+  "grading.num_workers": 1,
+  "evaluate.num_examples": 16,
+  "evaluate.batch_size": 16,
+}
 
 
 def _rows(file):
@@ -328,42 +322,72 @@ def _rows(file):
     ]
 
 
-def test_a_killed_command_goes_on_to_the_same_result(tmp_path):
-  def words(name):
-    return (
-      *_COMMAND,
-      f"--work={tmp_path / name}",
-      f"--output={tmp_path / name}.out",
-    )
+def test_a_killed_command_goes_on_to_the_same_result(tmp_path, capsys):
+  """The command is killed within its first run, then called to the end.
 
-  killed = subprocess.Popen(
-    [sys.executable, *words("killed")],
+  Once more without that run, which is then made anew and at one go.
+  """
+  work = tmp_path / "work"
+  objectives = ("agrpo", "wd1/updates_per_batch=1")
+  first = work / "runs" / "agrpo" / "0.0003-0"
+  deadline = time.monotonic() + 300
+  with subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "agrpo_jax.lab",
+      "train",
+      "--config=configs/sudoku_tiny.py:blocks",
+      *(f"--config.{key}={value}" for key, value in _CHANGES.items()),
+      f"--objectives={','.join(objectives)}",
+      "--seeds=2",
+      "--budget_steps=5",  # no calibration: less to compile
+      "--evaluations=2",
+      f"--work={work}",
+      f"--output={tmp_path / 'none'}",
+    ],
     cwd=commands.ROOT,
     env=commands.environment(1),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
+    stdout=subprocess.DEVNULL,
+  ) as killed:
+    try:
+      log = first / "metrics.jsonl"
+      while not log.exists() or log.read_text().count("\n") < 3:
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    finally:
+      killed.kill()
+
+  c = recordings.config("sudoku_tiny", "blocks")
+  with c.unlocked():
+    c.update_from_flattened_dict(_CHANGES)
+  whole = asked(
+    work,
+    config=c,
+    objectives=objectives,
+    budget=train.Budget("steps", 5.0),
+    sweep_share=1.0,
   )
-  log = tmp_path / "killed" / "runs" / "agrpo" / "0.0003-0" / "metrics.jsonl"
-  deadline = time.monotonic() + 120
-  while not log.exists() or log.read_text().count("\n") < 3:
-    assert killed.poll() is None, killed.stdout.read()
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-  killed.send_signal(signal.SIGKILL)
-  killed.wait()
-  said = commands.alone(*words("killed"), devices=1)
-  assert "run 4 of 4" in said
-  commands.alone(*words("whole"), devices=1)
-  for name in ("train.csv", "curves.csv", "pairs.csv"):
-    rows = _rows(tmp_path / "whole.out" / name)
-    assert rows == _rows(tmp_path / "killed.out" / name) and rows
-  runs = _rows(tmp_path / "whole.out" / "train.csv")
+
+  def tables(name):
+    (outcome,) = train.run(whole, train_lib.train, evaluate.run)
+    compare.write(outcome, tmp_path / name)
+    return [
+      _rows(tmp_path / name / file)
+      for file in ("train.csv", "curves.csv", "pairs.csv")
+    ]
+
+  resumed = tables("resumed")
+  assert "run 4 of 4" in capsys.readouterr().out
+  assert "Continuing" in (first / "said.txt").read_text()
+  shutil.rmtree(first)
+  assert tables("again") == resumed
+  runs, curves, pairs = resumed
   assert [run["objective"] for run in runs] == [
-    "agrpo",
-    "agrpo",
-    "wd1/updates_per_batch=1",
-    "wd1/updates_per_batch=1",
+    objective for objective in objectives for _ in range(2)
   ]
+  assert len(curves) == 4 and len(pairs) == 1
   for run in runs:
     # A completion of 8 steps, and a visit or two in each of 5 train steps.
     assert 5 * 8 / 3 <= float(run["passes"]) < 5 * (8 / 3 + 2)
