@@ -148,10 +148,10 @@ def main(argv: Sequence[str]) -> None:
       {
         "advantage": arm[0],
         "restarts": arm[1],
-        "passes": round(passes, 3),
-        "relative_variance": round(variance[arm] / square, 3),
-        "variance_ratio": round(ratio, 4),
-        "cost_ratio": round(ratio * paid, 4),
+        "passes": round(float(passes), 3),
+        "relative_variance": round(float(variance[arm] / square), 3),
+        "variance_ratio": round(float(ratio), 4),
+        "cost_ratio": round(float(ratio * paid), 4),
       }
     )
     print(rows[-1], flush=True)
