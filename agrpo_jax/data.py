@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 from typing import Protocol
 
-import grain
 import numpy as np
 from absl import logging
 
@@ -232,6 +231,9 @@ class Dataset:
       UserError: the data set is smaller than a batch.
     """
     check_size(len(self), num_prompts, self.num_skipped)
+    # It brings Orbax along; commands that train nothing start sooner without.
+    import grain
+
     shuffled = (
       grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(None)
     )

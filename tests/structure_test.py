@@ -29,6 +29,11 @@ JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain"}
 # Extras that a user may not have installed are imported where they are used.
 OPTIONAL = {"wandb", "matplotlib", "datasets", "pyarrow", "lm_eval"}
 
+# What takes as long to import as JAX, for what few commands come to; those that
+# are started often import neither.
+SLOW = {"scipy", "grain"}
+STARTED_OFTEN = ("main", "evaluate", "sweep", "show.__main__", "port.__main__")
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SOURCES = [
@@ -135,7 +140,7 @@ def test_imports_stand_at_the_top():
     for function in ast.walk(tree):
       if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
         for imported in _imports(function):
-          if imported.split(".")[0] not in OPTIONAL:
+          if imported.split(".")[0] not in OPTIONAL | SLOW:
             inside.append(f"{name}.{function.name}: {imported}")
   assert not inside
 
@@ -239,6 +244,15 @@ def test_grading_starts_without_jax(run_in_subprocess):
     for name in {names!r}:
       importlib.import_module(name)
     assert "jax" not in sys.modules
+  """)
+
+
+def test_commands_start_fast(run_in_subprocess):
+  run_in_subprocess(f"""
+    import importlib, sys
+    for name in {STARTED_OFTEN!r}:
+      importlib.import_module("agrpo_jax." + name)
+    assert not {{"scipy.stats", "grain"}} & sys.modules.keys()
   """)
 
 

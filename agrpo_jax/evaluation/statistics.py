@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from agrpo_jax import errors
 
@@ -24,7 +23,9 @@ def standard_error(score_N: np.ndarray) -> float:
 
   It is NaN for fewer than two prompts.
   """
-  return float(stats.sem(score_N)) if score_N.size > 1 else float("nan")
+  if score_N.size < 2:
+    return float("nan")
+  return float(score_N.std(ddof=1) / math.sqrt(score_N.size))
 
 
 def bootstrap_interval(
@@ -37,6 +38,9 @@ def bootstrap_interval(
   """
   if score_N.size < 2:
     return float("nan"), float("nan")
+  # Importing it takes as long as all of JAX; most commands need no interval.
+  from scipy import stats
+
   found = stats.bootstrap(
     (score_N,),
     np.mean,
