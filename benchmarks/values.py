@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from agrpo_jax import actor as actor_lib
 from agrpo_jax import command
 from agrpo_jax import data
 from agrpo_jax import settings as settings_lib
-from agrpo_jax import train
 from agrpo_jax import types
 from agrpo_jax.grading import shares
 from agrpo_jax.objectives import base
@@ -74,27 +74,23 @@ def gradients(
 
   blocks = objective.restarts(sampling).blocks
   with s.start_grader() as grader:
+    actor = actor_lib.Actor(sampler, tokenizer, grader)
     for draw in range(num_draws):
       draw_key, value_key = jax.random.split(
         jax.random.fold_in(jax.random.key(s.seed), draw)
       )
-      rollout, pending = train.sample(
-        sampler, state, batch, draw_key, tokenizer, grader
-      )
+      rollout, pending = actor.sample(state, batch, draw_key)
       reward_B = shares.collect(pending).reward_B
       one_by_one, num_passes = [], 0.0
       for restart in range(max(NUM_RESTARTS)):
-        value_BxV, scalars = train.values(
+        value_BxV, scalars = actor.values(
           base.Restarts(blocks, num=1),
           learner,
-          sampler,
           state,
           batch,
           rollout,
           reward_B,
           jax.random.fold_in(value_key, restart),
-          tokenizer,
-          grader,
         )
         one_by_one.append(value_BxV)
         num_passes = scalars["values/mean_whole_passes"]

@@ -137,9 +137,9 @@ class Objective(Protocol):
 class Valued(Protocol):
   """What an objective has besides whose advantages differ block by block.
 
-  They come from values of states within a completion, for which the trainer
-  draws completions anew from there (`train.values`). The loss must be a sum
-  over visits: each is then given the advantage of its block.
+  They come from values of states within a completion, from where completions
+  are drawn anew (`actor.Actor.values`). The loss must be a sum over visits:
+  each is then given the advantage of its block.
   """
 
   def restarts(self, sampling: sampling_lib.Sampling) -> base.Restarts:

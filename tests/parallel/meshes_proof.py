@@ -10,7 +10,7 @@ import pytest
 from agrpo_jax import objectives
 from fixtures import mesh_run
 
-# Its values take a grader: `tests/train_values_test.py` has a mesh.
+# Its values take a grader: `tests/actor_test.py` has a mesh.
 _NAMES = [n for n in objectives.NAMES if n not in ("agrpo", "vine_ppo")]
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import optax
 import pytest
 
+from agrpo_jax import actor
 from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import tasks
-from agrpo_jax import train
 from agrpo_jax import types
 from agrpo_jax.grading import pool
 from agrpo_jax.objectives import base
@@ -125,17 +125,14 @@ def values_of(step_price=0.0, unmask_step=UNMASK_STEP, **restarts):
     for id in (11, 12)
   ]
   sampler = Sampler()
-  found = train.values(
+  found = actor.Actor(sampler, Tokenizer(), Grader()).values(
     base.Restarts(**({"blocks": (1, 2), "num": 3} | restarts)),
     learner,
-    sampler,
     types.TrainState(0, None, None, None),
     data.Batch.of(prompts, 2),
     rollout_of(COMPLETION, unmask_step, np.zeros(4)),
     REWARD,
     "key",
-    Tokenizer(),
-    Grader(),
   )
   return *found, sampler
 
