@@ -14,6 +14,7 @@ help:
 	@echo "make test    lint, types and tests; JOBS=$(JOBS) test processes"
 	@echo "make bench   seconds and FLOP/s of a train step; PRESET=$(PRESET)"
 	@echo "make tiny-sudoku  make the demo's base model again"
+	@echo "make tiny-reasoning  make that of word problems again"
 	@echo "make format  let ruff format the code and fix what it can"
 	@echo "make env     only make or update .venv"
 	@echo "make clean   remove .venv and caches"
@@ -36,6 +37,33 @@ tiny-sudoku: env
 	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_sudoku.py:careless \
 	  --config.sft.output=agrpo_jax/assets/tiny-sudoku
 
+# The other one (CPU, minutes): Countdown in some orders of its problems, then
+# word problems besides, then mostly these.
+COUNTDOWN = $(BIN)/python -m agrpo_jax.tasks --show=countdown --split=train \
+  --protocol=worked
+tiny-reasoning: env
+	@mkdir -p runs/data
+	@for seed in 0 1 2 3; do \
+	  $(COUNTDOWN) --option=max_number=12 --option=max_target=40 \
+	    --option=num_examples=3000 --option=seed=$$seed \
+	    --demonstrations=runs/data/large_$$seed.jsonl || exit 1; \
+	done
+	@for seed in 0 1 2 3 4 5 6 7; do \
+	  $(COUNTDOWN) --option=max_number=9 --option=max_target=30 \
+	    --option=num_examples=1200 --option=seed=$$seed \
+	    --demonstrations=runs/data/small_$$seed.jsonl || exit 1; \
+	done
+	@$(BIN)/python -m agrpo_jax.tasks --show=word_problems --split=train \
+	  --option=max_equations=3 --option=max_value=9 \
+	  --option=num_examples=20000 --demonstrations=runs/data/stories.jsonl
+	@cd runs/data && cat large_?.jsonl > countdown.jsonl
+	@cd runs/data && cat small_?.jsonl stories.jsonl > both.jsonl
+	@cd runs/data && cat small_[01].jsonl stories.jsonl > words.jsonl
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:countdown
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:both
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:words \
+	  --config.sft.output=agrpo_jax/assets/tiny-reasoning
+
 bench: env
 	@$(BIN)/python benchmarks/step.py --preset=$(PRESET)
 
@@ -47,4 +75,4 @@ clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help env demo test tiny-sudoku bench format clean
+.PHONY: help env demo test tiny-sudoku tiny-reasoning bench format clean

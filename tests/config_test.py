@@ -17,9 +17,22 @@ def check(c):
   {"rl": settings.rl, "sft": settings.sft}[c.kind](c)
 
 
+def make_data(c, folder, monkeypatch):
+  """Makes the file that a config names, which a command writes otherwise."""
+  monkeypatch.chdir(folder)
+  if c.data.path:
+    path = folder / c.data.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  if c.kind == "sft" and c.model.path:
+    (folder / c.model.path).mkdir(parents=True, exist_ok=True)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shipped_configs_hold(name):
-  check(recordings.config(name))
+def test_shipped_configs_hold(name, tmp_path, monkeypatch):
+  c = recordings.config(name)
+  make_data(c, tmp_path, monkeypatch)
+  check(c)
 
 
 @pytest.mark.parametrize("name", objectives.NAMES)
@@ -58,6 +71,23 @@ def test_the_demo_in_blocks():
     assert (c.rollout.cache, c.rollout.block_length) == (cache, 8)
   with pytest.raises(ValueError, match="blocks, dual"):
     recordings.config("sudoku_tiny", "duel")
+
+
+@pytest.mark.parametrize("arg", ["countdown", "both", "words"])
+def test_runs_of_the_tiny_reasoning_model_hold(arg, tmp_path, monkeypatch):
+  c = recordings.config("sft_reasoning", arg)
+  make_data(c, tmp_path, monkeypatch)
+  check(c)
+  with pytest.raises(ValueError, match="countdown, both or words"):
+    recordings.config("sft_reasoning", "all")
+
+
+def test_word_problems_with_a_cache():
+  c = recordings.config("word_problems_tiny", "dual")
+  check(c)
+  assert (c.rollout.cache, c.objective.step_rule) == ("dual", "all")
+  with pytest.raises(ValueError, match="not of dual"):
+    recordings.config("word_problems_tiny", "prefix")
 
 
 def test_defaults_are_the_exact_estimator():
