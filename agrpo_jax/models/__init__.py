@@ -6,9 +6,10 @@ from typing import Any
 from agrpo_jax import errors
 from agrpo_jax.models import base
 from agrpo_jax.models import llada
+from agrpo_jax.models import qwen
 
 # By the `model_type` of a config.json.
-FAMILIES: dict[str, base.Family] = {"llada": llada.FAMILY}
+FAMILIES: dict[str, base.Family] = {"llada": llada.FAMILY, **qwen.FAMILIES}
 
 
 def family_of(shape: base.Shape) -> base.Family:

@@ -67,6 +67,8 @@ class Shape:
     head_dim: size of a head, even; 0 stands for `width / num_heads`, which
       takes its place.
     scale_logits: whether logits are divided by sqrt(width).
+    qk_norm: whether queries and keys are normalised, head by head, before they
+      are rotated.
     shift: the logits of the token at position i come from the output at
       i - shift; 0 or 1.
     dtype: of the matrix products and the residual stream: "float32" or
@@ -99,6 +101,7 @@ class Shape:
   pad_id: int
   head_dim: int = 0
   scale_logits: bool = False
+  qk_norm: bool = False
   shift: int = 0
   dtype: str = "float32"
   remat: str = "none"

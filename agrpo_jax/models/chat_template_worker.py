@@ -55,7 +55,11 @@ def _reply(request: dict[str, Any], seconds: int) -> dict[str, Any]:
       signal.alarm(seconds)
       text = str(
         _renderer(request["template"], names).apply_chat_template(
-          messages, tokenize=False, add_generation_prompt=True
+          messages,
+          tokenize=False,
+          add_generation_prompt=True,
+          # Qwen3's templates know it: an answer without thoughts before it.
+          enable_thinking=False,
         )
       )
       if len(text) > MAX_CHARS:

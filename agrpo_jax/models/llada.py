@@ -100,10 +100,12 @@ def _read(raw: Mapping[str, Any], switches: Mapping[str, Any]) -> base.Shape:
 
 
 def _write(shape: base.Shape) -> dict[str, Any]:
-  if shape.shift or shape.head_dim * shape.num_heads != shape.width:
+  is_wide = shape.head_dim * shape.num_heads != shape.width
+  if shape.shift or shape.qk_norm or is_wide:
     raise errors.UserError(
-      f"A LLaDA has no shifted logits and heads of width / num_heads; this "
-      f"network has shift={shape.shift}, head_dim={shape.head_dim}, "
+      f"A LLaDA has no shifted logits, no normalised queries and keys, and "
+      f"heads of width / num_heads; this network has shift={shape.shift}, "
+      f"qk_norm={shape.qk_norm}, head_dim={shape.head_dim}, "
       f"num_heads={shape.num_heads} and width={shape.width}. Write it as "
       "another family."
     )

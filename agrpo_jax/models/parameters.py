@@ -49,8 +49,8 @@ def _is_spec(node: Any) -> bool:
   return isinstance(node, Spec)
 
 
-def _norm_spec(shape: base.Shape) -> dict[str, Spec]:
-  return {"scale": Spec((shape.width,), ("norm",), fill=1.0)}
+def _norm_spec(size: int) -> dict[str, Spec]:
+  return {"scale": Spec((size,), ("norm",), fill=1.0)}
 
 
 def layer_specs(shape: base.Shape) -> dict[str, dict[str, Spec]]:
@@ -66,12 +66,12 @@ def layer_specs(shape: base.Shape) -> dict[str, dict[str, Spec]]:
     return {"kernel": Spec((fan_in, fan_out), axes, stddev)}
 
   specs = {
-    "attn_norm": _norm_spec(shape),
+    "attn_norm": _norm_spec(width),
     "q": kernel(width, heads, ("embed", "heads"), std),
     "k": kernel(width, kv, ("embed", "kv_heads"), std),
     "v": kernel(width, kv, ("embed", "kv_heads"), std),
     "attn_out": kernel(heads, width, ("heads", "embed"), heads**-0.5 * depth),
-    "mlp_norm": _norm_spec(shape),
+    "mlp_norm": _norm_spec(width),
     "gate": kernel(width, mlp, ("embed", "mlp"), std),
     "up": kernel(width, mlp, ("embed", "mlp"), std),
     "down": kernel(mlp, width, ("mlp", "embed"), mlp**-0.5 * depth),
@@ -80,6 +80,9 @@ def layer_specs(shape: base.Shape) -> dict[str, dict[str, Spec]]:
     for name in ("q", "k", "v"):
       one = specs[name]["kernel"]
       specs[name]["bias"] = Spec(one.shape[1:], one.axes[1:])
+  if shape.qk_norm:
+    for name in ("q_norm", "k_norm"):
+      specs[name] = _norm_spec(shape.head_dim)
   return specs
 
 
@@ -90,7 +93,7 @@ def specs(shape: base.Shape) -> dict[str, Any]:
   tree: dict[str, Any] = {
     "embed": {"table": Spec((rows, width), ("vocab", "embed"), width**-0.5)},
     "last_layer": layer,
-    "final_norm": _norm_spec(shape),
+    "final_norm": _norm_spec(width),
   }
   if shape.num_layers > 1:
     tree["layers"] = jax.tree.map(

@@ -19,6 +19,7 @@ from agrpo_jax.models import tokens_fast
 
 write_byte_tokenizer = tokens_bytes.write
 byte_network_settings = tokens_bytes.network_settings
+special_ids = tokens_fast.special_ids
 
 
 class Tokenizer(Protocol):

@@ -23,6 +23,7 @@ _REMEDY = (
   "raw bytes."
 )
 # Names of special tokens that a tokenizer_config.json may give.
+_FILE = "tokenizer.json"
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 SECONDS = 20.0  # for one text or batch of texts, by the clock
@@ -35,7 +36,7 @@ class FastTokenizer:
   """`tokenizer.json` and chat template of a folder; no code of it is run."""
 
   def __init__(self, folder: pathlib.Path, vocabulary: base.Vocabulary):
-    self._tokenizer = _read(folder / "tokenizer.json")
+    self._tokenizer = _read(folder / _FILE)
     settings = _settings(folder)
     self._template = _chat_template(folder, settings)
     self._names = {name: settings[name] for name in _NAMED if name in settings}
@@ -234,6 +235,26 @@ def _content(message: Mapping[str, str]) -> str:
       f"A message needs the texts 'role' and 'content'; it is {dict(message)!r}"
     )
   return text
+
+
+def special_ids(folder: pathlib.Path) -> dict[str, int]:
+  """Returns the ids of special tokens by their keys in a config.json.
+
+  They are those that tokenizer_config.json names, e.g. {"mask_token_id": 5};
+  none where the folder has no tokenizer.
+
+  Raises:
+    UserError: a tokenizer that cannot be read.
+  """
+  if not (folder / _FILE).is_file():
+    return {}
+  tokenizer, settings = _read(folder / _FILE), _settings(folder)
+  ids = {
+    f"{name}_id": tokenizer.token_to_id(settings[name])
+    for name in _NAMED
+    if name in settings
+  }
+  return {key: at for key, at in ids.items() if at is not None}
 
 
 def _read(path: pathlib.Path) -> tokenizers.Tokenizer:

@@ -171,14 +171,21 @@ class Layer(nn.Module):
     def norm(name: str, x: jax.Array) -> jax.Array:
       return RMSNorm(table[name], shape.norm_eps, name=name)(x)
 
-    def heads(x: jax.Array) -> jax.Array:
-      return x.reshape(*x.shape[:2], -1, shape.head_dim)
+    def heads(name: str, x: jax.Array) -> jax.Array:
+      y = project(name, x)
+      return y.reshape(*y.shape[:2], -1, shape.head_dim)
+
+    def rotated(name: str, x: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
+      y = heads(name, x)
+      return ops.rotate(
+        norm(f"{name}_norm", y) if shape.qk_norm else y, cos, sin
+      )
 
     with jax.named_scope("attention"):
       normed = norm("attn_norm", x_BxNxD)
       cos, sin = of.cos, of.sin
-      k = ops.rotate(heads(project("k", normed)), cos, sin)
-      v = heads(project("v", normed))
+      k = rotated("k", normed, cos, sin)
+      v = heads("v", normed)
       if wanted_BxW is not None:
         x_BxNxD = take_positions(x_BxNxD, wanted_BxW)
         normed = take_positions(normed, wanted_BxW)
@@ -190,7 +197,7 @@ class Layer(nn.Module):
           )
           for one in (cos, sin)
         )
-      q = ops.rotate(heads(project("q", normed)), cos, sin)
+      q = rotated("q", normed, cos, sin)
       mixed = self._attend(q, k, v, shared, of)
       mixed = mixed.reshape(*mixed.shape[:2], -1)
       x_BxNxD = x_BxNxD + project("attn_out", mixed)

@@ -30,8 +30,8 @@ Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
 def load_shape(
   path: str, *, revision: str | None = None, **switches: Any
 ) -> base.Shape:
-  """Reads only the `config.json` of a checkpoint; see `load`."""
-  folder = hub.folder(str(path), (files.CONFIG,), revision)
+  """Reads only what a checkpoint says of its shape; see `load`."""
+  folder = hub.folder(str(path), (files.CONFIG, *hub.TOKENIZER), revision)
   return _read_shape(folder, switches)
 
 
@@ -133,8 +133,18 @@ def _read_shape(folder: pathlib.Path, switches: dict[str, Any]) -> base.Shape:
   if "compute_dtype" in switches:
     switches = {**switches, "dtype": switches["compute_dtype"]}
     del switches["compute_dtype"]
+  return models.read_shape(_config(folder), **switches)
+
+
+def _config(folder: pathlib.Path) -> Any:
+  """Returns config.json, with the tokenizer's mask id if it lacks one.
+
+  Models that were made of causal ones got their mask with the tokenizer.
+  """
   raw = folder_lib.read_json(folder / files.CONFIG)
-  return models.read_shape(raw, **switches)
+  if isinstance(raw, dict) and raw.get("mask_token_id") is None:
+    raw["mask_token_id"] = tokens.special_ids(folder).get("mask_token_id")
+  return raw
 
 
 def _raise(folder: pathlib.Path, problems: list[str]) -> None:
@@ -221,7 +231,7 @@ def _config_text(
     return write.json_text(models.write_shape(shape) | {"dtype": dtype})
   text = (source / files.CONFIG).read_text(encoding="utf-8")
   raw = folder_lib.read_json(source / files.CONFIG)
-  theirs = dataclasses.asdict(models.read_shape(raw))
+  theirs = dataclasses.asdict(models.read_shape(_config(source)))
   ours = dataclasses.asdict(shape)
   differ = [
     f"{name} {theirs[name]!r} there, {ours[name]!r} here"

@@ -1,0 +1,179 @@
+"""Families made of Qwen: Tiny-A2D (of Qwen3 and of Qwen2.5), and Dream.
+
+They name their tensors alike. Qwen3's queries and keys are normalised head by
+head, Qwen2.5's projections of queries, keys and values have biases. Attention
+sees the whole sequence. Dream's outputs predict the next position, as those of
+the causal model that it was made of; that is a key of config.json here
+(`right_shift_logits`), since other models call themselves Dream and do not.
+
+The ids of special tokens stand in config.json, or with the tokenizer
+(`port.model_folder`).
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import errors
+from agrpo_jax.models import base
+
+# Our field -> the key of config.json.
+_KEYS = {
+  "vocab_size": "vocab_size",
+  "num_layers": "num_hidden_layers",
+  "width": "hidden_size",
+  "num_heads": "num_attention_heads",
+  "num_kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "mlp_width": "intermediate_size",
+  "rope_theta": "rope_theta",
+  "norm_eps": "rms_norm_eps",
+  "tied_head": "tie_word_embeddings",
+  "max_length": "max_position_embeddings",
+  "mask_id": "mask_token_id",
+  "eos_id": "eos_token_id",
+  "pad_id": "pad_token_id",
+}
+_SHIFT = "right_shift_logits"
+
+# Key -> (values that we compute, what the original code takes if it is absent).
+_ONLY: dict[str, tuple[tuple[Any, ...], Any]] = {
+  "hidden_act": (("silu",), "silu"),
+  "attention_dropout": ((0.0,), 0.0),
+  "rope_scaling": ((None,), None),
+  "use_sliding_window": ((False, None), False),
+  "use_mrope": ((False, None), False),
+}
+
+# Our module -> its name, within a layer and outside of the layers.
+_IN_LAYER = {
+  "attn_norm": "input_layernorm",
+  "q": "self_attn.q_proj",
+  "k": "self_attn.k_proj",
+  "v": "self_attn.v_proj",
+  "q_norm": "self_attn.q_norm",
+  "k_norm": "self_attn.k_norm",
+  "attn_out": "self_attn.o_proj",
+  "mlp_norm": "post_attention_layernorm",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+_OUTSIDE = {
+  "embed": "model.embed_tokens",
+  "final_norm": "model.norm",
+  "head": "lm_head",
+}
+
+# What a family's members have in common, and the class that computes them.
+_A2D_QWEN2 = dict(qkv_bias=True, qk_norm=False, shift=0)
+_A2D_QWEN3 = dict(qkv_bias=False, qk_norm=True, shift=0)
+_DREAM = dict(qkv_bias=True, qk_norm=False, shift=1)
+# What transformers takes for a key that is absent; 0: width / num_heads.
+_HEAD_DIM = {"a2d-qwen2": 0, "a2d-qwen3": 128, "Dream": 0}
+_ARCHITECTURES = {
+  "a2d-qwen2": "A2DQwen2LMHeadModel",
+  "a2d-qwen3": "A2DQwen3LMHeadModel",
+  "Dream": "DreamModel",
+}
+
+
+def _read(
+  model_type: str,
+  usual: Mapping[str, Any],
+  raw: Mapping[str, Any],
+  switches: Mapping[str, Any],
+) -> base.Shape:
+  found = base.unsupported(raw, _ONLY)
+  # A bias of the output projection too, which none of the families has.
+  if raw.get("attention_bias"):
+    found.append(f"attention_bias={raw['attention_bias']!r}: only False works")
+  for kind in raw.get("layer_types") or ():
+    if kind != "full_attention":
+      found.append(f"layer_types has {kind!r}: only 'full_attention' works")
+      break
+  values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
+  # transformers 5 writes it there.
+  rope = raw.get("rope_parameters") or {}
+  if values["rope_theta"] is None:
+    values["rope_theta"] = rope.get("rope_theta")
+  if rope.get("rope_type", "default") != "default":
+    found.append(f"rope_type={rope['rope_type']!r}: only 'default' works")
+  for name, absent in (
+    ("head_dim", _HEAD_DIM[model_type]),
+    ("norm_eps", 1e-6),
+    ("tied_head", False),
+    ("pad_id", values["eos_id"]),
+  ):
+    if values[name] is None:
+      values[name] = absent
+  found += [
+    f"{_KEYS[name]} is missing"
+    for name, value in values.items()
+    if value is None
+  ]
+  shift = raw.get(_SHIFT, bool(usual["shift"]))
+  if not isinstance(shift, bool):
+    found.append(f"{_SHIFT}={shift!r} is not true or false")
+  values |= {**usual, "shift": int(bool(shift)), **switches}
+  known = {name: value for name, value in values.items() if value is not None}
+  found += base.problems(known, _KEYS)
+  base.raise_problems("config.json", found)
+  return base.Shape(
+    model_type=model_type, embedding_size=values["vocab_size"], **values
+  )
+
+
+def _write(usual: Mapping[str, Any], shape: base.Shape) -> dict[str, Any]:
+  fixed = {
+    "qkv_bias": usual["qkv_bias"],
+    "qk_norm": usual["qk_norm"],
+    "scale_logits": False,
+    "embedding_size": shape.vocab_size,
+  }
+  wrong = [
+    f"{name}={getattr(shape, name)!r}"
+    for name, value in fixed.items()
+    if getattr(shape, name) != value
+  ]
+  if wrong:
+    raise errors.UserError(
+      f"A model of type {shape.model_type!r} cannot have {', '.join(wrong)}. "
+      "Write it as another family."
+    )
+  raw = {key: getattr(shape, name) for name, key in _KEYS.items()}
+  raw |= {
+    "architectures": [_ARCHITECTURES[shape.model_type]],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "layer_types": ["full_attention"] * shape.num_layers,
+    "model_type": shape.model_type,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    _SHIFT: bool(shape.shift),
+  }
+  if usual["qk_norm"]:
+    raw["attention_bias"] = False
+  return dict(sorted(raw.items()))
+
+
+def _module_name(path: tuple[str, ...], layer: int | None) -> str:
+  if layer is None:
+    return _OUTSIDE[path[0]]
+  return f"model.layers.{layer}.{_IN_LAYER[path[1]]}"
+
+
+FAMILIES = {
+  model_type: base.Family(
+    read=functools.partial(_read, model_type, usual),
+    write=functools.partial(_write, usual),
+    module_name=_module_name,
+    end_of_turn="<|im_end|>",
+  )
+  for model_type, usual in (
+    ("a2d-qwen2", _A2D_QWEN2),
+    ("a2d-qwen3", _A2D_QWEN3),
+    ("Dream", _DREAM),
+  )
+}

@@ -1,0 +1,205 @@
+"""Tiny-A2D and Dream: the released code's logits, files both ways, training."""
+
+import json
+import pathlib
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models as tokenizer_models
+
+from agrpo_jax import errors
+from agrpo_jax import models
+from agrpo_jax.models import transformer
+from agrpo_jax.port import model_folder
+from agrpo_jax.runs import metrics
+from fixtures import recordings
+from fixtures import runs
+
+GOLDEN2 = pathlib.Path(__file__).parents[1] / "testdata" / "golden2"
+NAMES = ("tiny_a2d_qwen2", "tiny_a2d_qwen3", "tiny_dream")
+MASK = {"tiny_a2d_qwen2": 188, "tiny_a2d_qwen3": 197, "tiny_dream": 190}
+
+
+def config_json(name):
+  return json.loads((GOLDEN2 / "ckpt" / name / "config.json").read_text())
+
+
+@pytest.fixture
+def folder(request, tmp_path):
+  """A recorded checkpoint, with a tokenizer of single letters.
+
+  The real Tiny-A2D have no mask id in config.json; the tokenizer has it.
+  """
+  name = request.param
+  path = tmp_path / name
+  shutil.copytree(GOLDEN2 / "ckpt" / name, path)
+  raw = config_json(name)
+  letters = {chr(0x100 + at): at for at in range(raw["vocab_size"] - 15)}
+  tokenizer = tokenizers.Tokenizer(
+    tokenizer_models.WordLevel(letters, unk_token=chr(0x100))
+  )
+  special = {raw["eos_token_id"]: "<|im_end|>", MASK[name]: "<|mask|>"}
+  tokenizer.add_special_tokens(
+    [special.get(at, f"<|{at}|>") for at in range(len(letters), 200)]
+  )
+  tokenizer.save(str(path / "tokenizer.json"))
+  (path / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "mask_token": "<|mask|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": "{% for m in messages %}{{ m['content'] }}"
+        "{% endfor %}{% if enable_thinking is false %}<|im_end|>{% endif %}",
+      }
+    )
+  )
+  return path
+
+
+def every(function):
+  return pytest.mark.parametrize("folder", NAMES, indirect=True)(function)
+
+
+@every
+def test_logits_of_the_released_code(folder):
+  with np.load(GOLDEN2 / "forward" / f"{folder.name}.npz") as file:
+    recorded = dict(file)
+  shape, _, network = recordings.network_at(folder)
+  assert shape.mask_id == MASK[folder.name]
+  logits = jax.jit(network.logits)
+  aligned = "aligned" if shape.shift else "logits"
+  for ids, valid, kind in (
+    ("ids", None, "full"),
+    ("ids_rightpad", "mask_rightpad", "rightpad"),
+  ):
+    tokens = recorded[ids]
+    is_real = np.ones(tokens.shape, bool)
+    if valid:
+      is_real = recorded[valid].astype(bool)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    found = logits(tokens, is_real.sum(axis=1), positions)
+    np.testing.assert_allclose(
+      np.asarray(found)[is_real],
+      recorded[f"{aligned}_{kind}"][is_real],
+      atol=3e-4,
+    )
+
+
+@every
+def test_files_both_ways(folder, tmp_path):
+  shape, params = model_folder.load(folder)
+  model_folder.save(tmp_path / "again", shape, params, source=folder)
+  for name in ("config.json", "model.safetensors"):
+    ours = (tmp_path / "again" / name).read_bytes()
+    assert ours == (folder / name).read_bytes()
+  # Without a source the family writes the config.json, mask id included.
+  model_folder.save(tmp_path / "new", shape, params)
+  new_shape, new_params = model_folder.load(tmp_path / "new")
+  assert new_shape == shape
+  chex.assert_trees_all_equal(new_params, params)
+
+
+@pytest.mark.parametrize("folder", NAMES[:1], indirect=True)
+def test_prompts_ask_for_no_thoughts(folder):
+  """Templates of Qwen3 then write an empty thought."""
+  shape = model_folder.load_shape(str(folder))
+  tokenizer = model_folder.load_tokenizer(str(folder), shape)
+  ids = tokenizer.encode_chat([{"role": "user", "content": "?"}])
+  assert ids[-1] == shape.eos_id
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_id_that_nobody_tells(name):
+  raw = {k: v for k, v in config_json(name).items() if k != "mask_token_id"}
+  with pytest.raises(errors.UserError, match="mask_token_id is missing"):
+    models.read_shape(raw)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"rope_scaling": {"factor": 2}}, "rope_scaling="),
+    ({"use_sliding_window": True}, "use_sliding_window=True"),
+    ({"layer_types": ["sliding_attention"] * 2}, "'sliding_attention'"),
+    ({"right_shift_logits": 1}, "right_shift_logits=1 is not true or false"),
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+    (
+      {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}},
+      "rope_type='yarn'",
+    ),
+  ],
+)
+def test_what_is_not_computed_is_refused(change, words):
+  raw = config_json("tiny_a2d_qwen3") | {"mask_token_id": 197}
+  with pytest.raises(errors.UserError, match=words):
+    models.read_shape(raw | change)
+
+
+def test_the_shift_is_a_key_of_the_config():
+  raw = config_json("tiny_dream")
+  assert models.read_shape(raw).shift == 1
+  assert models.read_shape(raw | {"right_shift_logits": False}).shift == 0
+  qwen = config_json("tiny_a2d_qwen3") | {"mask_token_id": 197}
+  assert models.read_shape(qwen).shift == 0
+  assert models.read_shape(qwen | {"right_shift_logits": True}).shift == 1
+
+
+def test_rotary_base_where_newer_files_have_it():
+  raw = config_json("tiny_a2d_qwen3") | {"mask_token_id": 197}
+  theta = raw.pop("rope_theta")
+  newer = raw | {"rope_parameters": {"rope_theta": theta}}
+  assert models.read_shape(newer).rope_theta == 1e6
+  with pytest.raises(errors.UserError, match="rope_theta is missing"):
+    models.read_shape(raw)
+
+
+def test_heads_are_normalised_one_by_one():
+  shape, params = recordings.random_network(
+    model_type="a2d-qwen3", qk_norm=True, qkv_bias=False, embedding_size=37
+  )
+  assert params["layers"]["q_norm"]["scale"].shape == (2, 8)
+  network = transformer.bind(shape, params)
+  logits = jax.jit(network.logits)
+  tokens, length = np.arange(12)[None] % 37, np.array([12])
+  positions = np.arange(12)[None]
+  expected = logits(tokens, length, positions)
+  # A head's size is without effect on what is normalised; its scale is not.
+  larger = jax.tree.map(lambda x: x, params)
+  larger["layers"]["q"]["kernel"] = 7.0 * params["layers"]["q"]["kernel"]
+  found = jax.jit(transformer.bind(shape, larger).logits)
+  np.testing.assert_allclose(
+    found(tokens, length, positions), expected, rtol=1e-3, atol=1e-3
+  )
+  larger = jax.tree.map(lambda x: x, params)
+  scale = params["layers"]["q_norm"]["scale"]
+  larger["layers"]["q_norm"]["scale"] = 100.0 * scale
+  found = jax.jit(transformer.bind(shape, larger).logits)
+  assert np.abs(found(tokens, length, positions) - expected).max() > 1e-2
+  with pytest.raises(errors.UserError, match="qk_norm=True"):
+    models.FAMILIES["llada"].write(shape)
+
+
+@pytest.mark.parametrize(
+  "folder, rank",
+  [("tiny_a2d_qwen3", 0), ("tiny_dream", 4)],
+  indirect=["folder"],
+)
+def test_agrpo_trains_it_on_policy(folder, tmp_path, rank):
+  c = runs.varied(tmp_path)
+  c.model.path = str(folder)
+  c.model.tokenizer = ""
+  c.lora.rank = rank
+  c.train.num_steps = 2
+  runs.train(c)
+  log = [*metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl")]
+  assert any(record["grad_norm"] > 0 for record in log)
+  for record in log:
+    if record["grad_norm"]:
+      assert record["policy_ratio/max_deviation"] < 1e-4
