@@ -6,6 +6,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -13,9 +14,13 @@ from tokenizers import models as tokenizer_models
 
 from agrpo_jax import errors
 from agrpo_jax import models
+from agrpo_jax import types
 from agrpo_jax.models import transformer
 from agrpo_jax.port import model_folder
 from agrpo_jax.runs import metrics
+from agrpo_jax.samplers import host
+from agrpo_jax.samplers import rollout as rollout_lib
+from agrpo_jax.samplers import sampling as sampling_lib
 from fixtures import recordings
 from fixtures import runs
 
@@ -203,3 +208,53 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank):
   for record in log:
     if record["grad_norm"]:
       assert record["policy_ratio/max_deviation"] < 1e-4
+
+
+@pytest.mark.parametrize("case", ["b8", "cfg1", "shift"])
+def test_the_released_sampler_token_for_token(tmp_path, case):
+  """dllm's, of Tiny-A2D: LLaDA's own, where steps divide blocks evenly."""
+  with np.load(GOLDEN2 / f"mdlm_tiny_a2d_qwen3_greedy_{case}.npz") as file:
+    arrays = {key: file[key] for key in file.files}
+  meta = json.loads(str(arrays["meta"]))
+  s, special = meta["settings"], meta["special"]
+  path = tmp_path / "model"
+  shutil.copytree(GOLDEN2 / "ckpt" / meta["checkpoint"], path)
+  raw = config_json(meta["checkpoint"]) | {"mask_token_id": special["mask"]}
+  raw["right_shift_logits"] = s.get("right_shift_logits", False)
+  (path / "config.json").write_text(json.dumps(raw))
+  _, _, network = recordings.network_at(path)
+  draw = host.Draw(
+    sampling_lib.Sampling(
+      mask_id=special["mask"],
+      eos_id=special["eos"],
+      completion_length=meta["max_new_tokens"],
+      block_length=s["block_size"],
+      num_denoise_steps=s["steps"],
+      unmask_rule="confidence",
+      temperature=0.0,
+      confidence="model",
+      stop_at_eos=False,
+    ),
+    guidance=s.get("cfg_scale", 0.0),
+    batch_size=len(arrays["prompt_len"]),
+    num_slots=0,
+  )
+  length = arrays["prompt_len"]
+  prompts = types.Prompts(
+    tokens=jnp.asarray(arrays["prompt_ids"]),
+    length=jnp.asarray(length),
+    key=jax.random.split(jax.random.key(0), len(length)),
+  )
+  rollout = jax.jit(
+    lambda prompts: rollout_lib.sample_rollout(
+      network, prompts, draw.sampling, policy=draw.policy_for(draw.sampling)
+    )
+  )(prompts)
+  for row, start in enumerate(length):
+    own = slice(start, start + meta["max_new_tokens"])
+    np.testing.assert_array_equal(
+      rollout.completion[row], arrays["final_ids"][row, own]
+    )
+    np.testing.assert_array_equal(
+      rollout.unmask_step[row], arrays["fill_step"][row, own]
+    )
