@@ -2,8 +2,11 @@
 
     python -m agrpo_jax.main --config=configs/word_problems_tiny.py:dual
 
-Two CPU cores, minutes, nothing to download. The base model reads the stories
-and writes the solution's form; it calculates badly (configs/sft_reasoning.py).
+Two CPU cores, nothing to download. The base model reads the stories and writes
+the solution's form; it calculates badly (configs/sft_reasoning.py). This is a
+starting point and no tuned recipe: the one run made so far gained nothing
+(benchmarks/results/word_problems_tiny.md).
+
 `:dual` draws with Fast-dLLM's dual cache and scores every step through it.
 """
 
