@@ -65,6 +65,11 @@ CHIPS = {
   "a100": Chip(80e9, 312e12, 2.04e12, 3.0e11),
   "h100": Chip(80e9, 989e12, 3.35e12, 4.5e11),
   "h200": Chip(141e9, 989e12, 4.8e12, 4.5e11),
+  # Consumer and cloud cards; between several of them is PCIe.
+  "rtx4090": Chip(24e9, 165e12, 1.01e12, 3.2e10),
+  "l4": Chip(24e9, 121e12, 0.3e12, 3.2e10),
+  # It has no bfloat16: what it computes in float32.
+  "t4": Chip(16e9, 8.1e12, 0.32e12, 1.6e10),
 }
 
 

@@ -48,10 +48,72 @@ _LLADA_8B = base.Shape(
   eos_id=126081,
   pad_id=126081,
 )
+# The mask's id is the tokenizer's, and makes no difference to a plan.
+_A2D_QWEN3 = base.Shape(
+  model_type="a2d-qwen3",
+  vocab_size=151936,
+  embedding_size=151936,
+  num_layers=28,
+  width=1024,
+  num_heads=16,
+  num_kv_heads=8,
+  head_dim=128,
+  mlp_width=3072,
+  rope_theta=1e6,
+  norm_eps=1e-6,
+  qkv_bias=False,
+  qk_norm=True,
+  tied_head=True,
+  max_length=40960,
+  mask_id=151669,
+  eos_id=151645,
+  pad_id=151643,
+)
+_A2D_QWEN2 = base.Shape(
+  model_type="a2d-qwen2",
+  vocab_size=151936,
+  embedding_size=151936,
+  num_layers=24,
+  width=896,
+  num_heads=14,
+  num_kv_heads=2,
+  mlp_width=4864,
+  rope_theta=1e6,
+  norm_eps=1e-6,
+  qkv_bias=True,
+  tied_head=True,
+  max_length=32768,
+  mask_id=151665,
+  eos_id=151645,
+  pad_id=151643,
+)
+_DREAM_7B = base.Shape(
+  model_type="Dream",
+  vocab_size=152064,
+  embedding_size=152064,
+  num_layers=28,
+  width=3584,
+  num_heads=28,
+  num_kv_heads=4,
+  mlp_width=18944,
+  rope_theta=1e6,
+  norm_eps=1e-6,
+  qkv_bias=True,
+  tied_head=False,
+  max_length=131072,
+  mask_id=151666,
+  eos_id=151643,
+  pad_id=151643,
+  shift=1,
+)
 KNOWN = {
   "GSAI-ML/LLaDA-8B-Base": _LLADA_8B,
   "GSAI-ML/LLaDA-8B-Instruct": _LLADA_8B,
   "GSAI-ML/LLaDA-1.5": _LLADA_8B,
+  "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": _A2D_QWEN3,
+  "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": _A2D_QWEN2,
+  "Dream-org/Dream-v0-Base-7B": _DREAM_7B,
+  "Dream-org/Dream-v0-Instruct-7B": _DREAM_7B,
 }
 
 
@@ -119,9 +181,7 @@ def read_shape(source: base.Source) -> base.Shape:
   if source.path in KNOWN:
     return dataclasses.replace(
       KNOWN[source.path],
-      dtype=source.dtype,
-      remat=source.remat,
-      attention=source.attention,
+      **{name: getattr(source, name) for name in base.SWITCHES},
     )
   if pathlib.Path(source.path).expanduser().is_dir():
     return model_lib.load_shape(source)

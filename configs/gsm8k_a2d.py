@@ -1,0 +1,56 @@
+r"""AGRPO on GSM8K with Tiny-A2D, a chat model of 0.6 billion parameters.
+
+    python -m agrpo_jax.main --config=configs/gsm8k_a2d.py \
+      --config.workdir=runs/gsm8k_a2d
+
+Qwen3-0.6B made bidirectional. Adapters on a frozen bfloat16 base, for one GPU
+of 24 GB; `:t4` is for one that has 16 GB and no bfloat16. What they take is in
+docs/hardware.md: planned, not measured, and what they gain is not known.
+"""
+
+from agrpo_jax import config as config_lib
+
+_VARIANTS = ("", "t4")
+
+
+def get_config(variant: str = "") -> config_lib.ConfigDict:
+  if variant not in _VARIANTS:
+    raise ValueError(f"gsm8k_a2d.py:{variant} is not of t4")
+  c = config_lib.rl()
+  c.workdir = "runs/gsm8k_a2d"
+  c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
+  c.model.remat = "full"
+  c.lora.rank = 32
+  c.lora.alpha = 32.0
+  # All but the head, which is the table of embeddings.
+  c.lora.targets = ("q", "k", "v", "attn_out", "gate", "up", "down")
+  config_lib.use_task(c, "gsm8k", protocol="agrpo")
+  c.data.bucket = 128
+
+  c.rollout.num_prompts = 8
+  c.rollout.group_size = 8
+  c.rollout.batch_size = 64
+  c.rollout.completion_length = 256
+  c.rollout.block_length = 32
+  c.rollout.num_denoise_steps = 128
+  c.rollout.unmask_rule = "confidence"
+  c.rollout.temperature = 0.8
+  config_lib.use_cache(c, "dual")
+  c.objective.num_mc_blocks = 4  # of eight
+  c.objective.microbatch = 4  # blocks, of 16 steps each
+
+  c.optimizer.learning_rate = 3e-5
+  c.optimizer.warmup_steps = 10
+  c.train.num_steps = 400
+  c.train.checkpoint_every = 20
+  c.evaluate.every = 50
+  c.evaluate.num_examples = 256
+  c.evaluate.batch_size = 64
+  c.evaluate.confidence = "model"
+
+  if variant == "t4":
+    c.model.dtype = "float32"
+    c.rollout.num_prompts = 4
+    c.rollout.batch_size = c.evaluate.batch_size = 32
+    c.objective.microbatch = 1
+  return c
