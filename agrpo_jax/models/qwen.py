@@ -88,13 +88,18 @@ def _read(
   # A bias of the output projection too, which none of the families has.
   if raw.get("attention_bias"):
     found.append(f"attention_bias={raw['attention_bias']!r}: only False works")
-  for kind in raw.get("layer_types") or ():
-    if kind != "full_attention":
-      found.append(f"layer_types has {kind!r}: only 'full_attention' works")
-      break
+  kinds = raw.get("layer_types")
+  if kinds is not None and (
+    not isinstance(kinds, list)
+    or any(kind != "full_attention" for kind in kinds)
+  ):
+    found.append(f"layer_types={kinds!r}: only 'full_attention' works")
   values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
   # transformers 5 writes it there.
   rope = raw.get("rope_parameters") or {}
+  if not isinstance(rope, Mapping):
+    found.append(f"rope_parameters={rope!r} is not an object")
+    rope = {}
   if values["rope_theta"] is None:
     values["rope_theta"] = rope.get("rope_theta")
   if rope.get("rope_type", "default") != "default":

@@ -69,25 +69,22 @@ _A2D_QWEN3 = base.Shape(
   eos_id=151645,
   pad_id=151643,
 )
-_A2D_QWEN2 = base.Shape(
+_A2D_QWEN2 = dataclasses.replace(
+  _A2D_QWEN3,
   model_type="a2d-qwen2",
-  vocab_size=151936,
-  embedding_size=151936,
   num_layers=24,
   width=896,
   num_heads=14,
   num_kv_heads=2,
+  head_dim=64,
   mlp_width=4864,
-  rope_theta=1e6,
-  norm_eps=1e-6,
   qkv_bias=True,
-  tied_head=True,
+  qk_norm=False,
   max_length=32768,
   mask_id=151665,
-  eos_id=151645,
-  pad_id=151643,
 )
-_DREAM_7B = base.Shape(
+_DREAM_7B = dataclasses.replace(
+  _A2D_QWEN2,
   model_type="Dream",
   vocab_size=152064,
   embedding_size=152064,
@@ -95,15 +92,12 @@ _DREAM_7B = base.Shape(
   width=3584,
   num_heads=28,
   num_kv_heads=4,
+  head_dim=128,
   mlp_width=18944,
-  rope_theta=1e6,
-  norm_eps=1e-6,
-  qkv_bias=True,
   tied_head=False,
   max_length=131072,
   mask_id=151666,
   eos_id=151643,
-  pad_id=151643,
   shift=1,
 )
 KNOWN = {
