@@ -321,13 +321,17 @@ class Learner:
       visits: [U, B, Q, S, ...].
       advantage_B: float32 [B], or [B, num_blocks].
     """
-    is_asked_UxBxQxS = visits.weight > 0
-    if self.objective.skips_zero_advantage:
-      advantage_UxBxQ = jax.vmap(base.advantage_at, (None, 0))(
-        advantage_B, visits.block[..., 0]
-      )
-      is_asked_UxBxQxS &= (advantage_UxBxQ != 0)[..., None]
+    is_asked_UxBxQxS = jax.vmap(self._is_asked, (0, None))(visits, advantage_B)
     return is_asked_UxBxQxS.any(axis=-1).sum(), is_asked_UxBxQxS.sum()
+
+  def _is_asked(self, visits: base.Visits, advantage_B: jax.Array) -> jax.Array:
+    """bool [B, Q, S], which visits of an update can change the gradient."""
+    is_asked_BxQxS = visits.weight > 0
+    if self.objective.skips_zero_advantage:
+      # All states of a unit lie in one block.
+      advantage_BxQ = base.advantage_at(advantage_B, visits.block[..., 0])
+      is_asked_BxQxS &= (advantage_BxQ != 0)[..., None]
+    return is_asked_BxQxS
 
   def factors(
     self,
@@ -349,12 +353,8 @@ class Learner:
     num_states = visits.weight.shape[2]
     # A unit's states are cut off behind its last one that counts.
     state_S = jnp.arange(1, num_states + 1)
-    used_BxQ = jnp.where(visits.weight > 0, state_S, 0).max(axis=2)
-    if self.objective.skips_zero_advantage:
-      # All states of a unit lie in one block.
-      advantage_BxQ = base.advantage_at(advantage_B, visits.block[..., 0])
-      used_BxQ = jnp.where(advantage_BxQ != 0, used_BxQ, 0)
-    used_P = used_BxQ.reshape(-1)
+    is_asked_BxQxS = self._is_asked(visits, advantage_B)
+    used_P = jnp.where(is_asked_BxQxS, state_S, 0).max(axis=2).reshape(-1)
     # Active units first, so that loops may stop at the last of them: their
     # number is known on device only, and differs from step to step. Those with
     # the most states come first, and are run together.
