@@ -35,6 +35,9 @@ def _common(kind: str) -> ConfigDict:
   m.remat = "none"  # what the backward pass recomputes: none, dots, full
   m.attention = "auto"  # auto, xla, cudnn (GPU), splash (TPU)
   m.unroll = 1  # layers per iteration of the loop over them; more compile more
+  # Tokens per block of block-causal attention, where config.json does not tell
+  # (Tiny-A2D's bd3lm: 32); 0: as it says.
+  m.attention_block = 0
 
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters

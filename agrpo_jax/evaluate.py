@@ -36,7 +36,6 @@ from agrpo_jax.parallel import processes
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import checkpoint_named
-from agrpo_jax.samplers import host
 
 # Of a model, what its folder holds decides, whatever its path; how it is
 # computed is the command's business.
@@ -111,9 +110,7 @@ def measure(
   dataset = data.Dataset(examples, model.tokenizer, s.data.max_prompt_length)
   prompts = dataset.prompts[: s.evaluate.num_examples or None]
   model.check_draw(s.data.max_prompt_length, s.evaluate)
-  sampler = host.Sampler(
-    model.bind, s.evaluate, model.tokenizer, model.mesh, s.data.bucket
-  )
+  sampler = model.sampler(s.evaluate, s.data.bucket)
   asked = {**asked, "weights": fingerprint(model)}
   with records.start(output if processes.is_main() else "", asked) as kept:
     kept.done = processes.exchange(kept.done)[0]

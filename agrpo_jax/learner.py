@@ -101,9 +101,7 @@ class Learner:
       advantage_B = advantage_NxGxB.reshape(len(advantage_B), -1)
     batch_key, row_key = jax.random.split(key)
     key_B = noise_lib.row_keys(row_key, row_id_Bx2)
-    visits_UxBxQxS, drawn = objective.visits(
-      rollout, advantage_B, batch_key, key_B, self.sampling
-    )
+    visits_UxBxQxS, drawn = self.visits(rollout, advantage_B, batch_key, key_B)
     behaviour_UxBxQxSxF = None
     if objective.behaviour == "scored" and objective.updates_per_batch > 1:
       # Before the first update the policy is the behaviour policy; with a
@@ -157,7 +155,9 @@ class Learner:
       opt_state=opt_state, train_step=state.train_step + 1
     )
     num_units, num_visits = self.asked(visits_UxBxQxS, advantage_B)
-    carries_BxC = rollout.unmask_step < rollout.order_logprob.shape[1]
+    carries_BxC = (rollout.unmask_step >= 0) & (
+      rollout.unmask_step < rollout.order_logprob.shape[1]
+    )
     num_factors = jnp.maximum(terms.num_factors.sum(), 1)
     first = jax.tree.map(lambda x: x[0], terms)
     metrics = {
@@ -194,6 +194,31 @@ class Learner:
     if objective.has_reference:
       metrics["kl"] = terms.kl.sum() / num_factors
     return state, metrics | drawn
+
+  def visits(
+    self,
+    rollout: types.Rollout,
+    advantage_B: jax.Array,
+    batch_key: jax.Array,
+    key_B: jax.Array,
+  ) -> tuple[base.Visits, dict[str, jax.Array]]:
+    """Returns the visits [U, B, Q, S] of all updates; metrics of their draw.
+
+    Where a memory serves all blocks of a completion, so does a unit, unless
+    these differ in their advantages.
+    """
+    visits, drawn = self.objective.visits(
+      rollout, advantage_B, batch_key, key_B, self.sampling
+    )
+    if not self.policy.spans or advantage_B.ndim > 1:
+      return visits, drawn
+    visits = jax.tree.map(
+      lambda x: x.reshape(*x.shape[:2], 1, -1, *x.shape[4:]), visits
+    )
+    # A unit is run up to its last state that counts: those come first.
+    order = jnp.argsort(visits.weight <= 0, axis=-1, stable=True)
+    in_order = jax.vmap(jax.vmap(jax.vmap(lambda x_S, at: x_S[at])))
+    return jax.tree.map(lambda x: in_order(x, order), visits), drawn
 
   @property
   def restarts(self) -> base.Restarts | None:
@@ -358,7 +383,7 @@ class Learner:
     # Active units first, so that loops may stop at the last of them: their
     # number is known on device only, and differs from step to step. Those with
     # the most states come first, and are run together.
-    sizes = _sizes(num_states, self.sampling)
+    sizes = _sizes(num_states, self.sampling, self.policy)
     # Sizes descend: the last of those that hold all states of a unit. What is
     # idle stands behind all groups, and is in none.
     group_P = jnp.searchsorted(-jnp.asarray(sizes), -used_P, side="right")
@@ -397,6 +422,7 @@ class Learner:
     )
     memory = policy.open(
       network,
+      None,
       prompt,
       rows.prompt_length,
       jnp.where(
@@ -412,6 +438,7 @@ class Learner:
       prompt,
       rows.prompt_length,
       partial_PxSxC,
+      unit.block * self.sampling.block_length,
       unit.offset,
     )
 
@@ -534,12 +561,15 @@ class _Slice(NamedTuple):
   num_states: int
 
 
-def _sizes(num_states: int, sampling: sampling_lib.Sampling) -> list[int]:
+def _sizes(
+  num_states: int, sampling: sampling_lib.Sampling, policy: policies.Policy
+) -> list[int]:
   """Returns the numbers of states that units are run with, descending."""
   sizes = [num_states]
   # Under a schedule every block has all of its steps. Else it ends after few of
-  # those it may have, and running the rest would cost more than what is there.
-  if sampling.rule.schedule != "exact":
+  # those it may have, and running the rest would cost more than what is there;
+  # and completions have blocks of their own number.
+  if sampling.rule.schedule != "exact" or policy.spans:
     while sizes[-1] > 1:
       # Halves: few programs to compile, and less than twice the states needed.
       sizes.append(-(-sizes[-1] // 2))

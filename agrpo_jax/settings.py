@@ -150,7 +150,8 @@ class Rl(Run):
       mesh: rows are split over it.
 
     Raises:
-      UserError: a microbatch that does not divide over the mesh.
+      UserError: a microbatch that does not divide over the mesh, or an
+        objective that does not fit the sampler.
     """
     mesh_lib.check_rows(mesh, "config.objective.microbatch", self.microbatch)
     return learner_lib.Learner(
@@ -351,6 +352,7 @@ def _model(c: config_lib.ConfigDict, found: _Problems) -> dict:
   ):
     found.known(f"model.{name}", c.model[name], choices)
   found.at_least(1, "model", c.model, "unroll")
+  found.at_least(0, "model", c.model, "attention_block")
   for axis in mesh_lib.AXES:
     size = c.mesh[axis]
     found.want(

@@ -19,7 +19,6 @@ from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
-from agrpo_jax.samplers import host
 
 
 def train(s: settings_lib.Rl) -> None:
@@ -41,9 +40,7 @@ def train(s: settings_lib.Rl) -> None:
     tokenizer = model.tokenizer
     dataset = data.Dataset(examples, tokenizer, s.data.max_prompt_length)
     data.check_size(len(dataset), rollout.num_prompts, dataset.num_skipped)
-    sampler = host.Sampler(
-      model.bind, rollout, tokenizer, model.mesh, s.data.bucket
-    )
+    sampler = model.sampler(rollout, s.data.bucket)
     actor = actor_lib.Actor(sampler, tokenizer, grader)
     for draw in (rollout, s.evaluate):
       model.check_draw(s.data.max_prompt_length, draw)
@@ -51,9 +48,7 @@ def train(s: settings_lib.Rl) -> None:
     if s.evaluate.every:
       evaluated = data.load_dataset(s.task, s.data, tokenizer, s.evaluate.split)
       held_out = evaluated.prompts[: s.evaluate.num_examples or None]
-    evaluation_sampler = host.Sampler(
-      model.bind, s.evaluate, tokenizer, model.mesh, s.data.bucket
-    )
+    evaluation_sampler = model.sampler(s.evaluate, s.data.bucket)
     learner = s.make_learner(model.bind, tokenizer, model.mesh)
     reference = None
     if s.objective.has_reference and model.lora is None:

@@ -19,8 +19,8 @@ Tree = Any  # a pytree of arrays
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(tokens_BxL, length_B, positions_BxS) -> logits_BxSxV, float32.
 
-Attention is bidirectional over the first `length` tokens of each row; what
-stands after them is without effect. Logits exist only at the asked positions.
+A row has `length` tokens; what stands after them is without effect. Logits
+exist only at the asked positions.
 """
 
 TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -30,18 +30,28 @@ Of equal values the first come first, as `jax.lax.top_k` has it.
 """
 
 KeysValuesFn = Callable[[jax.Array, jax.Array], Tree]
-"""(tokens_BxL, length_B) -> keys and values of all layers, at all positions."""
+"""(tokens_BxL, length_B) -> keys and values of all layers, at all positions.
+
+Arrays [..., B, H, L, Dh].
+"""
 
 WindowLogitsFn = Callable[
   [Tree, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
 ]
-"""(shared, length_B, tokens_BxSxQ, start_B, positions_BxSxW) -> logits.
+"""(shared, length_B, tokens_BxSxQ, start_BxS, positions_BxSxW) -> logits.
 
-float32 [B, S, W, V]: logits of S states of each row, which differ in a window
-of Q positions from `start` on. Keys and values of the positions outside it are
-`shared`: a `KeysValuesFn` returned them, or they are those of the tokens [B, L]
-that stand there, computed layer by layer beside the windows. The positions are
-those of the row.
+float32 [B, S, W, V]: logits of S states of each row, each with a window of Q
+positions from its `start` on ([B, 1]: all of a row from the same). Keys and
+values of the positions outside it are `shared`: a `KeysValuesFn` returned them,
+or they are those of the tokens [B, L] that stand there, computed layer by layer
+beside the windows. The positions are those of the row.
+"""
+
+ExtendFn = Callable[[Tree, jax.Array, jax.Array, jax.Array], Tree]
+"""(shared, length_B, tokens_BxQ, start_B) -> shared, of other tokens there.
+
+Keys and values of a window of Q positions from `start` on are computed anew,
+with those of the other positions as they are.
 """
 
 
@@ -65,12 +75,14 @@ class Network(NamedTuple):
     keys_values: see `KeysValuesFn`; raises TypeError where the network has no
       windows.
     window_logits: see `WindowLogitsFn`; likewise.
+    extend: see `ExtendFn`; likewise.
   """
 
   logits: LogitsFn
   top_k: TopK = jax.lax.top_k
   keys_values: KeysValuesFn = _no_windows
   window_logits: WindowLogitsFn = _no_windows
+  extend: ExtendFn = _no_windows
 
 
 BindFn = Callable[[Tree, Tree | None], Network]
@@ -80,7 +92,8 @@ BindFn = Callable[[Tree, Tree | None], Network]
 class Start(flax.struct.PyTreeNode):
   """Where B completions are taken up: at a block, those before it as given.
 
-  What stands in the block and behind it is without effect.
+  What stands in the block and behind it is without effect, but for the tokens
+  of the prompt there (`Rollout`).
 
   Attributes:
     completion: int32 [B, C].
@@ -115,7 +128,10 @@ class Rollout(flax.struct.PyTreeNode):
   """B completions with all that scoring them again needs.
 
   A position that no denoising step unmasked (the completion ended before it)
-  holds the EOS id, and its `unmask_step` is K, later than every step. Of a
+  holds the EOS id, and its `unmask_step` is K, later than every step. Where
+  blocks are counted from the prompt's beginning, those last tokens of the
+  prompt that share a block with the completion stand at its beginning, and
+  their `unmask_step` is -1, before every step (`samplers.host`). Of a
   completion that was taken up (`Start`) nothing else is recorded of the blocks
   that were given.
 
@@ -124,7 +140,7 @@ class Rollout(flax.struct.PyTreeNode):
     prompt_length: int32 [B].
     completion: int32 [B, C].
     unmask_step: int32 [B, C], the denoising step that unmasked the position, K
-      where none did.
+      where none did, -1 where the prompt stands.
     logprob: float32 [B, C], log-probability of the token when it was drawn,
       under the behaviour policy, after temperature and support; 0 where none.
     entropy: float32 [B, C], in nats, of the distribution the token was drawn

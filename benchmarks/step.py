@@ -216,9 +216,7 @@ class Subject:
     )
     num_rows = preset.num_prompts * preset.group_size
     draw = host.Draw(self.sampling, 0.0, batch_size=num_rows, num_slots=0)
-    self.sampler = host.Sampler(
-      model.bind, draw, model.tokenizer, model.mesh, preset.prompt_length
-    )
+    self.sampler = model.sampler(draw, preset.prompt_length)
     learner = learner_lib.Learner(
       bind=model.bind,
       optimizer=optimizer.make(optimizer.Optimizer(learning_rate=1e-6)),

@@ -33,7 +33,6 @@ from agrpo_jax.grading import shares
 from agrpo_jax.objectives import base
 from agrpo_jax.objectives import vine_ppo
 from agrpo_jax.port import model as model_lib
-from agrpo_jax.samplers import host
 
 NUM_RESTARTS = (1, 2, 4, 8)
 Arm = tuple[str, int]  # target, or leave_one_out, and restarts a state
@@ -48,9 +47,7 @@ def gradients(
   dataset = data.load_dataset(s.task, s.data, tokenizer, "train")
   prompts = dataset.batch(0, s.rollout.num_prompts, s.seed)
   batch = data.Batch.of(prompts, s.rollout.group_size)
-  sampler = host.Sampler(
-    model.bind, s.rollout, tokenizer, model.mesh, s.data.bucket
-  )
+  sampler = model.sampler(s.rollout, s.data.bucket)
   objective = vine_ppo.VinePpo(step_rule="all")
   learner = dataclasses.replace(
     s.make_learner(model.bind, tokenizer, model.mesh), objective=objective

@@ -93,6 +93,8 @@ def rollout_of(completion, unmask_step, num_steps):
 
 
 class Tokenizer:
+  eos_id = 0
+
   def decode_batch(self, completion_BxC):
     return [json.dumps(row) for row in completion_BxC.tolist()]
 

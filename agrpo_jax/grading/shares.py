@@ -13,6 +13,7 @@ from agrpo_jax import types
 from agrpo_jax.grading import pool
 from agrpo_jax.models import tokens
 from agrpo_jax.parallel import processes
+from agrpo_jax.samplers import host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Pending:
   """A batch whose grading is under way.
 
   Attributes:
-    completion_BxC: int32 [B, C], on the host.
+    completion_BxC: int32 [B, C], what was drawn (`host.drawn`).
     texts: the B completions.
     own: grades of this process's rows, when they are done.
   """
@@ -45,7 +46,8 @@ def submit(
     tokenizer: ids -> text.
     grader: of the task.
   """
-  completion_BxC = processes.to_host(rollout.completion)[: len(batch)]
+  completion_BxC = host.drawn(rollout, processes.to_host, tokenizer.eos_id)
+  completion_BxC = completion_BxC[: len(batch)]
   fields = batch.fields
   texts = tokenizer.decode_batch(completion_BxC)
   own = processes.own_rows(len(texts)).tolist()

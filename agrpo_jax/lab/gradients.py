@@ -46,7 +46,6 @@ from agrpo_jax.objectives import base
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
 from agrpo_jax.port import model as model_lib
-from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
 
 EXACT = agrpo.Agrpo(step_rule="all")
@@ -156,9 +155,7 @@ def draw(s: settings_lib.Rl) -> Batch:
   mesh_lib.check_rows(mesh, "config.objective.microbatch", s.microbatch)
   # All in one call: it is one batch.
   whole = dataclasses.replace(s.rollout, batch_size=s.rollout.num_rows)
-  sampler = host.Sampler(
-    model.bind, whole, model.tokenizer, mesh, s.data.bucket
-  )
+  sampler = model.sampler(whole, s.data.bucket)
   prompts = dataset.batch(0, s.rollout.num_prompts, s.seed)
   batch = data.Batch.of(prompts, s.rollout.group_size)
   (rollout,) = sampler.sample(
@@ -195,13 +192,6 @@ def estimator(
   sampling, model = batch.sampling, batch.model
   advantage_B = objective.advantage(batch.reward_NxG).reshape(-1)
 
-  def visits_of(key: jax.Array, rollout: types.Rollout) -> base.Visits:
-    key_B = jax.random.split(key, len(advantage_B))
-    visits, _ = objective.visits(rollout, advantage_B, key, key_B, sampling)
-    return jax.tree.map(lambda x: x[0], visits)
-
-  weight = jax.eval_shape(visits_of, jax.random.key(0), batch.rollout).weight
-  shared = weight.shape[2]
   num_shards = mesh_lib.num_row_shards(model.mesh)
   learner = learner_lib.Learner(
     bind=model.bind,
@@ -209,9 +199,20 @@ def estimator(
     sampling=sampling,
     objective=objective,
     group_size=batch.reward_NxG.shape[1],
-    microbatch=max(1, batch.num_states // shared // num_shards) * num_shards,
+    microbatch=num_shards,
     policy=batch.policy,
     shard_rows=mesh_lib.shard_rows(model.mesh),
+  )
+
+  def visits_of(key: jax.Array, rollout: types.Rollout) -> base.Visits:
+    key_B = jax.random.split(key, len(advantage_B))
+    visits, _ = learner.visits(rollout, advantage_B, key, key_B)
+    return jax.tree.map(lambda x: x[0], visits)
+
+  weight = jax.eval_shape(visits_of, jax.random.key(0), batch.rollout).weight
+  units_at_once = batch.num_states // weight.shape[2] // num_shards
+  learner = dataclasses.replace(
+    learner, microbatch=max(1, units_at_once) * num_shards
   )
   state = types.TrainState(jnp.int32(0), model.params, model.lora, ())
 

@@ -105,9 +105,7 @@ class Adapter:
     self._num_draws = num_draws
     self._model = model_lib.load_trained(s.model, None, s.mesh.make(), "")
     self._tokenizer = self._model.tokenizer
-    self._sampler = host.Sampler(
-      self._model.bind, s.evaluate, self._tokenizer, self._model.mesh, bucket
-    )
+    self._sampler = self._model.sampler(s.evaluate, bucket)
     self._greedy = jax.jit(
       lambda params, pairs: match_greedy(
         self._model.bind(params, None), pairs, self._tokenizer.mask_id
@@ -180,7 +178,8 @@ class Adapter:
         row_id_Bx2[group],
       )
       rows = itertools.chain.from_iterable(
-        processes.to_host(rollout.completion).tolist() for rollout in drawn
+        host.drawn(rollout, processes.to_host, self._tokenizer.eos_id).tolist()
+        for rollout in drawn
       )
       # The last batch is filled up with repetitions.
       for at, ids in zip(group, rows, strict=False):

@@ -17,11 +17,15 @@ def family_of(shape: base.Shape) -> base.Family:
   return FAMILIES[shape.model_type]
 
 
-def read_shape(raw: Any, **switches: Any) -> base.Shape:
+def read_shape(
+  raw: Any, attention_block: int = 0, **switches: Any
+) -> base.Shape:
   """Reads the contents of a `config.json` of any family.
 
   Args:
     raw: the parsed file.
+    attention_block: of block-causal attention, in place of what the file says
+      or does not say; 0: the file's.
     **switches: `base.SWITCHES`; not stored in the file.
 
   Raises:
@@ -39,7 +43,15 @@ def read_shape(raw: Any, **switches: Any) -> base.Shape:
       f"families that can be loaded: {', '.join(sorted(FAMILIES))}. Use a "
       "checkpoint of one of these."
     )
-  return FAMILIES[model_type].read(raw, switches)
+  if attention_block:
+    raw = {**raw, base.BLOCK_KEY: attention_block}
+  shape = FAMILIES[model_type].read(raw, switches)
+  if attention_block not in (0, shape.attention_block):
+    raise errors.UserError(
+      f"config.model.attention_block={attention_block}: a model of type "
+      f"{model_type!r} attends to whole rows; set it to 0."
+    )
+  return shape
 
 
 def write_shape(shape: base.Shape) -> dict[str, Any]:

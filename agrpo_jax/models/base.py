@@ -13,7 +13,11 @@ from agrpo_jax import errors
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
+BLOCKS_FROM = ("start", "end")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
+
+# The key of config.json that tells `Shape.attention_block`.
+BLOCK_KEY = "block_size"
 
 # The fields of `Shape` that say how to compute, not what.
 SWITCHES = ("dtype", "remat", "attention", "unroll")
@@ -31,6 +35,8 @@ class Source:
     remat: see `Shape`.
     attention: see `Shape`.
     unroll: see `Shape`.
+    attention_block: see `Shape`, in place of what the model's folder says; 0:
+      as that says.
   """
 
   path: str
@@ -40,6 +46,7 @@ class Source:
   remat: str = "none"
   attention: str = "auto"
   unroll: int = 1
+  attention_block: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,13 @@ class Shape:
     qk_norm: whether queries and keys are normalised, head by head, before they
       are rotated.
     shift: the logits of the token at position i come from the output at
-      i - shift; 0 or 1.
+      i - shift; 0 or 1. The first position of a row, or of a block where
+      attention is block-causal, keeps its own.
+    attention_block: T of block-causal attention: a position attends to its own
+      block of T positions and to those before it; 0: to the whole row.
+    blocks_from: where these blocks are counted from: the "start" of the row
+      (position 0, the prompt included), or its "end", where the first one is
+      incomplete.
     dtype: of the matrix products and the residual stream: "float32" or
       "bfloat16" (sums, norms, softmax, RoPE and logits are float32 anyway).
     remat: what the forward pass keeps for the backward pass: "none" recomputes
@@ -103,6 +116,8 @@ class Shape:
   scale_logits: bool = False
   qk_norm: bool = False
   shift: int = 0
+  attention_block: int = 0
+  blocks_from: str = "start"
   dtype: str = "float32"
   remat: str = "none"
   attention: str = "auto"
@@ -159,7 +174,9 @@ class Family:
 
 
 # The least value of a whole number; 1 for the others.
-_LEAST = {"mask_id": 0, "eos_id": 0, "pad_id": 0, "head_dim": 0, "shift": 0}
+_LEAST = dict.fromkeys(
+  ("mask_id", "eos_id", "pad_id", "head_dim", "shift", "attention_block"), 0
+)
 
 
 def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
@@ -196,6 +213,7 @@ def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
       found.append(f"{label}={value!r} is not a number > 0")
   for name, choices in (
     ("shift", (0, 1)),
+    ("blocks_from", BLOCKS_FROM),
     ("dtype", DTYPES),
     ("remat", REMAT),
     ("attention", ATTENTION),

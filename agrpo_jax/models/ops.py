@@ -149,38 +149,47 @@ def attend(
   q_BxSxHxDh: jax.Array,
   k_BxLxHxDh: jax.Array,
   v_BxLxHxDh: jax.Array,
-  length_B: jax.Array,
+  seen_BxS: jax.Array,
   implementation: str = "xla",
   rows: mesh_lib.NamedSharding | None = None,
 ) -> jax.Array:
-  """softmax(q k / sqrt(Dh)) v over the first `length` keys of each row.
+  """softmax(q k / sqrt(Dh)) v over the first `seen` keys of each row.
 
   k and v may have fewer heads than q; then consecutive heads of q share one.
 
   Args:
+    q_BxSxHxDh: queries.
+    k_BxLxHxDh: keys.
+    v_BxLxHxDh: values.
+    seen_BxS: int32, how many keys each query sees; [B, 1]: each of a row's.
     implementation: "xla", "cudnn" (GPU only, not float32), or "splash" (TPU
-      only).
+      only, where all queries of a row see the same).
     rows: how the rows are split over devices, None for one device.
   """
   keys, groups = k_BxLxHxDh.shape[1:3]
-  is_key_BxL = jnp.arange(keys)[None] < length_B[:, None]
+  is_key_BxSxL = jnp.arange(keys)[None, None] < seen_BxS[..., None]
   if implementation == "splash":
-    return _splash(rows)(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, is_key_BxL)
+    return _splash(rows)(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, is_key_BxSxL[:, 0])
   if implementation == "cudnn":
-    return jax.nn.dot_product_attention(
+    kernel = functools.partial(
+      jax.nn.dot_product_attention,
       q_BxSxHxDh,
       k_BxLxHxDh,
       v_BxLxHxDh,
-      key_value_seq_lengths=length_B,
       implementation="cudnn",
     )
+    if seen_BxS.shape[1] == 1:
+      return kernel(key_value_seq_lengths=seen_BxS[:, 0])
+    # A bias [B, 1, S, L] in memory, which lengths alone do without.
+    return kernel(mask=is_key_BxSxL[:, None])
   num_rows, queries, heads, size = q_BxSxHxDh.shape
   # Queries that share keys become further queries of one head.
   q = q_BxSxHxDh.reshape(num_rows, queries, groups, heads // groups, size)
   q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, size)
   k, v = heads_first(k_BxLxHxDh), heads_first(v_BxLxHxDh)
-  bias = jnp.where(is_key_BxL, 0.0, _NEVER)
-  mixed = _attend(q, k, v, bias[:, None, None, :])
+  if seen_BxS.shape[1] > 1:
+    is_key_BxSxL = jnp.tile(is_key_BxSxL, (1, heads // groups, 1))
+  mixed = _attend(q, k, v, jnp.where(is_key_BxSxL, 0.0, _NEVER)[:, None])
   mixed = mixed.reshape(num_rows, groups, heads // groups, queries, size)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(num_rows, queries, heads, size)
 
@@ -236,16 +245,16 @@ def attend_windows(
   v_BxSxQxHxDh: jax.Array,
   shared_k_BxHxLxDh: jax.Array,
   shared_v_BxHxLxDh: jax.Array,
-  start_B: jax.Array,
-  length_B: jax.Array,
+  start_BxS: jax.Array,
+  seen_BxS: jax.Array,
   implementation: str = "xla",
   rows: mesh_lib.NamedSharding | None = None,
 ) -> jax.Array:
   """Attention of windows whose rows' other keys and values are shared.
 
-  S states of a row differ in a window of Q positions from `start` on. A query
+  Each of S states of a row has a window of Q positions from `start` on. A query
   of a state attends to that state's own keys within the window, and to the
-  row's shared ones everywhere else, up to its length: one softmax over both.
+  row's shared ones everywhere else, up to what it sees: one softmax over both.
   A kernel is given the two side by side; XLA's attention copies nothing for it.
 
   Args:
@@ -254,9 +263,11 @@ def attend_windows(
     v_BxSxQxHxDh: the windows' own values.
     shared_k_BxHxLxDh: keys of whole rows, see `heads_first`.
     shared_v_BxHxLxDh: their values.
-    start_B: int32, the first position of a row's window.
-    length_B: int32, tokens of each row before its padding.
-    implementation: see `attend`.
+    start_BxS: int32, the first position of each state's window; [B, 1]: that of
+      all windows of a row.
+    seen_BxS: int32, how many positions of the row each state sees, itself
+      among them; likewise.
+    implementation: see `attend`; a kernel needs one `start` and `seen` a row.
     rows: see `attend`.
 
   Returns:
@@ -264,29 +275,37 @@ def attend_windows(
   """
   num_rows, states, queries, heads, size = q_BxSxWxHxDh.shape
   window, groups = k_BxSxQxHxDh.shape[2:4]
-  position_BxL = jnp.arange(shared_k_BxHxLxDh.shape[2])[None]
-  own_BxQ = start_B[:, None] + jnp.arange(window)[None]
+  start_BxSx1, seen_BxSx1 = start_BxS[..., None], seen_BxS[..., None]
+  position_L = jnp.arange(shared_k_BxHxLxDh.shape[2])[None, None]
   # There the shared keys are those of another state than the windows'.
-  is_own_BxL = (position_BxL >= start_B[:, None]) & (
-    position_BxL < start_B[:, None] + window
+  is_own_BxSxL = (position_L >= start_BxSx1) & (
+    position_L < start_BxSx1 + window
   )
-  is_shared_BxL = (position_BxL < length_B[:, None]) & ~is_own_BxL
+  is_shared_BxSxL = (position_L < seen_BxSx1) & ~is_own_BxSxL
   # A window may reach beyond its row; what stands there is padding.
-  is_key_BxQ = own_BxQ < length_B[:, None]
+  is_key_BxSxQ = start_BxSx1 + jnp.arange(window)[None, None] < seen_BxSx1
   if implementation != "xla":
     mixed = _attend_side_by_side(
       q_BxSxWxHxDh.reshape(num_rows, -1, heads, size),
       (_heads_last(shared_k_BxHxLxDh), k_BxSxQxHxDh),
       (_heads_last(shared_v_BxHxLxDh), v_BxSxQxHxDh),
       jnp.concatenate(
-        [is_shared_BxL, jnp.tile(is_key_BxQ, (1, states))], axis=1
+        [is_shared_BxSxL[:, 0], jnp.tile(is_key_BxSxQ[:, 0], (1, states))],
+        axis=1,
       ),
       implementation,
       rows,
     )
     return mixed.reshape(q_BxSxWxHxDh.shape)
-  bias_shared = jnp.where(is_shared_BxL, 0.0, _NEVER)[:, None, None, :]
-  bias_own = jnp.where(is_key_BxQ, 0.0, _NEVER)[:, None, None, :]
+  bias_shared, bias_own = (
+    jnp.where(is_key, 0.0, _NEVER) for is_key in (is_shared_BxSxL, is_key_BxSxQ)
+  )
+  if is_shared_BxSxL.shape[1] > 1:
+    # As the queries lie: of shared keys all are those of one head.
+    bias_shared = jnp.repeat(bias_shared, queries * heads // groups, axis=1)
+    bias_own = jnp.tile(bias_own, (1, groups, 1))
+  bias_shared = bias_shared[:, None]
+  bias_own = bias_own[:, :, None]
   # A head's queries side by side, those of one state together: against shared
   # keys all of them are queries of one head, against their own those of one
   # state are.
@@ -345,7 +364,7 @@ def _attend_side_by_side(q, keys, values, is_key, implementation, rows):
 
 @jax.custom_vjp
 def _attend(q, k, v, bias):
-  """q [B, H, S, Dh], k and v [B, H, L, Dh], bias [B, 1, 1, L]."""
+  """q [B, H, S, Dh], k and v [B, H, L, Dh], bias [B, 1, 1 or S, L]."""
   return _attend_fwd(q, k, v, bias)[0]
 
 
@@ -400,8 +419,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _attend_both(q, k, v, bias, shared_k, shared_v, shared_bias):
   """Attention to own keys and to shared ones, S states per head.
 
-  q [B, H * S, W, Dh], k and v [B, H * S, Q, Dh], bias [B, 1, 1, Q],
-  shared_k and shared_v [B, H, L, Dh], shared_bias [B, 1, 1, L].
+  q [B, H * S, W, Dh], k and v [B, H * S, Q, Dh], bias [B, 1 or H * S, 1, Q],
+  shared_k and shared_v [B, H, L, Dh], shared_bias [B, 1, 1 or S * W, L].
   """
   return _attend_both_fwd(q, k, v, bias, shared_k, shared_v, shared_bias)[0]
 

@@ -1,10 +1,13 @@
-"""Families made of Qwen: Tiny-A2D (of Qwen3 and of Qwen2.5), and Dream.
+"""Families made of Qwen: Tiny-A2D (of Qwen3 and of Qwen2.5), SDAR, and Dream.
 
 They name their tensors alike. Qwen3's queries and keys are normalised head by
 head, Qwen2.5's projections of queries, keys and values have biases. Attention
-sees the whole sequence. Dream's outputs predict the next position, as those of
-the causal model that it was made of; that is a key of config.json here
-(`right_shift_logits`), since other models call themselves Dream and do not.
+sees the whole sequence, or is block-causal: in SDAR, whose blocks are counted
+from position 0, and in the Tiny-A2D that were trained so (bd3lm), whose blocks
+end where the completion begins; their config.json does not tell. Dream's
+outputs predict the next position, as those of the causal model that it was made
+of; that is a key of config.json here (`right_shift_logits`), since other models
+call themselves Dream and do not.
 
 The ids of special tokens stand in config.json, or with the tokenizer
 (`port.model_folder`).
@@ -30,6 +33,7 @@ _KEYS = {
   "norm_eps": "rms_norm_eps",
   "tied_head": "tie_word_embeddings",
   "max_length": "max_position_embeddings",
+  "attention_block": base.BLOCK_KEY,
   "mask_id": "mask_token_id",
   "eos_id": "eos_token_id",
   "pad_id": "pad_token_id",
@@ -66,12 +70,16 @@ _OUTSIDE = {
 }
 
 # What a family's members have in common, and the class that computes them.
-_A2D_QWEN2 = dict(qkv_bias=True, qk_norm=False, shift=0)
-_A2D_QWEN3 = dict(qkv_bias=False, qk_norm=True, shift=0)
-_DREAM = dict(qkv_bias=True, qk_norm=False, shift=1)
+_A2D_QWEN2 = dict(qkv_bias=True, qk_norm=False, shift=0, blocks_from="end")
+_A2D_QWEN3 = dict(qkv_bias=False, qk_norm=True, shift=0, blocks_from="end")
+_DREAM = dict(qkv_bias=True, qk_norm=False, shift=1, blocks_from="start")
+_SDAR = dict(qkv_bias=False, qk_norm=True, shift=0, blocks_from="start")
 # What transformers takes for a key that is absent; 0: width / num_heads.
-_HEAD_DIM = {"a2d-qwen2": 0, "a2d-qwen3": 128, "Dream": 0}
+_HEAD_DIM = {"a2d-qwen2": 0, "a2d-qwen3": 128, "Dream": 0, "sdar": 128}
+# Of SDAR as released; the others attend to the whole row.
+_BLOCK = {"sdar": 4}
 _ARCHITECTURES = {
+  "sdar": "SDARForCausalLM",
   "a2d-qwen2": "A2DQwen2LMHeadModel",
   "a2d-qwen3": "A2DQwen3LMHeadModel",
   "Dream": "DreamModel",
@@ -109,6 +117,7 @@ def _read(
     ("norm_eps", 1e-6),
     ("tied_head", False),
     ("pad_id", values["eos_id"]),
+    ("attention_block", _BLOCK.get(model_type, 0)),
   ):
     if values[name] is None:
       values[name] = absent
@@ -117,6 +126,8 @@ def _read(
     for name, value in values.items()
     if value is None
   ]
+  if model_type in _BLOCK and values["attention_block"] == 0:
+    found.append(f"{base.BLOCK_KEY}=0 is not a number of tokens")
   shift = raw.get(_SHIFT, bool(usual["shift"]))
   if not isinstance(shift, bool):
     found.append(f"{_SHIFT}={shift!r} is not true or false")
@@ -135,6 +146,7 @@ def _write(usual: Mapping[str, Any], shape: base.Shape) -> dict[str, Any]:
     "qk_norm": usual["qk_norm"],
     "scale_logits": False,
     "embedding_size": shape.vocab_size,
+    "blocks_from": usual["blocks_from"],
   }
   wrong = [
     f"{name}={getattr(shape, name)!r}"
@@ -160,6 +172,8 @@ def _write(usual: Mapping[str, Any], shape: base.Shape) -> dict[str, Any]:
   }
   if usual["qk_norm"]:
     raw["attention_bias"] = False
+  if not shape.attention_block:
+    del raw[base.BLOCK_KEY]
   return dict(sorted(raw.items()))
 
 
@@ -180,5 +194,6 @@ FAMILIES = {
     ("a2d-qwen2", _A2D_QWEN2),
     ("a2d-qwen3", _A2D_QWEN3),
     ("Dream", _DREAM),
+    ("sdar", _SDAR),
   )
 }

@@ -1,7 +1,8 @@
-"""One transformer in Flax, whose attention sees the whole sequence.
+"""One transformer in Flax, whose attention is not causal.
 
 Rows are laid out [prompt | completion | padding] with a length each; every
-position attends to the first `length` positions, so padding and batch mates
+position attends to the first `length` positions, or, where attention is
+block-causal, to those up to the end of its block; so padding and batch mates
 change nothing. `hidden` and `unembed` are apart, and both work only at given
 positions: logits of a whole sequence are never formed, and the last layer
 computes queries and MLP only where a result is asked for.
@@ -114,20 +115,23 @@ class Pass(flax.struct.PyTreeNode):
   """What is the same for all layers of one pass over N tokens per row.
 
   Attributes:
-    length_B: int32, tokens of each row before its padding.
+    seen_BxN: int32, how many positions of its row each token attends to;
+      [B, 1]: each token of a row.
     cos: float32 [1 or B, N, 1, Dh / 2], rotary embedding of the N tokens.
     sin: likewise.
-    start_B: int32, where each row's window begins; None if there is none.
+    start_BxS: int32, where each state's window begins; [B, 1]: all windows of a
+      row; None if there is none.
     num_row_tokens: how many of the N tokens are whole rows; they come first,
       the windows follow.
     num_states: S, windows per row.
-    keeps: whether each layer returns the keys and values of the rows.
+    keeps: whether each layer returns the keys and values that it computed, of
+      rows or of windows.
   """
 
-  length_B: jax.Array
+  seen_BxN: jax.Array
   cos: jax.Array
   sin: jax.Array
-  start_B: jax.Array | None = None
+  start_BxS: jax.Array | None = None
   num_row_tokens: int = flax.struct.field(pytree_node=False, default=0)
   num_states: int = flax.struct.field(pytree_node=False, default=0)
   keeps: bool = flax.struct.field(pytree_node=False, default=False)
@@ -197,6 +201,9 @@ class Layer(nn.Module):
           )
           for one in (cos, sin)
         )
+        if of.seen_BxN.shape[1] > 1:
+          seen_BxW = jnp.take_along_axis(of.seen_BxN, wanted_BxW, axis=1)
+          of = of.replace(seen_BxN=seen_BxW)
       q = rotated("q", normed, cos, sin)
       mixed = self._attend(q, k, v, shared, of)
       mixed = mixed.reshape(*mixed.shape[:2], -1)
@@ -222,9 +229,8 @@ class Layer(nn.Module):
     """Attention of the queries of rows, of windows, or of both in turn."""
     size = of.num_row_tokens
     row_k, row_v = k[:, :size], v[:, :size]
-    if of.start_B is None:
-      how = _attention(self.shape, q.shape[1], self.rows)
-      return ops.attend(q, row_k, row_v, of.length_B, how, self.rows)
+    if of.start_BxS is None:
+      return self._attend_rows(q, row_k, row_v, of.seen_BxN)
     if shared is None:
       shared = ops.heads_first(row_k), ops.heads_first(row_v)
     # The last layer is asked for positions of windows alone.
@@ -233,24 +239,37 @@ class Layer(nn.Module):
     def by_state(x: jax.Array) -> jax.Array:
       return x.reshape(x.shape[0], of.num_states, -1, *x.shape[2:])
 
+    row_seen = seen_BxS = of.seen_BxN
+    if seen_BxS.shape[1] > 1:
+      # The tokens of a window see alike.
+      row_seen = seen_BxS[:, :row_queries]
+      seen_BxS = by_state(seen_BxS[:, row_queries:])[:, :, 0]
     mixed = ops.attend_windows(
       by_state(q[:, row_queries:]),
       by_state(k[:, size:]),
       by_state(v[:, size:]),
       *shared,
-      of.start_B,
-      of.length_B,
-      _attention(self.shape, q.shape[1] - row_queries, self.rows),
+      of.start_BxS,
+      seen_BxS,
+      _attention(
+        self.shape,
+        q.shape[1] - row_queries,
+        self.rows,
+        seen_BxS.shape[1] == 1,
+      ),
       self.rows,
     )
     mixed = mixed.reshape(q.shape[0], -1, *q.shape[2:])
     if row_queries:
-      how = _attention(self.shape, row_queries, self.rows)
-      of_rows = ops.attend(
-        q[:, :size], row_k, row_v, of.length_B, how, self.rows
-      )
+      of_rows = self._attend_rows(q[:, :size], row_k, row_v, row_seen)
       mixed = jnp.concatenate([of_rows, mixed], axis=1)
     return mixed
+
+  def _attend_rows(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
+  ) -> jax.Array:
+    how = _attention(self.shape, q.shape[1], self.rows, seen.shape[1] == 1)
+    return ops.attend(q, k, v, seen, how, self.rows)
 
 
 def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
@@ -261,8 +280,12 @@ def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
 
 
 def _attention(
-  shape: base.Shape, num_queries: int, rows: mesh_lib.NamedSharding | None
+  shape: base.Shape,
+  num_queries: int,
+  rows: mesh_lib.NamedSharding | None,
+  sees_alike: bool = True,
 ) -> str:
+  """Which implementation; whether all queries of a row see the same tells."""
   if shape.attention != "auto":
     return shape.attention
   if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
@@ -270,7 +293,7 @@ def _attention(
   # A plan compiles for devices that are not those of the backend.
   platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
   found = ops.splash_problem(shape.num_kv_heads, shape.head_dim, rows)
-  if platform == "tpu" and found:
+  if platform == "tpu" and (found or not sees_alike):
     return "xla"
   return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 
@@ -333,8 +356,7 @@ class Transformer(nn.Module):
     """The normalised output that predicts the positions, [B, S, D].
 
     It is the last layer's at the positions themselves, or one before where the
-    network's logits are shifted; position 0 has none before it, and keeps its
-    own.
+    network's logits are shifted (`base.Shape.shift`).
 
     Args:
       tokens_BxL: int, rows [prompt | completion | padding].
@@ -342,10 +364,9 @@ class Transformer(nn.Module):
       positions_BxS: int32, the positions to predict; may repeat.
     """
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
-    if self.shape.shift:
-      positions_BxS = jnp.maximum(positions_BxS - self.shape.shift, 0)
     of = self._row_pass(tokens_BxL, length_B)
-    return self._run(tokens_BxL, None, of, positions_BxS)[0]
+    wanted_BxS = self._predicting(positions_BxS, length_B)
+    return self._run(tokens_BxL, None, of, wanted_BxS)[0]
 
   def keys_values(
     self, tokens_BxL: jax.Array, length_B: jax.Array
@@ -364,15 +385,49 @@ class Transformer(nn.Module):
     # The last layer's output is thrown away, and so not computed.
     return self._run(tokens_BxL, None, of, jnp.zeros_like(length_B)[:, None])[1]
 
+  def extend(
+    self,
+    shared: types.Tree,
+    length_B: jax.Array,
+    tokens_BxQ: jax.Array,
+    start_B: jax.Array,
+  ) -> types.Tree:
+    """Returns `shared` with the keys and values of a window computed anew.
+
+    Args:
+      shared: what `keys_values` or `extend` returned.
+      length_B: as in `hidden`.
+      tokens_BxQ: int, what stands in each row's window, which ends in the row.
+      start_B: int32, the first position of each row's window.
+    """
+    of, tokens_BxN = self._window_pass(
+      shared, length_B, tokens_BxQ[:, None], start_B[:, None]
+    )
+    # As in `keys_values`, what the last layer puts out is thrown away.
+    wanted_Bx1 = jnp.zeros_like(start_B)[:, None]
+    new = self._run(tokens_BxN, shared, of.replace(keeps=True), wanted_Bx1)[1]
+
+    def write(old_BxHxLxDh: jax.Array, new_BxHxQxDh: jax.Array) -> jax.Array:
+      return jax.vmap(
+        lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(
+          old, new, at, axis=1
+        )
+      )(old_BxHxLxDh, new_BxHxQxDh, start_B)
+
+    return (
+      jax.tree.map(jax.vmap(write), shared[0], new[0]),
+      jax.tree.map(write, shared[1], new[1]),
+    )
+
   def window_hidden(
     self,
     shared: types.Tree,
     length_B: jax.Array,
     tokens_BxSxQ: jax.Array,
-    start_B: jax.Array,
+    start_BxS: jax.Array,
     positions_BxSxW: jax.Array,
   ) -> jax.Array:
-    """As `hidden`, of S states of each row that differ in a window of Q.
+    """As `hidden`, of S states of each row, each with a window of Q of its own.
 
     Args:
       shared: what `keys_values` returned for the state whose keys and values
@@ -380,33 +435,60 @@ class Transformer(nn.Module):
         then go through the layers beside the windows.
       length_B: as in `hidden`.
       tokens_BxSxQ: int, the windows; what is at or behind `length` is padding.
-      start_B: int32, the position at which each row's windows begin.
+      start_BxS: int32, the position at which each window begins; [B, 1]: all
+        windows of a row. Where attention is block-causal a window is a block.
       positions_BxSxW: int32, positions of the rows, within the windows.
 
     Returns:
       [B, S, W, D].
     """
     num_states, num_positions = positions_BxSxW.shape[1:]
+    has_rows = isinstance(shared, jax.Array)
+    of, tokens_BxN = self._window_pass(
+      shared, length_B, tokens_BxSxQ, start_BxS
+    )
+    # Where the positions are among the N tokens: the row, if it is part of the
+    # pass, then its windows side by side.
+    wanted_BxSxW = self._predicting(
+      positions_BxSxW.reshape(len(length_B), -1), length_B
+    ).reshape(positions_BxSxW.shape)
+    wanted_BxSxW -= start_BxS[:, :, None]
     size = tokens_BxSxQ.shape[2]
-    tokens = tokens_BxSxQ.reshape(tokens_BxSxQ.shape[0], -1)
+    wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
+    wanted_BxSxW += of.num_row_tokens
+    hidden, _ = self._run(
+      tokens_BxN,
+      None if has_rows else shared,
+      of,
+      wanted_BxSxW.reshape(-1, num_states * num_positions),
+    )
+    return hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
+
+  def _window_pass(
+    self,
+    shared: types.Tree,
+    length_B: jax.Array,
+    tokens_BxSxQ: jax.Array,
+    start_BxS: jax.Array,
+  ) -> tuple[Pass, jax.Array]:
+    """The pass, and its N tokens: the row, if it is part of it, and windows."""
+    num_rows, num_states, size = tokens_BxSxQ.shape
+    tokens = tokens_BxSxQ.reshape(num_rows, -1)
     has_rows = isinstance(shared, jax.Array)
     # The last layer's keys tell, since a network of one layer has no others.
     length = shared.shape[1] if has_rows else shared[1][0].shape[2]
     # A window that reaches beyond the row ends in padding, for which any
     # rotation will do.
-    position_BxQ = jnp.minimum(
-      start_B[:, None] + jnp.arange(size)[None], length - 1
+    position_BxSxQ = jnp.minimum(
+      start_BxS[..., None] + jnp.arange(size)[None, None], length - 1
     )
-    position_BxN = jnp.tile(position_BxQ, (1, num_states))
-    # Where the positions are among the N tokens: the row, if it is part of the
-    # pass, then its windows side by side.
-    wanted_BxSxW = positions_BxSxW - start_B[:, None, None]
-    wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
+    position_BxN = jnp.broadcast_to(position_BxSxQ, tokens_BxSxQ.shape).reshape(
+      num_rows, -1
+    )
     if has_rows:
       tokens = jnp.concatenate([shared, tokens], axis=1)
       row_BxL = jnp.broadcast_to(jnp.arange(length)[None], shared.shape)
       position_BxN = jnp.concatenate([row_BxL, position_BxN], axis=1)
-      wanted_BxSxW += length
     cos, sin = (
       # Shared keys were rotated by positions in the row; windows must be too.
       one[position_BxN][:, :, None]
@@ -415,20 +497,14 @@ class Transformer(nn.Module):
       )
     )
     of = Pass(
-      length_B,
+      self._seen(position_BxN, length_B),
       cos,
       sin,
-      start_B,
+      start_BxS,
       num_row_tokens=length if has_rows else 0,
       num_states=num_states,
     )
-    hidden, _ = self._run(
-      tokens,
-      None if has_rows else shared,
-      of,
-      wanted_BxSxW.reshape(-1, num_states * num_positions),
-    )
-    return hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
+    return of, tokens
 
   def _row_pass(self, tokens_BxL: jax.Array, length_B: jax.Array) -> Pass:
     cos, sin = (
@@ -437,7 +513,44 @@ class Transformer(nn.Module):
         self.shape.head_dim, self.shape.rope_theta, tokens_BxL.shape[1]
       )
     )
-    return Pass(length_B, cos, sin, num_row_tokens=tokens_BxL.shape[1])
+    position_BxL = jnp.broadcast_to(
+      jnp.arange(tokens_BxL.shape[1])[None], tokens_BxL.shape
+    )
+    return Pass(
+      self._seen(position_BxL, length_B),
+      cos,
+      sin,
+      num_row_tokens=tokens_BxL.shape[1],
+    )
+
+  def _seen(self, position_BxN: jax.Array, length_B: jax.Array) -> jax.Array:
+    """int32 [B, N or 1], how many positions of its row each token sees."""
+    size = self.shape.attention_block
+    if not size:
+      return length_B[:, None]
+    end_BxN = self._block_start(position_BxN, length_B) + size
+    return jnp.minimum(end_BxN, length_B[:, None])
+
+  def _predicting(
+    self, position_BxN: jax.Array, length_B: jax.Array
+  ) -> jax.Array:
+    """int32 [B, N], the positions whose output predicts the given ones."""
+    if not self.shape.shift:
+      return position_BxN
+    first = jnp.zeros_like(position_BxN)
+    if self.shape.attention_block:
+      first = self._block_start(position_BxN, length_B)
+    return jnp.maximum(position_BxN - self.shape.shift, jnp.maximum(first, 0))
+
+  def _block_start(
+    self, position_BxN: jax.Array, length_B: jax.Array
+  ) -> jax.Array:
+    """int32 [B, N], where the block of each position begins."""
+    size = self.shape.attention_block
+    # Blocks that are counted from the end leave the incomplete one in front,
+    # which would begin before the row.
+    offset = length_B[:, None] % size if self.shape.blocks_from == "end" else 0
+    return (position_BxN - offset) // size * size + offset
 
   def _run(
     self,
@@ -483,12 +596,12 @@ class Transformer(nn.Module):
     shared: types.Tree,
     length_B: jax.Array,
     tokens_BxSxQ: jax.Array,
-    start_B: jax.Array,
+    start_BxS: jax.Array,
     positions_BxSxW: jax.Array,
   ) -> jax.Array:
     return self.unembed(
       self.window_hidden(
-        shared, length_B, tokens_BxSxQ, start_B, positions_BxSxW
+        shared, length_B, tokens_BxSxQ, start_BxS, positions_BxSxW
       )
     )
 
@@ -555,7 +668,7 @@ def bind(
     shared: types.Tree,
     length_B: jax.Array,
     tokens_BxSxQ: jax.Array,
-    start_B: jax.Array,
+    start_BxS: jax.Array,
     positions_BxSxW: jax.Array,
   ) -> jax.Array:
     logits_BxSxWxE = run(
@@ -563,15 +676,23 @@ def bind(
       shared,
       length_B,
       tokens_BxSxQ,
-      start_B,
+      start_BxS,
       positions_BxSxW,
     )
     return logits_BxSxWxE[..., : shape.vocab_size]
 
-  if shape.shift:
+  def extend(
+    shared: types.Tree,
+    length_B: jax.Array,
+    tokens_BxQ: jax.Array,
+    start_B: jax.Array,
+  ) -> types.Tree:
+    return run(Transformer.extend, shared, length_B, tokens_BxQ, start_B)
+
+  if shape.shift and not shape.attention_block:
     # The logits of a window's first position come from before the window.
     return types.Network(logits, top_k)
-  return types.Network(logits, top_k, keys_values, window_logits)
+  return types.Network(logits, top_k, keys_values, window_logits, extend)
 
 
 def forward_flops(
@@ -594,7 +715,11 @@ def forward_flops(
   heads = shape.num_heads * shape.head_dim
   keys_values = 2 * width * kv
   per_query = 2 * width * heads + 3 * width * shape.mlp_width
-  attention = 2 * length * heads
+  # Where attention is block-causal, half of the row on average.
+  seen = (
+    (length + shape.attention_block) / 2 if shape.attention_block else length
+  )
+  attention = 2 * seen * heads
   rest = shape.num_layers - 1
   full = num_tokens * (keys_values + per_query + attention) * rest
   last = num_tokens * keys_values + num_positions * (per_query + attention)

@@ -135,9 +135,11 @@ def below_one(uniform: jax.Array) -> jax.Array:
 
 def executed(unmask_step_C: jax.Array, num_steps: int) -> jax.Array:
   """bool [K], the denoising steps of one completion that unmasked something."""
-  # Dropped is K, which positions have that no step unmasked.
+  # Dropped is K, which positions have that no step unmasked; -1, which those of
+  # the prompt have, would be the last.
   none_K = jnp.zeros((num_steps,), bool)
-  return none_K.at[unmask_step_C].set(True, mode="drop")
+  step_C = jnp.where(unmask_step_C < 0, num_steps, unmask_step_C)
+  return none_K.at[step_C].set(True, mode="drop")
 
 
 def problems_of(settings: object, **legal: tuple[bool, str]) -> list[str]:

@@ -89,8 +89,10 @@ def unmasked_per_step(rollout: types.Rollout, num_steps: int) -> jax.Array:
   """float32 [B, K], how many positions each denoising step unmasked."""
 
   def one(unmask_step_C: jax.Array) -> jax.Array:
-    # Dropped is K, which positions have that no step unmasked.
-    return jnp.zeros((num_steps,)).at[unmask_step_C].add(1.0, mode="drop")
+    # Dropped is K, which positions have that no step unmasked; -1, of tokens of
+    # the prompt, would be the last step.
+    step_C = jnp.where(unmask_step_C < 0, num_steps, unmask_step_C)
+    return jnp.zeros((num_steps,)).at[step_C].add(1.0, mode="drop")
 
   return jax.vmap(one)(rollout.unmask_step)
 

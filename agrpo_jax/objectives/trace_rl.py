@@ -108,13 +108,14 @@ class TraceRl(TokenMean):
     """int32 [C], the number of the visit that scores each position.
 
     Executed steps are counted, for their indices may have gaps. Positions that
-    no step unmasked come last.
+    no step unmasked come last, tokens of the prompt have -1.
     """
     rank_K = jnp.cumsum(base.executed(unmask_step_C, num_steps)) - 1
     rank_C = rank_K.at[unmask_step_C].get(mode="fill", fill_value=num_steps)
-    return jnp.where(
+    merged_C = jnp.where(
       rank_C < num_steps, rank_C // self.shrink, self._num_visits(num_steps)
     )
+    return jnp.where(unmask_step_C < 0, -1, merged_C)
 
   def _num_visits(self, num_steps: int) -> int:
     return -(-num_steps // self.shrink)

@@ -281,13 +281,7 @@ class Planner:
       # Any step of the batch may be among its draws.
       return size * objective.num_draws // objective.updates_per_batch
     visits, _ = jax.eval_shape(
-      lambda rollout, advantage, key, keys: objective.visits(
-        rollout,
-        advantage,
-        key,
-        keys,
-        s.rollout.sampling_for(self._model.tokenizer),
-      ),
+      self._learner(s).visits,
       jax.eval_shape(self._sampler(s).program, *self._rollout_arguments(size)),
       self._array((size,), jnp.float32),
       self._key(),
@@ -297,9 +291,7 @@ class Planner:
 
   def _sampler(self, s: settings_lib.Rl) -> host.Sampler:
     model = self._model
-    return host.Sampler(
-      model.bind, s.rollout, model.tokenizer, model.mesh, s.data.bucket
-    )
+    return model.sampler(s.rollout, s.data.bucket)
 
   def _learner(self, s: settings_lib.Rl) -> learner_lib.Learner:
     model = self._model

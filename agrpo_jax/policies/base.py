@@ -15,6 +15,7 @@ update tests all of it.
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from agrpo_jax import types
 
@@ -26,14 +27,19 @@ class Policy(Protocol):
 
   Attributes:
     refresh: denoising steps of a block that share one memory; 0: all of them.
+    spans: whether a memory serves the steps of all blocks of a completion: made
+      of the whole of it, or block by block, of the one before.
   """
 
   @property
   def refresh(self) -> int: ...
+  @property
+  def spans(self) -> bool: ...
 
   def open(
     self,
     network: types.Network,
+    before: types.Tree | None,
     prompt_BxP: jax.Array,
     prompt_length_B: jax.Array,
     start_BxC: jax.Array,
@@ -44,6 +50,8 @@ class Policy(Protocol):
 
     Args:
       network: bound to its parameters; gradients flow through the result.
+      before: the memory of the block before this one, where the policy `spans`
+        and there was one.
       prompt_BxP: int32, padded on the right.
       prompt_length_B: int32.
       start_BxC: int32, the start state of each row.
@@ -64,16 +72,20 @@ class Policy(Protocol):
     prompt_BxP: jax.Array,
     prompt_length_B: jax.Array,
     partial_BxSxC: jax.Array,
+    block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
   ) -> jax.Array:
-    """Computes the logits of S present states of each row's block.
+    """Computes the logits of S present states of each row.
+
+    They are states of one block, unless the policy `spans`.
 
     Args:
       network: as given to `open`.
-      memory: what `open` returned for the start state of the block.
+      memory: what `open` returned for their start state.
       prompt_BxP: int32, padded on the right.
       prompt_length_B: int32.
       partial_BxSxC: int32, the present states.
+      block_start_BxS: int32, completion position at which their block begins.
       offset_BxSxW: int32, completion positions at which logits are wanted.
 
     Returns:
@@ -91,6 +103,8 @@ def start_step(
     denoise_step: int32.
     steps_per_block: indices of steps that a block has.
   """
+  if policy.spans:  # of all steps: what stands in later blocks is not seen
+    return jnp.full_like(denoise_step, jnp.iinfo(jnp.int32).max)
   block_step = denoise_step % steps_per_block
   if policy.refresh:
     return denoise_step - block_step % policy.refresh

@@ -12,8 +12,8 @@ and its window gives what the whole pass would.
 """
 
 import dataclasses
+from typing import ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -23,18 +23,6 @@ from agrpo_jax.policies import row
 # Windows that reach to the end of a completion get shorter block by block;
 # compiled code has this many lengths at most.
 _MAX_LENGTHS = 4
-
-
-class _Memory(flax.struct.PyTreeNode):
-  """What the steps of a block share.
-
-  Attributes:
-    shared: keys and values of the start state, or its tokens [B, L].
-    block_start_B: int32, completion position at which the block begins.
-  """
-
-  shared: types.Tree
-  block_start_B: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +41,12 @@ class Cached:
   reaches_end: bool
   refresh: int = 0
 
+  spans: ClassVar[bool] = False
+
   def open(
     self,
     network: types.Network,
+    before: types.Tree | None,
     prompt_BxP: jax.Array,
     prompt_length_B: jax.Array,
     start_BxC: jax.Array,
@@ -63,11 +54,12 @@ class Cached:
     keeps: bool,
   ) -> types.Tree:
     """Runs the start state, or leaves it to `logits` to run it alongside."""
+    del before, block_start_B
     tokens_BxL = jax.vmap(row.join)(prompt_BxP, prompt_length_B, start_BxC)
     if not keeps:
-      return _Memory(tokens_BxL, block_start_B)
+      return tokens_BxL
     length_B = prompt_length_B + start_BxC.shape[1]
-    return _Memory(network.keys_values(tokens_BxL, length_B), block_start_B)
+    return network.keys_values(tokens_BxL, length_B)
 
   def logits(
     self,
@@ -76,26 +68,24 @@ class Cached:
     prompt_BxP: jax.Array,
     prompt_length_B: jax.Array,
     partial_BxSxC: jax.Array,
+    block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
   ) -> jax.Array:
     """Runs B * S windows; see `base.Policy.logits`."""
     # Nothing of the prompt is run again: the memory tells of it.
     del prompt_BxP
     num_tokens = partial_BxSxC.shape[2]
+    # All states of a row are of one block.
+    start_Bx1 = block_start_BxS[:, :1]
 
     def run(size: int) -> jax.Array:
       # A window that reaches beyond the completion ends in padding.
       padded_BxSxC = jnp.pad(partial_BxSxC, ((0, 0), (0, 0), (0, size)))
-      tokens_BxSxQ = jax.vmap(
-        lambda x_SxC, start: jax.lax.dynamic_slice_in_dim(
-          x_SxC, start, size, axis=1
-        )
-      )(padded_BxSxC, memory.block_start_B)
       return network.window_logits(
-        memory.shared,
+        memory,
         prompt_length_B + num_tokens,
-        tokens_BxSxQ,
-        prompt_length_B + memory.block_start_B,
+        row.windows(padded_BxSxC, block_start_BxS, size),
+        prompt_length_B[:, None] + start_Bx1,
         prompt_length_B[:, None, None] + offset_BxSxW,
       )
 
@@ -103,7 +93,7 @@ class Cached:
       return run(self.block_length)
     sizes = _lengths(num_tokens, self.block_length)
     # The earliest block of the batch needs the longest window.
-    needed = num_tokens - memory.block_start_B.min()
+    needed = num_tokens - start_Bx1.min()
     branch = jnp.searchsorted(jnp.asarray(sizes), needed)
     return jax.lax.switch(branch, [lambda s=s: run(s) for s in sizes])
 

@@ -16,10 +16,12 @@ class Plain:
 
   # Where nothing is shared a round is one step, and no row waits for others.
   refresh: ClassVar[int] = 1
+  spans: ClassVar[bool] = False
 
   def open(
     self,
     network: types.Network,
+    before: types.Tree | None,
     prompt_BxP: jax.Array,
     prompt_length_B: jax.Array,
     start_BxC: jax.Array,
@@ -27,7 +29,8 @@ class Plain:
     keeps: bool,
   ) -> types.Tree:
     """Returns the empty memory."""
-    del network, prompt_BxP, prompt_length_B, start_BxC, block_start_B, keeps
+    del network, before, prompt_BxP, prompt_length_B, start_BxC, block_start_B
+    del keeps
     return ()
 
   def logits(
@@ -37,10 +40,11 @@ class Plain:
     prompt_BxP: jax.Array,
     prompt_length_B: jax.Array,
     partial_BxSxC: jax.Array,
+    block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
   ) -> jax.Array:
     """Runs B * S whole rows; see `base.Policy.logits`."""
-    del memory
+    del memory, block_start_BxS
     num_rows, num_states = partial_BxSxC.shape[:2]
     logits = row.logits_at(
       network,

@@ -30,6 +30,17 @@ def join(
   return jax.lax.dynamic_update_slice_in_dim(row_L, partial_C, prompt_length, 0)
 
 
+def windows(
+  partial_BxSxC: jax.Array, start_BxS: jax.Array, size: int
+) -> jax.Array:
+  """Returns int32 [B, S, size], what stands from `start` on, each within C."""
+
+  def window(partial_C: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(partial_C, start, size)
+
+  return jax.vmap(jax.vmap(window))(partial_BxSxC, start_BxS)
+
+
 def logits_at(
   network: types.Network,
   prompt_BxP: jax.Array,
@@ -58,6 +69,15 @@ def logits_at(
     prompt_length_B + length_B,
     prompt_length_B[:, None] + offset_BxW,
   )
+
+
+def cut(
+  rows: Sequence[Sequence[int]], multiple: int
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+  """Returns the whole multiples of tokens of each row, and what they leave."""
+  whole = [len(row) - len(row) % multiple for row in rows]
+  pairs = list(zip(rows, whole, strict=True))
+  return [row[:at] for row, at in pairs], [row[at:] for row, at in pairs]
 
 
 def pack(

@@ -68,6 +68,27 @@ class Model:
       self.shape, params, lora, scale, rows, top_k=split.top_k_of(self.mesh)
     )
 
+  def sampler(self, draw: host.Draw, bucket: int) -> host.Sampler:
+    """Returns what draws completions; nothing is compiled yet.
+
+    Args:
+      draw: how.
+      bucket: prompts are padded to a multiple of this many tokens.
+
+    Raises:
+      UserError: a batch that does not divide over the mesh.
+    """
+    shape = self.shape
+    counts = shape.attention_block and shape.blocks_from == "start"
+    return host.Sampler(
+      self.bind,
+      draw,
+      self.tokenizer,
+      self.mesh,
+      bucket,
+      prompt_multiple=shape.attention_block if counts else 1,
+    )
+
   def initial_state(
     self, transformation: optax.GradientTransformation
   ) -> types.TrainState:
@@ -140,10 +161,23 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
   no cache.
   """
   cache = draw.sampling.cache
-  if cache != "none" and shape.shift:
+  size = shape.attention_block
+  if cache != "none" and shape.shift and not size:
     raise errors.UserError(
       f"cache={cache!r} is not for a model whose logits are shifted "
       f"(model_type {shape.model_type!r}); use cache='none'."
+    )
+  fitting = ("none", "block") if size else ("none", "prefix", "dual")
+  if cache not in fitting:
+    kind = "block-causal" if size else "not block-causal"
+    raise errors.UserError(
+      f"cache={cache!r} is not for a model whose attention is {kind} "
+      f"(model_type {shape.model_type!r}); use cache={fitting[-1]!r} or 'none'."
+    )
+  if size and draw.sampling.block_length != size:
+    raise errors.UserError(
+      f"block_length={draw.sampling.block_length}: the model's attention is "
+      f"block-causal in blocks of {size}; use block_length={size}."
     )
   completion_length = draw.sampling.completion_length
   longest = prompt_length + completion_length
@@ -330,6 +364,7 @@ def load_shape(source: base.Source) -> base.Shape:
     remat=source.remat,
     attention=source.attention,
     unroll=source.unroll,
+    attention_block=source.attention_block,
   )
 
 

@@ -30,7 +30,10 @@ Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
 def load_shape(
   path: str, *, revision: str | None = None, **switches: Any
 ) -> base.Shape:
-  """Reads only what a checkpoint says of its shape; see `load`."""
+  """Reads only what a checkpoint says of its shape; see `load`.
+
+  `attention_block` among the switches takes the place of what it says of it.
+  """
   folder = hub.folder(str(path), (files.CONFIG, *hub.TOKENIZER), revision)
   return _read_shape(folder, switches)
 

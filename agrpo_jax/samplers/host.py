@@ -1,6 +1,7 @@
 """Rollouts from the host's side: prompts in, batches of completions out."""
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +12,7 @@ import numpy as np
 from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import cached
 from agrpo_jax.policies import guided
 from agrpo_jax.policies import plain
@@ -58,6 +60,8 @@ class Draw:
     if self.guidance:
       return guided.Guided(self.guidance, vocabulary.mask_id)
     s = self.sampling
+    if s.cache == "block":
+      return block_causal.BlockCausal(s.block_length)
     if s.cache != "none":
       return cached.Cached(s.block_length, s.cache == "prefix", s.cache_refresh)
     return plain.PLAIN
@@ -78,6 +82,7 @@ class Sampler:
     vocabulary: Vocabulary,
     mesh: mesh_lib.Mesh,
     bucket: int,
+    prompt_multiple: int = 1,
   ):
     """Fixes the settings; nothing is compiled yet.
 
@@ -87,6 +92,9 @@ class Sampler:
       vocabulary: the ids of [MASK] and EOS.
       mesh: rows are split over it.
       bucket: prompts are padded to a multiple of this many tokens.
+      prompt_multiple: tokens of a block that is counted from the beginning of
+        the prompt: of what exceeds a multiple of it the completion is made to
+        begin (`types.Rollout`), so that its blocks are the network's.
 
     Raises:
       UserError: a batch that does not divide over the mesh.
@@ -123,6 +131,8 @@ class Sampler:
 
     self.batch_size = draw.batch_size
     self._bucket = bucket
+    self._prompt_multiple = prompt_multiple
+    self._sampling = sampling
     self._rows = mesh_lib.rows(mesh)
     self.program = jax.jit(sample, out_shardings=self._rows)
 
@@ -147,6 +157,10 @@ class Sampler:
     works while the host decodes and grades. The last batch is filled up with
     repetitions of the last prompt: the caller takes what it asked for.
     """
+    if self._prompt_multiple > 1:
+      prompts, ends = row_lib.cut(prompts, self._prompt_multiple)
+      if start is None:
+        start = _begun(ends, self._sampling)
     # All at once: batches of one width need one compilation.
     tokens_BxP, length_B = row_lib.pack(prompts, self._bucket)
     ahead = None
@@ -167,3 +181,42 @@ class Sampler:
       ahead = rollout
     if ahead is not None:
       yield ahead
+
+
+def _begun(
+  ends: Sequence[Sequence[int]], sampling: sampling_lib.Sampling
+) -> types.Start:
+  """Completions that begin with the ends of their prompts."""
+  shape = len(ends), sampling.completion_length
+  completion_BxC = np.full(shape, sampling.eos_id, np.int32)
+  unmask_step_BxC = np.full(shape, sampling.max_steps, np.int32)
+  for row, end in enumerate(ends):
+    completion_BxC[row, : len(end)] = end
+    unmask_step_BxC[row, : len(end)] = -1
+  block_B = np.zeros(len(ends), np.int32)
+  return types.Start(completion_BxC, unmask_step_BxC, block_B)
+
+
+def drawn(
+  rollout: types.Rollout,
+  to_host: Callable[[jax.Array], np.ndarray],
+  eos_id: int,
+) -> np.ndarray:
+  """Returns completions without what the prompt has of them, int32 [B, C].
+
+  Args:
+    rollout: B completions.
+    to_host: reads an array that may be spread over processes.
+    eos_id: fills up what becomes free at the end.
+  """
+  completion_BxC = to_host(rollout.completion)
+  num_given_B = (to_host(rollout.unmask_step) < 0).sum(axis=1)
+  if not num_given_B.any():
+    return completion_BxC
+  place_BxC = np.arange(completion_BxC.shape[1]) + num_given_B[:, None]
+  padded = np.pad(
+    completion_BxC,
+    ((0, 0), (0, int(num_given_B.max()))),
+    constant_values=eos_id,
+  )
+  return np.take_along_axis(padded, place_BxC, axis=1)

@@ -65,6 +65,21 @@ class _Row(flax.struct.PyTreeNode):
     return self.is_done | self.is_waiting
 
 
+class _Slots(flax.struct.PyTreeNode):
+  """The loop's state.
+
+  Attributes:
+    row_B: all rows.
+    slot_S: int32, the row in each slot.
+    memory: of the rows in the slots, where it is that of the next block too;
+      else None.
+  """
+
+  row_B: _Row
+  slot_S: jax.Array
+  memory: types.Tree | None
+
+
 def sample_rollout(
   network: types.Network,
   prompts: types.Prompts,
@@ -115,6 +130,7 @@ def sample_rollout(
       of.tokens,
       of.length,
       partial(row_B)[:, None],
+      jax.vmap(_block_start, (0, None))(row_B, sampling)[:, None],
       position_BxW[:, None],
     )[:, 0]
 
@@ -129,9 +145,12 @@ def sample_rollout(
       )
     )(row_B, of.key, offset_BxW, is_chosen_BxW, logits_BxWxV)
 
-  def open_memory(row_B: _Row, of: types.Prompts) -> types.Tree:
+  def open_memory(
+    row_B: _Row, of: types.Prompts, before: types.Tree | None = None
+  ) -> types.Tree:
     return policy.open(
       network,
+      before,
       of.tokens,
       of.length,
       partial(row_B),
@@ -139,37 +158,57 @@ def sample_rollout(
       keeps=policy.refresh != 1,
     )
 
-  def finish_round(row_B: _Row, of: types.Prompts) -> _Row:
+  def finish_round(
+    row_B: _Row, of: types.Prompts, before: types.Tree | None
+  ) -> tuple[_Row, types.Tree]:
     """The steps of all rows until the memory has to be opened anew."""
-    memory = open_memory(row_B, of)
+    memory = open_memory(row_B, of, before)
+    # A memory that spans the blocks is of one pass over the row.
+    is_whole_B = ~row_B.is_done
+    if policy.spans:
+      is_whole_B &= row_B.num_whole_passes == 0
     row_B = row_B.replace(
       is_waiting=jnp.zeros_like(row_B.is_waiting),
-      num_whole_passes=row_B.num_whole_passes + ~row_B.is_done,
+      num_whole_passes=row_B.num_whole_passes + is_whole_B,
     )
     if policy.refresh == 1:
-      return denoise(row_B, of, memory)
+      return denoise(row_B, of, memory), memory
 
     def goes_on(carry: tuple[jax.Array, _Row]) -> jax.Array:
       count, row_B = carry
       is_fresh = count < policy.refresh if policy.refresh else True
       return (~row_B.stays).any() & is_fresh
 
-    return jax.lax.while_loop(
+    _, row_B = jax.lax.while_loop(
       goes_on,
       lambda carry: (carry[0] + 1, denoise(carry[1], of, memory)),
       (jnp.int32(0), row_B),
-    )[1]
-
-  def finish_next_round(row_B: _Row) -> _Row:
-    if not 0 < num_slots < num_rows:
-      return finish_round(row_B, prompts)
-    # Rows that have begun come first, since they come before those that have
-    # not: it is in their order that rows take slots.
-    slot_S = jnp.argsort(row_B.is_done, stable=True)[:num_slots]
-    row_S, of = shard_rows(jax.tree.map(lambda x: x[slot_S], (row_B, prompts)))
-    return jax.tree.map(
-      lambda x, new: x.at[slot_S].set(new), row_B, finish_round(row_S, of)
     )
+    return row_B, memory
+
+  def in_slots(slot_S: jax.Array, tree: Any) -> Any:
+    return shard_rows(jax.tree.map(lambda x: x[slot_S], tree))
+
+  def finish_next_round(carry: _Slots) -> _Slots:
+    if not has_slots:
+      row_B, memory = finish_round(carry.row_B, prompts, carry.memory)
+      return carry.replace(row_B=row_B, memory=memory if policy.spans else None)
+    slot_S = _refilled(carry.slot_S, carry.row_B.is_done)
+    row_S, of = in_slots(slot_S, (carry.row_B, prompts))
+    memory = carry.memory
+    if policy.spans:
+      # Of a row that has just come there is nothing to go on with.
+      is_new_S = slot_S != carry.slot_S
+      memory = jax.lax.cond(
+        is_new_S.any(),
+        lambda: _of_rows(is_new_S, open_memory(row_S, of), memory),
+        lambda: memory,
+      )
+    row_S, memory = finish_round(row_S, of, memory)
+    row_B = jax.tree.map(
+      lambda x, new: x.at[slot_S].set(new), carry.row_B, row_S
+    )
+    return _Slots(row_B, slot_S, memory if policy.spans else None)
 
   def start(support_CxS: jax.Array | None) -> _Row:
     return jax.vmap(lambda _, start: _start(sampling, support_CxS, start))(
@@ -188,9 +227,19 @@ def sample_rollout(
       row_B,
     ).shape[-1]
     row_B = start(_empty_support(sampling, vocab_size))
+  has_slots = 0 < num_slots < num_rows
+  slot_S = jnp.arange(num_slots if has_slots else num_rows)
+  memory = None
+  if policy.spans:
+    first = (
+      in_slots(slot_S, (row_B, prompts)) if has_slots else (row_B, prompts)
+    )
+    memory = open_memory(*first)
   row_B = jax.lax.while_loop(
-    lambda row_B: ~row_B.is_done.all(), finish_next_round, row_B
-  )
+    lambda carry: ~carry.row_B.is_done.all(),
+    finish_next_round,
+    _Slots(row_B, slot_S, memory),
+  ).row_B
   return types.Rollout(
     prompt=prompts.tokens,
     prompt_length=prompts.length,
@@ -203,6 +252,33 @@ def sample_rollout(
     num_executed_steps=row_B.num_executed_steps,
     num_whole_passes=row_B.num_whole_passes,
     num_slot_steps=row_B.num_slot_steps,
+  )
+
+
+def _refilled(slot_S: jax.Array, is_done_B: jax.Array) -> jax.Array:
+  """The rows in the slots: for those that are done the next, while there are.
+
+  Rows take slots in their order, and keep them.
+  """
+  is_free_S = is_done_B[slot_S]
+  # All rows before the last one that has a slot have had one.
+  next_S = slot_S.max() + jnp.cumsum(is_free_S)
+  return jnp.where(is_free_S & (next_S < is_done_B.size), next_S, slot_S)
+
+
+def _of_rows(
+  is_new_S: jax.Array, new: types.Tree, old: types.Tree
+) -> types.Tree:
+  """`new` for some rows, `old` for the others; see `types.KeysValuesFn`."""
+  is_new_Sx1x1x1 = is_new_S[:, None, None, None]
+  return jax.tree.map(
+    lambda new, old: jnp.where(
+      is_new_Sx1x1x1.reshape((1,) * (new.ndim - 4) + is_new_Sx1x1x1.shape),
+      new,
+      old,
+    ),
+    new,
+    old,
   )
 
 
@@ -231,6 +307,7 @@ def _start(
   if start is None:
     return row
   is_given_C = jnp.arange(num_tokens) < start.block * sampling.block_length
+  is_given_C |= start.unmask_step < 0
   return row.replace(
     completion=jnp.where(is_given_C, start.completion, row.completion),
     unmask_step=jnp.where(is_given_C, start.unmask_step, row.unmask_step),

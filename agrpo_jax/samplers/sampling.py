@@ -14,7 +14,7 @@ from agrpo_jax.samplers import rules
 
 TOP_P_RULES = ("keep", "drop")
 CONFIDENCES = ("policy", "model")
-CACHES = ("none", "prefix", "dual")
+CACHES = ("none", "prefix", "dual", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Sampling:
       AGRPO) or under the `model` (neither; the original LLaDA sampler).
     threshold, factor, gamma, soft_width: of the unmask rules that have a field
       of this name (`rules`); None under the others.
-    cache: which keys and values the steps of a block share, as Fast-dLLM
-      (arXiv:2505.22618) has it: `none`: every step runs the whole row;
-      `prefix`: those before the block; `dual`: all but the block's own.
+    cache: which keys and values the steps of a block share: `none`: every step
+      runs the whole row; as Fast-dLLM (arXiv:2505.22618) has it, `prefix`:
+      those before the block, `dual`: all but the block's own; `block`: those
+      before the block, which block-causal models have once for all.
     cache_refresh: denoising steps of a block until they are computed anew; 0:
       only where a block begins.
     stop_at_eos: a block that comes out all EOS ends the completion.
@@ -187,6 +188,11 @@ def problems(sampling: Sampling) -> list[str]:
   check(
     s.cache != "none" or not s.cache_refresh,
     f"cache_refresh={s.cache_refresh} needs a cache, not cache='none'",
+  )
+  check(
+    s.cache != "block" or not s.cache_refresh,
+    f"cache_refresh={s.cache_refresh} has nothing to compute anew under "
+    "cache='block', which is exact",
   )
   check(
     s.cache == "none" or not s.redraw_mask,

@@ -26,7 +26,6 @@ from agrpo_jax import evaluate
 from agrpo_jax import settings as settings_lib
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.port import model as model_lib
-from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
@@ -99,13 +98,8 @@ def draw(
   # One batch: as many rows as asked for, and those that fill the devices.
   shards = mesh_lib.num_row_shards(mesh)
   batch_size = -(-num_completions // shards) * shards
-  sampler = host.Sampler(
-    model.bind,
-    dataclasses.replace(s.evaluate, batch_size=batch_size),
-    tokenizer,
-    mesh,
-    s.data.bucket,
-  )
+  draw = dataclasses.replace(s.evaluate, batch_size=batch_size)
+  sampler = model.sampler(draw, s.data.bucket)
   (rollout,) = sampler.sample(
     model.params,
     model.lora,

@@ -125,7 +125,7 @@ def completions(
     values = [np.asarray(column[row]).tolist() for column in columns]
     # Steps that were not needed leave gaps in the indices; those that unmasked
     # something are counted here.
-    executed = sorted({step for step in values[1] if step < never})
+    executed = sorted({step for step in values[1] if 0 <= step < never})
     number_of = {step: number for number, step in enumerate(executed)}
     row_tokens = [
       Token(
@@ -138,6 +138,7 @@ def completions(
       for position, (id_, step, logprob, entropy) in enumerate(
         zip(*values, strict=True)
       )
+      if step >= 0  # the others are of the prompt
     ]
     found.append(
       Completion(

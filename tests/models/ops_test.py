@@ -91,10 +91,15 @@ class TestAttend:
     length = jnp.array([7, 1, 4])
 
     def score(attention):
-      return lambda *qkv: jnp.sum(attention(*qkv, length) * target)
+      return lambda *qkv: jnp.sum(attention(*qkv) * target)
 
-    ours = jax.value_and_grad(score(ops.attend), (0, 1, 2))(q, k, v)
-    plain = jax.value_and_grad(score(plain_attention), (0, 1, 2))(q, k, v)
+    ours, plain = (
+      jax.value_and_grad(score(attention), (0, 1, 2))(q, k, v)
+      for attention in (
+        lambda *qkv: ops.attend(*qkv, length[:, None]),
+        lambda *qkv: plain_attention(*qkv, length),
+      )
+    )
     chex.assert_trees_all_close(ours, plain, rtol=2e-5, atol=2e-5)
 
   def test_same_as_jax(self):
@@ -102,14 +107,14 @@ class TestAttend:
     length = jnp.array([3, 6])
     theirs = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length)
     chex.assert_trees_all_close(
-      ops.attend(q, k, v, length), theirs, rtol=1e-5, atol=1e-6
+      ops.attend(q, k, v, length[:, None]), theirs, rtol=1e-5, atol=1e-6
     )
 
   def test_row_without_keys_is_finite(self):
     q, k, v = draw(3, (1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
 
     def score(q):
-      return ops.attend(q, k, v, jnp.array([0])).sum()
+      return ops.attend(q, k, v, jnp.array([[0]])).sum()
 
     chex.assert_tree_all_finite(jax.value_and_grad(score)(q))
 
@@ -117,7 +122,7 @@ class TestAttend:
     q, k, v = draw(4, (1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
 
     def score(q, k):
-      return ops.attend(1e4 * q, 1e4 * k, v, jnp.array([3])).sum()
+      return ops.attend(1e4 * q, 1e4 * k, v, jnp.array([[3]])).sum()
 
     chex.assert_tree_all_finite(jax.value_and_grad(score, (0, 1))(q, k))
 
@@ -125,7 +130,7 @@ class TestAttend:
     """What the backward pass is handed grows with L, not with L^2."""
     q, k, v = draw(5, (1, 64, 2, 4), (1, 64, 2, 4), (1, 64, 2, 4))
     _, pullback = jax.vjp(
-      lambda *qkv: ops.attend(*qkv, jnp.array([64])), q, k, v
+      lambda *qkv: ops.attend(*qkv, jnp.array([[64]])), q, k, v
     )
     sizes = [x.size for x in jax.tree.leaves(pullback)]
     assert max(sizes) <= q.size

@@ -39,7 +39,10 @@ def value_and_gradients(attend, q, k, v, target, length):
 
 
 interpreted = functools.partial(splash.attend, interpret=True)
-by_xla = ops.attend
+
+
+def by_xla(q, k, v, length):
+  return ops.attend(q, k, v, length[:, None])
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,7 @@ def no_tpu(monkeypatch):
 
 
 def by_splash(q, k, v, length):
-  return ops.attend(q, k, v, length, "splash")
+  return ops.attend(q, k, v, length[:, None], "splash")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,9 @@ def test_windows_as_xla(
 
   def value_and_gradients(how):
     def score(arrays):
-      mixed = ops.attend_windows(*arrays, jnp.array(starts), length, how)
+      mixed = ops.attend_windows(
+        *arrays, jnp.array(starts)[:, None], length[:, None], how
+      )
       return jnp.sum(mixed * target), mixed
 
     return jax.jit(jax.value_and_grad(score, has_aux=True))([q, *own, *shared])
@@ -178,7 +183,7 @@ def test_on_a_mesh_every_device_computes_its_rows_and_heads(run_in_subprocess):
     keys = jax.random.split(jax.random.key(0), 4)
     q, target = (jax.random.normal(k, (4, 100, 4, 128)) for k in keys[:2])
     k, v = (jax.random.normal(k, (4, 100, 2, 128)) for k in keys[2:])
-    length = jnp.array([100, 3, 40, 99])
+    length = jnp.array([[100], [3], [40], [99]])
 
     def value_and_gradients(rows, *qkv):
       def score(*qkv):

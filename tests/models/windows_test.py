@@ -113,7 +113,9 @@ def window_logits(params, keeps, lora=None, **changes):
   shape = recordings.random_network(**changes)[0] if changes else shape
   network = transformer.bind(shape, params, lora)
   shared = network.keys_values(tokens, LENGTH) if keeps else jnp.asarray(tokens)
-  return network.window_logits(shared, LENGTH, windows, START, positions())
+  return network.window_logits(
+    shared, LENGTH, windows, START[:, None], positions()
+  )
 
 
 def real(row):
@@ -179,7 +181,9 @@ def test_a_window_of_the_same_tokens_gives_what_the_row_does():
   windows = jnp.repeat(windows[:, None], S, axis=1)
   whole = network.logits(tokens, LENGTH, positions()[:, 0])
   for shared in (jnp.asarray(tokens), network.keys_values(tokens, LENGTH)):
-    found = network.window_logits(shared, LENGTH, windows, START, positions())
+    found = network.window_logits(
+      shared, LENGTH, windows, START[:, None], positions()
+    )
     for row in range(B):
       for state in range(S):
         np.testing.assert_allclose(
@@ -191,7 +195,7 @@ def test_padding_batch_mates_and_other_states_change_nothing():
   shape, params, tokens, windows = toy()
   network = bind(shape, params)
   together = network.window_logits(
-    jnp.asarray(tokens), LENGTH, windows, START, positions()
+    jnp.asarray(tokens), LENGTH, windows, START[:, None], positions()
   )
   for row in range(B):
     size = LENGTH[row]
@@ -199,7 +203,7 @@ def test_padding_batch_mates_and_other_states_change_nothing():
       jnp.pad(tokens[row : row + 1, :size], ((0, 0), (0, 5))),
       LENGTH[row : row + 1],
       windows[row : row + 1, 1:],
-      START[row : row + 1],
+      START[row : row + 1, None],
       positions()[row : row + 1, 1:],
     )
     np.testing.assert_allclose(
@@ -212,14 +216,14 @@ def test_wanted_positions_may_be_few_and_repeat():
   shape = toy()[0]
   network = bind(shape, params)
   every = network.window_logits(
-    jnp.asarray(tokens), LENGTH, windows, START, positions()
+    jnp.asarray(tokens), LENGTH, windows, START[:, None], positions()
   )
   few = jnp.asarray(START)[:, None, None] + jnp.array([[[2, 0, 2]]])
   found = network.window_logits(
     jnp.asarray(tokens),
     LENGTH,
     windows,
-    START,
+    START[:, None],
     jnp.broadcast_to(few, (B, S, 3)),
   )
   np.testing.assert_allclose(
@@ -240,7 +244,11 @@ def test_an_adapter_acts_on_windows_and_on_what_they_share():
   merged = lora_lib.merge(params, adapter, settings.scale)
   found, expected = (
     network.window_logits(
-      network.keys_values(tokens, LENGTH), LENGTH, windows, START, positions()
+      network.keys_values(tokens, LENGTH),
+      LENGTH,
+      windows,
+      START[:, None],
+      positions(),
     )
     for network in (
       bind(shape, params, adapter, settings.scale),

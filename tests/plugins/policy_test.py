@@ -31,11 +31,19 @@ class TwoStates:
   """Shows the network the start state before the present one."""
 
   refresh: int = 0
+  spans: bool = False
 
   def open(
-    self, network, prompt_BxP, prompt_length_B, start_BxC, block_start_B, keeps
+    self,
+    network,
+    before,
+    prompt_BxP,
+    prompt_length_B,
+    start_BxC,
+    block_start_B,
+    keeps,
   ):
-    del network, prompt_BxP, prompt_length_B, block_start_B, keeps
+    del network, before, prompt_BxP, prompt_length_B, block_start_B, keeps
     return start_BxC
 
   def logits(
@@ -45,6 +53,7 @@ class TwoStates:
     prompt_BxP,
     prompt_length_B,
     partial_BxSxC,
+    block_start_BxS,
     offset_BxSxW,
   ):
     def one_state(partial_BxC, offset_BxW):

@@ -146,6 +146,7 @@ def test_logits_of_cached_steps(cache, case, keeps):
 
     memory = policy.open(
       network,
+      None,
       prompts.tokens,
       prompts.length,
       state(first[block]),
@@ -155,7 +156,11 @@ def test_logits_of_cached_steps(cache, case, keeps):
     offset_W = start + np.arange(sampling.block_length)
     rest = prompts.tokens, prompts.length, state(call)[:, None]
     found = policy.logits(
-      network, memory, *rest, jnp.asarray(offset_W[None, None], jnp.int32)
+      network,
+      memory,
+      *rest,
+      jnp.array([[start]], jnp.int32),
+      jnp.asarray(offset_W[None, None], jnp.int32),
     )[0, 0]
     expected = arrays[f"logits_row0_cached{number}"]
     np.testing.assert_allclose(found, expected[:, : found.shape[-1]], atol=3e-4)
@@ -171,6 +176,7 @@ def test_logits_of_cached_steps(cache, case, keeps):
 def test_start_steps():
   class Refreshed:
     refresh = 3
+    spans = False
 
   found = [int(base.start_step(Refreshed(), k, 8)) for k in range(16)]
   assert found == [0, 0, 0, 3, 3, 3, 6, 6, 8, 8, 8, 11, 11, 11, 14, 14]
