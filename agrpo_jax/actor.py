@@ -149,9 +149,12 @@ def _steps_done(
   unmask_step_BxC: np.ndarray, sampling: sampling_lib.Sampling
 ) -> np.ndarray:
   """int [num_blocks, B], denoising steps executed by the end of each block."""
-  num_rows = len(unmask_step_BxC)
-  # K, of positions that no step unmasked, falls on a column that is cut off.
-  is_executed_BxK = np.zeros((num_rows, sampling.max_steps + 1), bool)
-  np.put_along_axis(is_executed_BxK, unmask_step_BxC, True, axis=1)
-  by_block = is_executed_BxK[:, :-1].reshape(num_rows, sampling.num_blocks, -1)
-  return by_block.sum(axis=2).cumsum(axis=1).T
+  # A block ends with the step that unmasked the last of it; those before may
+  # have unmasked nothing.
+  by_block = unmask_step_BxC.reshape(
+    -1, sampling.num_blocks, sampling.block_length
+  )
+  last_BxN = by_block.max(axis=2)
+  first_N = np.arange(sampling.num_blocks) * sampling.steps_per_block
+  is_drawn_BxN = last_BxN < sampling.max_steps
+  return np.where(is_drawn_BxN, last_BxN - first_N + 1, 0).cumsum(axis=1).T

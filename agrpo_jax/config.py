@@ -191,7 +191,11 @@ def _sampling(sub: ConfigDict) -> None:
   sub.completion_length = 256  # C, tokens
   sub.block_length = 32  # T, divides completion_length
   sub.num_denoise_steps = 128  # K, a multiple of the number of blocks
-  # random, confidence, entropy, margin, threshold, dynamic, factor,
+  # How a block's tokens are divided over its steps: equal; dream, mdlm: as in
+  # these samplers, by a time that goes down evenly.
+  sub.schedule = "equal"
+  sub.last_time = 1e-3  # under dream, where time ends; it begins at 1
+  # random, origin, confidence, entropy, margin, threshold, dynamic, factor,
   # entropy_bounded, soft_threshold
   sub.unmask_rule = "confidence"
   # Settings of some of these rules; unset (None) under the others.
@@ -210,6 +214,7 @@ def _sampling(sub: ConfigDict) -> None:
   sub.temperature = 0.0  # 0: the most probable token
   sub.top_k = 0  # 0: off
   sub.top_p = 1.0  # 1: off
+  sub.truncate_first = "top_k"  # top_k or top_p, where both are set
   sub.top_p_rule = "keep"  # keep or drop the token that crosses top_p
   sub.confidence = "policy"  # policy or model: what `confidence` ranks by
   # Keys and values that the steps of a block share: none, prefix (of what is
@@ -327,14 +332,20 @@ def paper(c: ConfigDict) -> None:
 #   probable than 0.9 is unmasked at once (its published settings for LLaDA).
 # prefix, dual: the same with its caches. A [MASK] that is drawn is a token like
 #   any other then.
+# dream: Dream's `diffusion_generate` as its example calls it, a token a step on
+#   average. What it counts as a mean over the batch is the row's own here.
 _GREEDY: dict[str, Any] = {
   "completion_length": 256,
   "block_length": 32,
   "num_denoise_steps": 128,
+  "schedule": "equal",
+  "last_time": 1e-3,
   "unmask_rule": "confidence",
   "temperature": 0.0,
   "top_k": 0,
   "top_p": 1.0,
+  "truncate_first": "top_k",
+  "top_p_rule": "keep",
   "confidence": "model",
   "threshold": None,
   "factor": None,
@@ -355,6 +366,18 @@ SAMPLERS: dict[str, dict[str, Any]] = {
   "fast_dllm": {**_PARALLEL, "redraw_mask": True},
   "prefix": {**_PARALLEL, "cache": "prefix"},
   "dual": {**_PARALLEL, "cache": "dual"},
+  "dream": {
+    **_GREEDY,
+    "completion_length": 512,
+    "block_length": 512,
+    "num_denoise_steps": 512,
+    "schedule": "dream",
+    "unmask_rule": "entropy",
+    "temperature": 0.2,
+    "top_p": 0.95,
+    "truncate_first": "top_p",
+    "confidence": "policy",
+  },
 }
 
 

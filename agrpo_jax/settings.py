@@ -489,7 +489,11 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     "positive: without chance there is no policy gradient",
   )
   # Steps per block and rule are defined for legal settings only.
-  if not sampling_lib.problems(sampling) and sampling.rule.schedule == "exact":
+  if (
+    not sampling_lib.problems(sampling)
+    and sampling.rule.schedule == "exact"
+    and sampling.schedule == "equal"
+  ):
     found.want(
       sampling.block_length % sampling.steps_per_block == 0,
       "rollout.num_denoise_steps",

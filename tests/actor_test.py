@@ -183,6 +183,17 @@ def test_values_are_what_is_left_after_the_price_of_all_steps():
   )
 
 
+def test_steps_that_unmask_nothing_are_paid_too():
+  """Both steps of a block run, though the second unmasks all of it."""
+  idle = np.where(UNMASK_STEP < 6, UNMASK_STEP // 2 * 2 + 1, 6)
+  value_BxV, _, _ = values_of(unmask_step=idle)
+  paid_BxV, _, _ = values_of(step_price=3.0, unmask_step=idle)
+  steps = [[2 + 4, 4 + 2], [2, 2], [2 + 4, 4 + 2], [2 + 4, 4]]
+  np.testing.assert_allclose(
+    value_BxV - paid_BxV, np.array(steps) / 2, rtol=1e-6
+  )
+
+
 def test_without_a_state_nothing_is_drawn():
   ended = np.where(np.arange(6) < 2, UNMASK_STEP, 6)
   value_BxV, scalars, sampler = values_of(unmask_step=ended)

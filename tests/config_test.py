@@ -195,5 +195,5 @@ def test_a_sampler_sets_what_is_not_kept():
 
 
 def test_an_unknown_sampler_is_refused():
-  with pytest.raises(errors.UserError, match=r"'dream' is unknown.*fast_dllm"):
-    config_lib.use_sampler(sudoku(), "dream")
+  with pytest.raises(errors.UserError, match=r"'dreams' is unknown.*fast_dllm"):
+    config_lib.use_sampler(sudoku(), "dreams")

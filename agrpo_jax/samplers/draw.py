@@ -46,6 +46,13 @@ def _temper(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
   return logits
 
 
+def _cut_by_p(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
+  """Returns the logits, minus infinity where top-p cuts them."""
+  if sampling.top_p == 1:
+    return logits
+  return jnp.where(_nucleus(logits, sampling), logits, -jnp.inf)
+
+
 def _nucleus(logits: jax.Array, sampling: sampling_lib.Sampling) -> jax.Array:
   """bool [S]: what top-p keeps of logits in any order.
 
@@ -101,7 +108,7 @@ def filter_logits(
   sampling: sampling_lib.Sampling,
   top_k: types.TopK = jax.lax.top_k,
 ) -> Filtered:
-  """Temperature, then top-k, then top-p.
+  """Temperature, then top-k, then top-p, or top-p first if the settings say so.
 
   With top-k the candidates are the largest logits in descending order, a few
   more than k to hold ties with the k-th (released AGRPO keeps all of those);
@@ -122,15 +129,17 @@ def filter_logits(
     return Filtered(
       jax.nn.log_softmax(logits_V), jnp.arange(vocab_size, dtype=jnp.int32)
     )
+  is_p_first = sampling.truncate_first == "top_p"
+  if is_p_first:
+    logits_V = _cut_by_p(logits_V, sampling)
   if 0 < sampling.top_k < vocab_size:
     logits_S, ids_S = top_k(logits_V, support_size(sampling, vocab_size))
     kept_S = logits_S >= logits_S[sampling.top_k - 1]
     logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
   else:
     logits_S, ids_S = logits_V, jnp.arange(vocab_size, dtype=jnp.int32)
-  if sampling.top_p < 1:
-    kept_S = _nucleus(logits_S, sampling)
-    logits_S = jnp.where(kept_S, logits_S, -jnp.inf)
+  if not is_p_first:
+    logits_S = _cut_by_p(logits_S, sampling)
   return Filtered(jax.nn.log_softmax(logits_S), ids_S)
 
 

@@ -354,10 +354,9 @@ def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   return is_masked_T
 
 
-def _count(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
-  """Returns how many positions the schedule unmasks in this step."""
-  counts = jnp.asarray(sampling_lib.step_counts(sampling))
-  return counts[row.block_step]
+def _amount(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
+  """Returns how many positions the schedule unmasks now, or their share."""
+  return jnp.asarray(sampling_lib.step_amounts(sampling))[row.block_step]
 
 
 def _choose_before(
@@ -379,11 +378,14 @@ def _choose_before(
   is_masked_T = _masked(row, sampling)
   # Logits at U positions cost U / T of the unembedding. A step may unmask fewer
   # than U (the schedule's remainder), but compiled code has one size.
-  rank_T = rules.ranks(noise.order(key, row.denoise_step, size), is_masked_T)
+  order_T = noise.order(key, row.denoise_step, size)
+  rank_T = rules.ranks(order_T, is_masked_T)
   offset_U = jnp.nonzero(
     rank_T < sampling.tokens_per_step, size=sampling.tokens_per_step
   )[0].astype(jnp.int32)
-  is_chosen_T = is_masked_T & (rank_T < _count(row, sampling))
+  is_chosen_T = sampling.rule.choose_before(
+    order_T, is_masked_T, _amount(row, sampling)
+  )
   return offset_U, is_chosen_T[offset_U]
 
 
@@ -414,7 +416,7 @@ def _unmask_row(
     at = key, row.denoise_step, sampling.window_length
     is_chosen_S = rule.choose(
       seen,
-      _count(row, sampling),
+      _amount(row, sampling),
       lambda: rules.Chance(noise.passes(*at), noise.fallback(*at)),
     )
   if sampling.redraw_mask:

@@ -6,7 +6,7 @@ A denoising step draws a token at each masked position of the active block and
 unmasks some of them; which, says the rule. What the rule looks at decides what
 the likelihood of a step is made of:
 
-  * nothing (`random`): positions are chosen before there are logits;
+  * nothing (`random`, `origin`): positions are chosen before there are logits;
   * the distributions (`entropy`, `margin`, `entropy_bounded`): in both cases
     the likelihood is the product over the tokens that were unmasked;
   * the drawn tokens (`confidence`, `threshold`, `dynamic`, `factor`): there is
@@ -109,18 +109,31 @@ class UnmaskRule:
   Attributes:
     looks_at: what the choice depends on.
     schedule: how many positions a step unmasks: `exact`: as many as the
-      schedule says (`sampling.step_counts`); `least`: at least as many; `none`:
-      at least one. At most all of the block.
+      schedule says (`sampling.step_counts`); `share`: each position with the
+      chance that it says (`sampling.step_shares`); `least`: at least as many;
+      `none`: at least one. At most all of the block.
     has_chance: whether it draws something besides the tokens.
   """
 
   looks_at: ClassVar[Literal["nothing", "distributions", "draws"]]
-  schedule: ClassVar[Literal["exact", "least", "none"]] = "exact"
+  schedule: ClassVar[Literal["exact", "share", "least", "none"]] = "exact"
   has_chance: ClassVar[bool] = False
 
   def score(self, seen: Seen) -> jax.Array:
     """Returns float32 [T]: the greatest is unmasked first, ties by position."""
     raise TypeError(f"{self} does not look at draws or distributions")
+
+  def choose_before(
+    self, order_T: jax.Array, is_masked_T: jax.Array, amount: jax.Array
+  ) -> jax.Array:
+    """Returns bool [T], what a rule that looks at nothing unmasks.
+
+    Args:
+      order_T: float32, uniform in [0, 1).
+      is_masked_T: bool, masked before the step.
+      amount: what the schedule says, see `schedule`.
+    """
+    raise TypeError(f"{self} looks at draws or distributions")
 
   def choose(
     self, seen: Seen, count: jax.Array, chance: Callable[[], Chance]
@@ -187,6 +200,27 @@ class Random(UnmaskRule):
 
   looks_at = "nothing"
   has_chance = True
+
+  def choose_before(
+    self, order_T: jax.Array, is_masked_T: jax.Array, amount: jax.Array
+  ) -> jax.Array:
+    return is_masked_T & (ranks(order_T, is_masked_T) < amount)
+
+
+class Origin(UnmaskRule):
+  """Each masked position by itself, by chance alone: Dream's `origin`.
+
+  A step may unmask none; what is left goes in the block's last.
+  """
+
+  looks_at = "nothing"
+  schedule = "share"
+  has_chance = True
+
+  def choose_before(
+    self, order_T: jax.Array, is_masked_T: jax.Array, amount: jax.Array
+  ) -> jax.Array:
+    return is_masked_T & (order_T < amount)
 
 
 class Entropy(UnmaskRule):

@@ -1,7 +1,8 @@
 """How completions are drawn: the settings and the schedule.
 
 A completion of C tokens is drawn block by block; the K denoising steps are
-divided equally over the blocks, and a block's positions over its steps.
+divided equally over the blocks, and a block's positions over its steps as the
+schedule says.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ import numpy as np
 
 from agrpo_jax.samplers import rules
 
+SCHEDULES = ("equal", "dream", "mdlm")
+TRUNCATIONS = ("top_k", "top_p")
 TOP_P_RULES = ("keep", "drop")
 CONFIDENCES = ("policy", "model")
 CACHES = ("none", "prefix", "dual", "block")
@@ -27,11 +30,18 @@ class Sampling:
     completion_length: C, a multiple of block_length.
     block_length: T; a block is finished before the next begins.
     num_denoise_steps: K, divided equally over the blocks.
+    schedule: how many positions of a block each of its steps unmasks, see
+      `step_counts`: `equal` shares (LLaDA); what a time that goes down evenly
+      says, rounded as by `dream` or by `mdlm` (dllm).
+    last_time: under `dream`, the time at which the last step ends; the first
+      begins at 1.
     unmask_rule: a name in RULES.
     temperature: divides the logits; 0 takes the most probable token (the
       recorded log-probabilities are then those at temperature 1).
     top_k: keep the k most probable tokens and those tied with the k-th; 0: all.
     top_p: keep the most probable tokens until their mass reaches this; 1: all.
+    truncate_first: where both are set, `top_k` or `top_p` (Dream) cuts first,
+      and the other what is left, renormalised.
     top_p_rule: `keep` the token that crosses top_p, or `drop` it (released
       AGRPO; the first token always stays).
     confidence: what the `confidence` rule ranks by: the log-probability of the
@@ -59,10 +69,13 @@ class Sampling:
   completion_length: int
   block_length: int
   num_denoise_steps: int
+  schedule: str = "equal"
+  last_time: float = 1e-3
   unmask_rule: str = "random"
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  truncate_first: str = "top_k"
   top_p_rule: str = "keep"
   confidence: str = "policy"
   threshold: float | None = None
@@ -125,6 +138,7 @@ class Sampling:
 
 RULES: dict[str, type[rules.UnmaskRule]] = {
   "random": rules.Random,
+  "origin": rules.Origin,
   "confidence": rules.Confidence,
   "entropy": rules.Entropy,
   "margin": rules.Margin,
@@ -173,6 +187,8 @@ def problems(sampling: Sampling) -> list[str]:
   )
   for name, value, known in (
     ("unmask_rule", s.unmask_rule, tuple(RULES)),
+    ("schedule", s.schedule, SCHEDULES),
+    ("truncate_first", s.truncate_first, TRUNCATIONS),
     ("top_p_rule", s.top_p_rule, TOP_P_RULES),
     ("confidence", s.confidence, CONFIDENCES),
   ):
@@ -199,6 +215,7 @@ def problems(sampling: Sampling) -> list[str]:
     f"cache={s.cache!r} runs the block alone, where redraw_mask="
     f"{s.redraw_mask} draws in earlier blocks too; use cache='none'",
   )
+  check(0 <= s.last_time < 1, f"last_time={s.last_time} is outside [0, 1)")
   check(s.temperature >= 0, f"temperature={s.temperature} is negative")
   check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
   check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")
@@ -210,6 +227,16 @@ def problems(sampling: Sampling) -> list[str]:
     )
   if s.unmask_rule in RULES:
     found += _parameter_problems(s)
+    check(
+      s.schedule == "equal" or s.rule.schedule in ("exact", "share"),
+      f"schedule={s.schedule!r} needs a rule that takes as many positions as "
+      f"it says, not unmask_rule={s.unmask_rule!r}",
+    )
+    check(
+      s.schedule != "dream" or not s.redraw_mask,
+      f"schedule={s.schedule!r} counts on every drawn token, where redraw_mask="
+      f"{s.redraw_mask} leaves positions masked",
+    )
   return found
 
 
@@ -241,13 +268,72 @@ def _parameter_problems(s: Sampling) -> list[str]:
   return found
 
 
+def step_amounts(sampling: Sampling) -> np.ndarray:
+  """Returns what the unmask rule is told for each denoising step of a block.
+
+  A number of positions, or under a rule of chance the share of them.
+  """
+  if sampling.rule.schedule == "share":
+    return step_shares(sampling)
+  return step_counts(sampling)
+
+
 def step_counts(sampling: Sampling) -> np.ndarray:
   """Returns how many positions each denoising step of a block unmasks.
 
-  int [steps_per_block]: equal shares of the block, the remainder one each to
-  the first steps (LLaDA, arXiv:2502.09992, `get_num_transfer_tokens`).
+  int32 [steps_per_block]. `equal`: equal shares of the block, the remainder one
+  each to the first steps (LLaDA, arXiv:2502.09992, `get_num_transfer_tokens`).
+  The others take `step_shares` of what is still masked. `dream` rounds down, so
+  that its first steps often unmask nothing, and takes the rest in the last
+  (arXiv:2508.15487, `diffusion_generate`, which counts the mean over its batch,
+  while this is a row's own number). `mdlm` rounds to even and leaves out steps
+  that unmask nothing (dllm's `get_num_transfer_tokens`): here they come last,
+  and never run.
   """
-  share, rest = divmod(sampling.block_length, sampling.steps_per_block)
-  counts = np.full(sampling.steps_per_block, share, np.int32)
-  counts[:rest] += 1
+  num_steps, left = sampling.steps_per_block, sampling.block_length
+  if sampling.schedule == "equal":
+    share, rest = divmod(left, num_steps)
+    counts = np.full(num_steps, share, np.int32)
+    counts[:rest] += 1
+    return counts
+  counts = np.zeros(num_steps, np.int32)
+  for step, share in enumerate(step_shares(sampling)):
+    # Of numbers in the precision of the share, as released.
+    taken = left * share
+    counts[step] = round(taken) if sampling.schedule == "mdlm" else int(taken)
+    left -= int(counts[step])
+  if sampling.schedule == "mdlm":
+    counts = counts[np.argsort(counts == 0, stable=True)]
   return counts
+
+
+def step_shares(sampling: Sampling) -> np.ndarray:
+  """Returns the share of the masked positions that each step unmasks.
+
+  float [steps_per_block], 1 in the last. Under `dream` and `mdlm` it is 1 - s/t
+  for a step from time t to s. Every operation rounds as in the released code:
+  on it depends by how much a product misses a whole number, or a half.
+  """
+  num_steps = sampling.steps_per_block
+  if sampling.schedule == "equal":
+    counts = step_counts(sampling)
+    left = sampling.block_length - np.cumsum(counts) + counts
+    # Where nothing is left, no step gets to.
+    return (counts / np.maximum(left, 1)).astype(np.float32)
+  one = np.float32(1)
+  if sampling.schedule == "dream":
+    # PyTorch's linspace, which goes from either end to the middle.
+    index = np.arange(num_steps + 1, dtype=np.float32)
+    last = np.float32(sampling.last_time)
+    pace = (last - one) / np.float32(num_steps)
+    time = np.where(
+      index < (num_steps + 1) // 2,
+      one + pace * index,
+      last - pace * index[::-1],
+    )
+    share = one - time[1:] / time[:-1]
+    share[-1] = one
+    return share
+  time = np.arange(num_steps, -1, -1) / num_steps
+  noise = one - (one - time.astype(np.float32))
+  return 1 - (noise[1:] / noise[:-1]).astype(np.float64)

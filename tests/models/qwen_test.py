@@ -19,6 +19,7 @@ from agrpo_jax.models import transformer
 from agrpo_jax.port import model_folder
 from agrpo_jax.runs import metrics
 from agrpo_jax.samplers import host
+from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
 from fixtures import recordings
@@ -195,15 +196,21 @@ def test_heads_are_normalised_one_by_one():
 
 
 @pytest.mark.parametrize(
-  "folder, rank",
-  [("tiny_a2d_qwen3", 0), ("tiny_dream", 4)],
+  "folder, rank, rollout",
+  [
+    ("tiny_a2d_qwen3", 0, dict(schedule="mdlm")),
+    ("tiny_dream", 4, {}),
+    ("tiny_dream", 4, dict(schedule="dream", unmask_rule="entropy")),
+    ("tiny_dream", 4, dict(schedule="dream", unmask_rule="origin")),
+  ],
   indirect=["folder"],
 )
-def test_agrpo_trains_it_on_policy(folder, tmp_path, rank):
+def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   c = runs.varied(tmp_path)
   c.model.path = str(folder)
   c.model.tokenizer = ""
   c.lora.rank = rank
+  c.rollout.update(rollout)
   c.train.num_steps = 2
   runs.train(c)
   log = [*metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl")]
@@ -213,10 +220,68 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank):
       assert record["policy_ratio/max_deviation"] < 1e-4
 
 
-@pytest.mark.parametrize("case", ["b8", "cfg1", "shift"])
+def mdlm_noise(meta, arrays, sampling):
+  """The recording's uniforms, found by forward and column of the canvas.
+
+  A row's key is its number.
+  """
+  if meta["noise_seed"] is None:
+    return noise_lib.NOISE
+  num_rows, width = arrays["final_ids"].shape
+  shape = meta["forwards"], num_rows, width
+
+  def uniform(seed, shape):
+    return np.random.Generator(np.random.PCG64(seed)).random(shape)
+
+  of_tokens = uniform(meta["noise_seed"], (*shape, meta["special"]["V"]))
+  gumbel = jnp.asarray(-np.log(-np.log(of_tokens)), jnp.float32)
+  order = jnp.asarray(uniform(meta["noise_seed"] + 1, shape), jnp.float32)
+
+  def place(row, step):
+    forward, block = forward_of(step, sampling)
+    start = jnp.asarray(arrays["prompt_len"])[row]
+    return forward, start + block * sampling.block_length
+
+  def order_at(row, step, size):
+    forward, start = place(row, step)
+    return jax.lax.dynamic_slice_in_dim(order[forward, row], start, size)
+
+  def gumbel_at(row, step, offset_S, ids_SxK):
+    forward, start = place(row, step)
+    return gumbel[forward, row, start + offset_S[:, None], ids_SxK]
+
+  return noise_lib.NOISE._replace(order=order_at, gumbel=gumbel_at)
+
+
+def forward_of(step, sampling):
+  """(forward of the released code, block) of a denoising step.
+
+  It leaves out steps that unmask nothing, which here are a block's last.
+  """
+  block, own = step // sampling.steps_per_block, step % sampling.steps_per_block
+  return block * int(
+    (sampling_lib.step_counts(sampling) > 0).sum()
+  ) + own, block
+
+
+# One with a shorter last block is not among them: blocks here are all as long.
+MDLM = (
+  "qwen2_greedy_lens_b6",
+  "qwen2_noise_t1_b8",
+  "qwen3_greedy_b8",
+  "qwen3_greedy_cfg1",
+  "qwen3_greedy_lens_b6",
+  "qwen3_greedy_shift",
+  "qwen3_greedy_suppress",
+  "qwen3_noise_t06_random",
+  "qwen3_noise_t1_b8",
+)
+
+
+@pytest.mark.parametrize("case", MDLM)
 def test_the_released_sampler_token_for_token(tmp_path, case):
-  """dllm's, of Tiny-A2D: LLaDA's own, where steps divide blocks evenly."""
-  with np.load(GOLDEN2 / f"mdlm_tiny_a2d_qwen3_greedy_{case}.npz") as file:
+  """dllm's, of Tiny-A2D."""
+  with np.load(GOLDEN2 / f"mdlm_tiny_a2d_{case}.npz") as file:
     arrays = {key: file[key] for key in file.files}
   meta = json.loads(str(arrays["meta"]))
   s, special = meta["settings"], meta["special"]
@@ -226,15 +291,24 @@ def test_the_released_sampler_token_for_token(tmp_path, case):
   raw["right_shift_logits"] = s.get("right_shift_logits", False)
   (path / "config.json").write_text(json.dumps(raw))
   _, _, network = recordings.network_at(path)
+  # No setting of ours: as if the network never said these.
+  never = jnp.isin(
+    jnp.arange(special["V"]), jnp.array(s.get("suppress_tokens", [-1]))
+  )
+  said = types.Network(
+    lambda *args: jnp.where(never, -jnp.inf, network.logits(*args))
+  )
+  num_blocks = meta["max_new_tokens"] // s["block_size"]
   draw = host.Draw(
     sampling_lib.Sampling(
       mask_id=special["mask"],
       eos_id=special["eos"],
       completion_length=meta["max_new_tokens"],
       block_length=s["block_size"],
-      num_denoise_steps=s["steps"],
-      unmask_rule="confidence",
-      temperature=0.0,
+      num_denoise_steps=-(-s["steps"] // num_blocks) * num_blocks,
+      schedule="mdlm",
+      unmask_rule=s.get("remasking", "confidence"),
+      temperature=s.get("temperature", 0.0),
       confidence="model",
       stop_at_eos=False,
     ),
@@ -242,15 +316,23 @@ def test_the_released_sampler_token_for_token(tmp_path, case):
     batch_size=len(arrays["prompt_len"]),
     num_slots=0,
   )
+  noise = mdlm_noise(meta, arrays, draw.sampling)
   length = arrays["prompt_len"]
+  key = jax.random.split(jax.random.key(0), len(length))
+  if noise is not noise_lib.NOISE:
+    key = jnp.arange(len(length))
   prompts = types.Prompts(
     tokens=jnp.asarray(arrays["prompt_ids"]),
     length=jnp.asarray(length),
-    key=jax.random.split(jax.random.key(0), len(length)),
+    key=key,
   )
   rollout = jax.jit(
     lambda prompts: rollout_lib.sample_rollout(
-      network, prompts, draw.sampling, policy=draw.policy_for(draw.sampling)
+      said,
+      prompts,
+      draw.sampling,
+      policy=draw.policy_for(draw.sampling),
+      noise=noise,
     )
   )(prompts)
   for row, start in enumerate(length):
@@ -259,5 +341,6 @@ def test_the_released_sampler_token_for_token(tmp_path, case):
       rollout.completion[row], arrays["final_ids"][row, own]
     )
     np.testing.assert_array_equal(
-      rollout.unmask_step[row], arrays["fill_step"][row, own]
+      forward_of(np.asarray(rollout.unmask_step[row]), draw.sampling)[0],
+      arrays["fill_step"][row, own],
     )

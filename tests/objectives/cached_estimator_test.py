@@ -47,6 +47,16 @@ def test_all_steps_under_other_caches(toy, rule):
   assert deviation < 1e-9
 
 
+@pytest.mark.parametrize("rule", ["origin", "confidence", "entropy"])
+def test_shifted_logits_under_the_schedule_of_dream(rule):
+  """No cache, but a network of which keys that are seen make a difference."""
+  truth = enumerated("shifted", rule)[2]
+  for step_rule in ("uniform", "entropy", "all"):
+    found, deviation = estimate("shifted", rule, step_rule)
+    assert error(found, truth) < 1e-9, step_rule
+    assert deviation < 1e-9, step_rule
+
+
 @dataclasses.dataclass(frozen=True)
 class Stopped(cached.Cached):
   """Its start state's keys and values are numbers, not functions."""
@@ -77,7 +87,8 @@ def test_what_others_do_does_not_pass(toy, rule):
 
 
 @pytest.mark.parametrize(
-  "toy,rule", [("dual", "threshold"), ("refreshed", "confidence")]
+  "toy,rule",
+  [("dual", "threshold"), ("refreshed", "confidence"), ("shifted", "origin")],
 )
 def test_rollouts_follow_the_enumerated_law(toy, rule):
   """Frequencies of 20,000 rollouts, and what each of them recorded."""
@@ -92,7 +103,10 @@ def test_rollouts_follow_the_enumerated_law(toy, rule):
     )
     drawn = jax.jit(
       lambda params: rollout_lib.sample_rollout(
-        attention.network(params), prompts, s, policy=policy_of(s)
+        cached_gradients.network_of(toy, params),
+        prompts,
+        s,
+        policy=policy_of(s),
       )
     )(jax.tree.map(jnp.asarray, attention.parameters()))
   index = {

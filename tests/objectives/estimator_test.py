@@ -9,6 +9,7 @@ probabilities, must give the same gradient.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -227,9 +228,37 @@ TOYS = {
   "single_token_blocks": dict(
     completion_length=2, block_length=1, num_denoise_steps=2
   ),
+  # Dream's schedule: steps unmask 0, 1, 2; in blocks 0, 0, 2.
+  "dream": dict(
+    completion_length=3, block_length=3, num_denoise_steps=3, schedule="dream"
+  ),
+  "dream_blocks": dict(
+    completion_length=4,
+    block_length=2,
+    num_denoise_steps=6,
+    schedule="dream",
+    last_time=0.1,
+    temperature=0.7,
+    top_k=2,
+  ),
+  "dream_top_p": dict(
+    completion_length=3,
+    block_length=3,
+    num_denoise_steps=2,
+    schedule="dream",
+    top_k=2,
+    top_p=0.8,
+    truncate_first="top_p",
+    temperature=3.0,
+  ),
 }
 
 
+DREAM_CASES = [
+  (toy, rule)
+  for toy in ("dream", "dream_blocks")
+  for rule in ("random", "origin", "confidence", "entropy", "margin")
+]
 # Through the whole learner, which takes a while: the scores of all rules on
 # more toys are proved below.
 CASES = [
@@ -237,7 +266,7 @@ CASES = [
   for toy in TOYS
   for rule in RULES
   if rule in ("random", "confidence", "entropy") or toy == "top_k_and_p"
-]
+] + [("dream", "origin")]
 
 
 @pytest.mark.parametrize("step_rule", mc_steps.DRAWN_STEPS)
@@ -251,8 +280,10 @@ def test_the_estimator_is_unbiased(toy, rule, step_rule):
   assert error(estimate, gradient) < 2e-5
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("toy", ["one_block", "top_k"])
+@pytest.mark.parametrize(
+  "toy,rule",
+  [*itertools.product(("one_block", "top_k"), RULES), *DREAM_CASES],
+)
 def test_the_scores_of_all_steps_are_the_gradient_in_float64(toy, rule):
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   _, gradient, records, prob = enumerated(s)
@@ -278,8 +309,14 @@ def test_blocks_take_one_step_or_two_and_keep_their_indices(rule):
   assert {*step[goes_on, 2:].min(axis=1).tolist()} == {2}
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("toy", ["blocks", "top_k_and_p"])
+@pytest.mark.parametrize(
+  "toy,rule",
+  [
+    *itertools.product(("blocks", "top_k_and_p"), RULES),
+    ("dream", "origin"),
+    ("dream_blocks", "confidence"),
+  ],
+)
 def test_the_enumerated_gradient_is_the_slope_of_the_expected_reward(toy, rule):
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   table = make_table(s.completion_length)
@@ -306,7 +343,7 @@ def test_the_released_product_is_biased_under_rules_that_see_draws(toy, rule):
 
 
 @pytest.mark.parametrize(
-  "rule", ["random", "entropy", "margin", "entropy_bounded"]
+  "rule", ["random", "origin", "entropy", "margin", "entropy_bounded"]
 )
 def test_the_product_is_exact_where_the_order_ignores_the_draws(rule):
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["blocks"])
@@ -427,10 +464,18 @@ def test_the_whole_train_step_is_unbiased(baseline):
   assert error(-np.asarray(estimate) / scale, gradient) < 2e-5
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rollouts_follow_the_enumerated_law(rule):
+@pytest.mark.parametrize(
+  "toy,rule",
+  [
+    *itertools.product(["top_k"], RULES),
+    *DREAM_CASES,
+    ("dream_top_p", "confidence"),
+    ("dream_top_p", "entropy"),
+  ],
+)
+def test_rollouts_follow_the_enumerated_law(toy, rule):
   """Frequencies of 20,000 rollouts, and what each of them recorded."""
-  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS["top_k"])
+  s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])
   _, _, records, prob = enumerated(s)
   num = 20_000
   prompts = types.Prompts(
@@ -466,6 +511,6 @@ def test_rollouts_follow_the_enumerated_law(rule):
   assert chi2 < freedom + 4 * np.sqrt(2 * freedom), (chi2, freedom)
 
   # The recorded factors multiply to the probability of the outcome.
-  if rule != "random":
+  if s.rule.looks_at != "nothing":
     total = np.asarray(rollout.logprob.sum(1) + rollout.order_logprob.sum(1))
     np.testing.assert_allclose(np.exp(total), prob[index], rtol=1e-4)

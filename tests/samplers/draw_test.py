@@ -109,6 +109,23 @@ def test_top_p_equals_a_sort(top_k, rule):
       assert {*kept.tolist()} == {*order[expected].tolist()}
 
 
+@pytest.mark.parametrize(
+  "first,expected",
+  # Top-k leaves 0.4 and 0.3 of 0.7, of which the larger is 0.57 alone.
+  [("top_k", [1]), ("top_p", [1, 3])],
+)
+def test_which_truncation_comes_first(first, expected):
+  logits = jnp.log(jnp.array([0.2, 0.4, 0.1, 0.3]))
+  sampling = make(top_k=2, top_p=0.55, truncate_first=first)
+  filtered = draw.filter_logits(logits, sampling)
+  kept = np.isfinite(filtered.logprob)
+  assert sorted(np.asarray(filtered.ids)[kept].tolist()) == expected
+  # And top-k cuts what top-p has left.
+  sampling = make(top_k=2, top_p=0.95, truncate_first=first)
+  filtered = draw.filter_logits(logits, sampling)
+  assert np.isfinite(filtered.logprob).sum() == 2
+
+
 @pytest.mark.parametrize("rule", ["keep", "drop"])
 def test_top_p_at_its_edges(rule):
   """Compiled, as it always runs."""

@@ -1,5 +1,8 @@
 """Settings of a sampler and their schedule."""
 
+import pathlib
+
+import numpy as np
 import pytest
 
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -29,6 +32,93 @@ def test_step_counts(length, steps, expected):
     completion_length=length, block_length=length, num_denoise_steps=steps
   )
   assert sampling_lib.step_counts(sampling).tolist() == expected
+
+
+@pytest.mark.parametrize(
+  "length,steps,last_time,expected",
+  [
+    # Of 4 positions 0.999, 1.33 and 1.498 in the first three steps.
+    (4, 4, 1e-3, [0, 1, 1, 2]),
+    # Times 1, 0.7, 0.4 and 0.1: of 5 positions 1.5, then of 4 1.71.
+    (5, 3, 0.1, [1, 1, 3]),
+    (2, 6, 1e-3, [0, 0, 0, 0, 0, 2]),
+  ],
+)
+def test_counts_of_dream(length, steps, last_time, expected):
+  sampling = make(
+    completion_length=2 * length,
+    block_length=length,
+    num_denoise_steps=2 * steps,
+    schedule="dream",
+    last_time=last_time,
+  )
+  assert sampling_lib.step_counts(sampling).tolist() == expected
+  assert sampling.tokens_per_step == max(expected)
+
+
+def test_counts_of_mdlm_are_those_of_the_released_code():
+  """Some differ from exact rounding: 4 positions in 3 steps are 1, 1, 2."""
+  folder = pathlib.Path(__file__).parents[1] / "testdata" / "golden2"
+  with np.load(folder / "dllm_schedule.npz") as file:
+    cases, released = file["linear_masks_steps"], file["linear_counts"]
+  assert len(cases) > 400
+  for (length, steps), expected in zip(cases.tolist(), released, strict=True):
+    sampling = make(
+      completion_length=length,
+      block_length=length,
+      num_denoise_steps=steps,
+      schedule="mdlm",
+    )
+    found = sampling_lib.step_counts(sampling)
+    expected = expected[expected > 0].tolist()
+    # Steps that it leaves out come last, and never run.
+    assert found.tolist() == expected + [0] * (steps - len(expected))
+
+
+@pytest.mark.parametrize(
+  "schedule,expected",
+  [
+    # Of 4 positions 2, 1, 1; time 1, 0.7, 0.4, 0.1; time 1, 2/3, 1/3, 0.
+    ("equal", [1 / 2, 1 / 2, 1]),
+    ("dream", [0.3, 3 / 7, 1]),
+    ("mdlm", [1 / 3, 1 / 2, 1]),
+  ],
+)
+def test_shares_of_a_rule_of_chance(schedule, expected):
+  sampling = make(
+    unmask_rule="origin",
+    num_denoise_steps=6,
+    schedule=schedule,
+    last_time=0.1,
+  )
+  shares = sampling_lib.step_amounts(sampling)
+  np.testing.assert_allclose(shares, expected, rtol=1e-6)
+  assert shares[-1] == 1
+
+
+@pytest.mark.parametrize(
+  "settings,part",
+  [
+    (dict(schedule="even"), "schedule='even' is not one of equal, dream, mdlm"),
+    (dict(schedule="dream", last_time=1.0), "last_time=1.0 is outside [0, 1)"),
+    (
+      dict(schedule="dream", unmask_rule="threshold", threshold=0.5),
+      "schedule='dream' needs a rule that takes as many positions",
+    ),
+    (
+      dict(schedule="mdlm", unmask_rule="dynamic", threshold=0.5),
+      "not unmask_rule='dynamic'",
+    ),
+    (
+      dict(schedule="dream", unmask_rule="confidence", redraw_mask=True),
+      "schedule='dream' counts on every drawn token",
+    ),
+    (dict(truncate_first="both"), "truncate_first='both' is not one of top_k"),
+  ],
+)
+def test_schedules_that_cannot_be(settings, part):
+  (found,) = sampling_lib.problems(make(**settings))
+  assert part in found
 
 
 def test_problems_are_reported_together():
@@ -114,4 +204,5 @@ def test_how_many_steps_a_rule_may_take(rule):
   is_free = rule in OWN and rule != "dynamic"
   assert sampling.steps_per_block == (4 if is_free else 3)
   assert sampling.max_steps == 2 * sampling.steps_per_block
-  assert sampling.tokens_per_step == (4 if rule in OWN else 2)
+  takes_all = rule in OWN or rule == "origin"
+  assert sampling.tokens_per_step == (4 if takes_all else 2)
