@@ -202,23 +202,35 @@ class Learner:
     batch_key: jax.Array,
     key_B: jax.Array,
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
-    """Returns the visits [U, B, Q, S] of all updates; metrics of their draw.
-
-    Where a memory serves all blocks of a completion, so does a unit, unless
-    these differ in their advantages.
-    """
+    """Returns the visits [U, B, Q, S] of all updates; metrics of their draw."""
     visits, drawn = self.objective.visits(
       rollout, advantage_B, batch_key, key_B, self.sampling
     )
-    if not self.policy.spans or advantage_B.ndim > 1:
-      return visits, drawn
+    # A unit has one advantage.
+    if advantage_B.ndim == 1:
+      visits = jax.vmap(self.shared)(visits)
+    return visits, drawn
+
+  def shared(self, visits: base.Visits) -> base.Visits:
+    """Makes one unit of a completion where one memory serves all its blocks.
+
+    Args:
+      visits: [B, Q, S, ...].
+
+    Returns:
+      [B, 1, Q * S, ...]; the same under other policies.
+    """
+    if not (self.policy.spans and self.objective.replays):
+      return visits
     visits = jax.tree.map(
-      lambda x: x.reshape(*x.shape[:2], 1, -1, *x.shape[4:]), visits
+      lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), visits
     )
     # A unit is run up to its last state that counts: those come first.
-    order = jnp.argsort(visits.weight <= 0, axis=-1, stable=True)
-    in_order = jax.vmap(jax.vmap(jax.vmap(lambda x_S, at: x_S[at])))
-    return jax.tree.map(lambda x: in_order(x, order), visits), drawn
+    order_BxS = jnp.argsort(visits.weight <= 0, axis=-1, stable=True)
+    return jax.tree.map(
+      lambda x: jax.vmap(lambda x_S, at: x_S[at])(x, order_BxS)[:, None],
+      visits,
+    )
 
   @property
   def restarts(self) -> base.Restarts | None:

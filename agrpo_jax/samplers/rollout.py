@@ -375,17 +375,15 @@ def _choose_before(
   # Which positions stay is known after the draw; all of the block is needed.
   if sampling.rule.looks_at != "nothing":
     return jnp.arange(size, dtype=jnp.int32), jnp.zeros((size,), bool)
-  is_masked_T = _masked(row, sampling)
+  is_chosen_T = sampling.rule.choose_before(
+    noise.order(key, row.denoise_step, size),
+    _masked(row, sampling),
+    _amount(row, sampling),
+  )
   # Logits at U positions cost U / T of the unembedding. A step may unmask fewer
   # than U (the schedule's remainder), but compiled code has one size.
-  order_T = noise.order(key, row.denoise_step, size)
-  rank_T = rules.ranks(order_T, is_masked_T)
-  offset_U = jnp.nonzero(
-    rank_T < sampling.tokens_per_step, size=sampling.tokens_per_step
-  )[0].astype(jnp.int32)
-  is_chosen_T = sampling.rule.choose_before(
-    order_T, is_masked_T, _amount(row, sampling)
-  )
+  chosen_first_T = jnp.argsort(~is_chosen_T, stable=True).astype(jnp.int32)
+  offset_U = jnp.sort(chosen_first_T[: sampling.tokens_per_step])
   return offset_U, is_chosen_T[offset_U]
 
 

@@ -6,7 +6,7 @@ A denoising step draws a token at each masked position of the active block and
 unmasks some of them; which, says the rule. What the rule looks at decides what
 the likelihood of a step is made of:
 
-  * nothing (`random`, `origin`): positions are chosen before there are logits;
+  * nothing (`random`, `sequential`, `origin`): positions are chosen before there are logits;
   * the distributions (`entropy`, `margin`, `entropy_bounded`): in both cases
     the likelihood is the product over the tokens that were unmasked;
   * the drawn tokens (`confidence`, `threshold`, `dynamic`, `factor`): there is
@@ -205,6 +205,18 @@ class Random(UnmaskRule):
     self, order_T: jax.Array, is_masked_T: jax.Array, amount: jax.Array
   ) -> jax.Array:
     return is_masked_T & (ranks(order_T, is_masked_T) < amount)
+
+
+class Sequential(UnmaskRule):
+  """From left to right (SDAR, arXiv:2510.06303)."""
+
+  looks_at = "nothing"
+
+  def choose_before(
+    self, order_T: jax.Array, is_masked_T: jax.Array, amount: jax.Array
+  ) -> jax.Array:
+    del order_T
+    return is_masked_T & (jnp.cumsum(is_masked_T) <= amount)
 
 
 class Origin(UnmaskRule):

@@ -138,6 +138,7 @@ class Sampling:
 
 RULES: dict[str, type[rules.UnmaskRule]] = {
   "random": rules.Random,
+  "sequential": rules.Sequential,
   "origin": rules.Origin,
   "confidence": rules.Confidence,
   "entropy": rules.Entropy,

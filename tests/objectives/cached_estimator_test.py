@@ -57,6 +57,21 @@ def test_shifted_logits_under_the_schedule_of_dream(rule):
     assert deviation < 1e-9, step_rule
 
 
+@pytest.mark.parametrize("rule", ["sequential", "confidence", "dynamic"])
+def test_block_causal_attention_with_its_cache_and_without(rule):
+  truth = enumerated("block", rule)[2]
+  np.testing.assert_allclose(enumerated("uncached", rule)[2], truth, atol=1e-12)
+  for toy, step_rule in (
+    ("block", "uniform"),
+    ("block", "blocks"),
+    ("block", "all"),
+    ("uncached", "all"),
+  ):
+    found, deviation = estimate(toy, rule, step_rule)
+    assert error(found, truth) < 1e-9, (toy, step_rule)
+    assert deviation < 1e-9, (toy, step_rule)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stopped(cached.Cached):
   """Its start state's keys and values are numbers, not functions."""
@@ -88,7 +103,12 @@ def test_what_others_do_does_not_pass(toy, rule):
 
 @pytest.mark.parametrize(
   "toy,rule",
-  [("dual", "threshold"), ("refreshed", "confidence"), ("shifted", "origin")],
+  [
+    ("dual", "threshold"),
+    ("refreshed", "confidence"),
+    ("shifted", "origin"),
+    ("block", "dynamic"),
+  ],
 )
 def test_rollouts_follow_the_enumerated_law(toy, rule):
   """Frequencies of 20,000 rollouts, and what each of them recorded."""
