@@ -322,6 +322,7 @@ class Demonstrations:
     batch_size: int,
     bucket: int,
     seed: int,
+    prompt_multiple: int = 1,
   ):
     """Fixes the settings.
 
@@ -333,6 +334,8 @@ class Demonstrations:
       batch_size: B.
       bucket: prompts are padded to a multiple of this many tokens.
       seed: of the order and of `completion_fn`.
+      prompt_multiple: what a prompt has beyond a multiple of this many tokens
+        stands at the beginning of its completion.
 
     Raises:
       UserError: fewer prompts than a batch takes.
@@ -345,14 +348,23 @@ class Demonstrations:
     self._batch_size = batch_size
     self._bucket = bucket
     self._seed = seed
+    self._prompt_multiple = prompt_multiple
 
-  def batch(self, train_step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def batch(
+    self, train_step: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Prompts int32 [B, P], their lengths [B], completions int32 [B, C].
+
+    And int32 [B], how many tokens at the beginning of each completion are its
+    prompt's.
 
     Raises:
       UserError: a completion that is longer than C.
     """
     rows = self._dataset.batch(train_step, self._batch_size, self._seed)
+    prompts, ends = row_lib.cut(
+      [one.tokens for one in rows], self._prompt_multiple
+    )
     completion_BxC = np.full(
       (len(rows), self._completion_length), self._tokenizer.eos_id, np.int32
     )
@@ -361,14 +373,16 @@ class Demonstrations:
       # From these alone: the same text on every process and in a resumed run.
       rng = random.Random(f"{self._seed}/{train_step}/{example.id}")
       ids = self._tokenizer.encode(self._completion_fn(example, rng))
+      ids = [*ends[row], *ids]
       if len(ids) > self._completion_length:
         raise errors.UserError(
           f"The completion of demonstration {example.id} has {len(ids)} "
           "tokens, more than config.sft.completion_length="
           f"{self._completion_length}; raise that, or leave it out."
+          + f" (Its first block has {len(ends[row])} tokens of the prompt.)"
+          * bool(ends[row])
         )
       completion_BxC[row, : len(ids)] = ids
-    tokens_BxP, length_B = row_lib.pack(
-      [one.tokens for one in rows], self._bucket
-    )
-    return tokens_BxP, length_B, completion_BxC
+    tokens_BxP, length_B = row_lib.pack(prompts, self._bucket)
+    num_given_B = np.array([len(end) for end in ends], np.int32)
+    return tokens_BxP, length_B, completion_BxC, num_given_B

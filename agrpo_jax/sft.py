@@ -19,6 +19,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agrpo_jax import command
@@ -33,6 +34,7 @@ from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
+from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import row
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
@@ -51,7 +53,8 @@ class Batch(flax.struct.PyTreeNode):
     tokens: int32 [B, P], the prompts, padded on the right.
     length: int32 [B], their lengths.
     completion: int32 [B, C], filled up with EOS.
-    is_masked: bool [B, C], hidden from the network.
+    is_masked: bool [B, C], hidden from the network; never the first tokens that
+      are the prompt's (`row.cut`).
     mask_ratio: float32 [B], the mask ratio t of each row.
   """
 
@@ -83,30 +86,46 @@ def noise(
   return uniform_BxC < mask_ratio_B[:, None], mask_ratio_B
 
 
-def loss(network: types.Network, batch: Batch, mask_id: int) -> jax.Array:
+def loss(
+  network: types.Network, batch: Batch, mask_id: int, attention_block: int = 0
+) -> jax.Array:
   """LLaDA's SFT loss (arXiv:2502.09992, equation 5), mean over rows.
 
     1 / (t C) sum over masked positions of -log p(token | prompt, partial)
 
   where C counts the EOS that fill a completion up. Its expectation over the
-  noise bounds the negative log-likelihood per token, in nats.
+  noise bounds the negative log-likelihood per token, in nats. Where attention
+  is block-causal, a block sees the whole of those before it, and the bound is
+  that of block diffusion (arXiv:2503.09573, equation 8).
 
   Args:
     network: bound to its parameters.
     batch: B demonstrations.
     mask_id: id of [MASK].
+    attention_block: the network's, see `base.Shape`.
 
   Returns:
     float32 scalar.
   """
   num_tokens = batch.completion.shape[1]
-  logits_BxCxV = row.logits_at(
-    network,
-    batch.tokens,
-    batch.length,
-    jnp.where(batch.is_masked, mask_id, batch.completion),
-    jnp.broadcast_to(jnp.arange(num_tokens), batch.completion.shape),
-  )
+  partial_BxC = jnp.where(batch.is_masked, mask_id, batch.completion)
+  if attention_block:
+    logits_BxCxV = block_causal.partial_logits(
+      network,
+      attention_block,
+      batch.tokens,
+      batch.length,
+      batch.completion,
+      partial_BxC,
+    )
+  else:
+    logits_BxCxV = row.logits_at(
+      network,
+      batch.tokens,
+      batch.length,
+      partial_BxC,
+      jnp.broadcast_to(jnp.arange(num_tokens), partial_BxC.shape),
+    )
   cross_entropy_BxC = optax.softmax_cross_entropy_with_integer_labels(
     logits_BxCxV, batch.completion
   )
@@ -131,7 +150,7 @@ def make_train_step(
       now = state.with_trainable(trainable)
       network = model.bind(now.params, now.lora)
       # Its rows stood side by side in the batch, on few of the devices.
-      return loss(network, shard(part), mask_id)
+      return loss(network, shard(part), mask_id, model.shape.attention_block)
 
     def accumulate(carry: Any, part: Batch) -> Any:
       value, gradient = jax.value_and_grad(microbatch_loss)(
@@ -180,7 +199,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
     mesh = s.mesh.make()
     mesh_lib.check_rows(mesh, "config.sft.microbatch", s.microbatch)
     model = model_lib.load_model(source, s.lora, mesh, seed=s.seed)
-    demonstrations = load_demonstrations(s, model.tokenizer)
+    demonstrations = load_demonstrations(s, model.tokenizer, model.shape)
     transformation = optimizer.make(s.optimizer)
     run, state = claimed.begin(
       model.initial_state(transformation), model.base_model
@@ -192,10 +211,14 @@ def fine_tune(s: settings_lib.Sft) -> None:
     report = progress.Progress(s.train.num_steps, run.first_step)
     for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
-      tokens_BxP, length_B, completion_BxC = demonstrations.batch(train_step)
+      tokens_BxP, length_B, completion_BxC, num_given_B = demonstrations.batch(
+        train_step
+      )
       # From the seed and the step alone: a run that continues draws the same.
       key = jax.random.fold_in(jax.random.key(s.seed), train_step)
       is_masked_BxC, mask_ratio_B = noise(key, *completion_BxC.shape)
+      place_C = np.arange(completion_BxC.shape[1])
+      is_masked_BxC &= place_C[None] >= num_given_B[:, None]
       batch = Batch(
         tokens=jnp.asarray(tokens_BxP),
         length=jnp.asarray(length_B),
@@ -219,13 +242,19 @@ def fine_tune(s: settings_lib.Sft) -> None:
 
 
 def load_demonstrations(
-  s: settings_lib.Sft, tokenizer: tokens.Tokenizer
+  s: settings_lib.Sft, tokenizer: tokens.Tokenizer, shape: base.Shape
 ) -> data.Demonstrations:
   """Reads, or makes, what is to be learned.
 
   Raises:
-    UserError: a task that makes no demonstrations, or too few of them.
+    UserError: a task that makes no demonstrations, or too few of them; a length
+      that is not one of whole blocks.
   """
+  if s.completion_length % max(1, shape.attention_block):
+    raise errors.UserError(
+      f"config.sft.completion_length={s.completion_length} is not a multiple "
+      f"of {shape.attention_block}, the blocks of the model's attention."
+    )
   if s.task:
     completion_fn = s.task.load_maker_of_demonstrations()
     dataset = data.load_dataset(s.task, s.data, tokenizer, "train")
@@ -242,6 +271,7 @@ def load_demonstrations(
     batch_size=s.batch_size,
     bucket=s.data.bucket,
     seed=s.seed,
+    prompt_multiple=shape.prompt_multiple,
   )
 
 

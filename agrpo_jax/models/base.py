@@ -77,8 +77,7 @@ class Shape:
     qk_norm: whether queries and keys are normalised, head by head, before they
       are rotated.
     shift: the logits of the token at position i come from the output at
-      i - shift; 0 or 1. The first position of a row, or of a block where
-      attention is block-causal, keeps its own.
+      i - shift; 0 or 1. Position 0 keeps its own.
     attention_block: T of block-causal attention: a position attends to its own
       block of T positions and to those before it; 0: to the whole row.
     blocks_from: where these blocks are counted from: the "start" of the row
@@ -130,6 +129,11 @@ class Shape:
     # one network are equal, and compile once.
     if not self.head_dim:
       object.__setattr__(self, "head_dim", self.width // self.num_heads)
+
+  @property
+  def prompt_multiple(self) -> int:
+    """Tokens of a block that a prompt may share with its completion; else 1."""
+    return max(1, self.attention_block * (self.blocks_from == "start"))
 
 
 @dataclasses.dataclass(frozen=True)

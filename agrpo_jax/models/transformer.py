@@ -356,7 +356,8 @@ class Transformer(nn.Module):
     """The normalised output that predicts the positions, [B, S, D].
 
     It is the last layer's at the positions themselves, or one before where the
-    network's logits are shifted (`base.Shape.shift`).
+    network's logits are shifted; position 0 has none before it, and keeps its
+    own.
 
     Args:
       tokens_BxL: int, rows [prompt | completion | padding].
@@ -364,9 +365,10 @@ class Transformer(nn.Module):
       positions_BxS: int32, the positions to predict; may repeat.
     """
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
+    if self.shape.shift:
+      positions_BxS = jnp.maximum(positions_BxS - self.shape.shift, 0)
     of = self._row_pass(tokens_BxL, length_B)
-    wanted_BxS = self._predicting(positions_BxS, length_B)
-    return self._run(tokens_BxL, None, of, wanted_BxS)[0]
+    return self._run(tokens_BxL, None, of, positions_BxS)[0]
 
   def keys_values(
     self, tokens_BxL: jax.Array, length_B: jax.Array
@@ -449,10 +451,7 @@ class Transformer(nn.Module):
     )
     # Where the positions are among the N tokens: the row, if it is part of the
     # pass, then its windows side by side.
-    wanted_BxSxW = self._predicting(
-      positions_BxSxW.reshape(len(length_B), -1), length_B
-    ).reshape(positions_BxSxW.shape)
-    wanted_BxSxW -= start_BxS[:, :, None]
+    wanted_BxSxW = positions_BxSxW - start_BxS[:, :, None]
     size = tokens_BxSxQ.shape[2]
     wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
     wanted_BxSxW += of.num_row_tokens
@@ -528,29 +527,10 @@ class Transformer(nn.Module):
     size = self.shape.attention_block
     if not size:
       return length_B[:, None]
-    end_BxN = self._block_start(position_BxN, length_B) + size
+    # Blocks that are counted from the end leave the incomplete one in front.
+    first = length_B[:, None] % size if self.shape.blocks_from == "end" else 0
+    end_BxN = ((position_BxN - first) // size + 1) * size + first
     return jnp.minimum(end_BxN, length_B[:, None])
-
-  def _predicting(
-    self, position_BxN: jax.Array, length_B: jax.Array
-  ) -> jax.Array:
-    """int32 [B, N], the positions whose output predicts the given ones."""
-    if not self.shape.shift:
-      return position_BxN
-    first = jnp.zeros_like(position_BxN)
-    if self.shape.attention_block:
-      first = self._block_start(position_BxN, length_B)
-    return jnp.maximum(position_BxN - self.shape.shift, jnp.maximum(first, 0))
-
-  def _block_start(
-    self, position_BxN: jax.Array, length_B: jax.Array
-  ) -> jax.Array:
-    """int32 [B, N], where the block of each position begins."""
-    size = self.shape.attention_block
-    # Blocks that are counted from the end leave the incomplete one in front,
-    # which would begin before the row.
-    offset = length_B[:, None] % size if self.shape.blocks_from == "end" else 0
-    return (position_BxN - offset) // size * size + offset
 
   def _run(
     self,
@@ -689,7 +669,7 @@ def bind(
   ) -> types.Tree:
     return run(Transformer.extend, shared, length_B, tokens_BxQ, start_B)
 
-  if shape.shift and not shape.attention_block:
+  if shape.shift:
     # The logits of a window's first position come from before the window.
     return types.Network(logits, top_k)
   return types.Network(logits, top_k, keys_values, window_logits, extend)

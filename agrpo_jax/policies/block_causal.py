@@ -19,6 +19,45 @@ from agrpo_jax import types
 from agrpo_jax.policies import row
 
 
+def partial_logits(
+  network: types.Network,
+  block_length: int,
+  prompt_BxP: jax.Array,
+  prompt_length_B: jax.Array,
+  completion_BxC: jax.Array,
+  partial_BxC: jax.Array,
+) -> jax.Array:
+  """Logits of partial completions whose blocks see whole ones before them.
+
+  Args:
+    network: whose attention is block-causal.
+    block_length: T, a divisor of C.
+    prompt_BxP: int32, padded on the right.
+    prompt_length_B: int32.
+    completion_BxC: int32, what the blocks behind a block see of it.
+    partial_BxC: int32, what it sees of itself.
+
+  Returns:
+    float32 [B, C, V].
+  """
+  num_rows, num_tokens = completion_BxC.shape
+  start_S = jnp.arange(0, num_tokens, block_length, dtype=jnp.int32)
+  start_BxS = jnp.broadcast_to(start_S[None], (num_rows, len(start_S)))
+  offset_BxSxT = start_BxS[..., None] + jnp.arange(block_length)[None, None]
+  policy = BlockCausal(block_length)
+  prompt = prompt_BxP, prompt_length_B
+  memory = policy.open(
+    network, None, *prompt, completion_BxC, start_BxS[:, 0], keeps=False
+  )
+  partial_BxSxC = jnp.broadcast_to(
+    partial_BxC[:, None], (*start_BxS.shape, num_tokens)
+  )
+  logits = policy.logits(
+    network, memory, *prompt, partial_BxSxC, start_BxS, offset_BxSxT
+  )
+  return logits.reshape(num_rows, num_tokens, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockCausal:
   """A `base.Policy` for networks whose attention is block-causal.

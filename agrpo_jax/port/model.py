@@ -78,15 +78,13 @@ class Model:
     Raises:
       UserError: a batch that does not divide over the mesh.
     """
-    shape = self.shape
-    counts = shape.attention_block and shape.blocks_from == "start"
     return host.Sampler(
       self.bind,
       draw,
       self.tokenizer,
       self.mesh,
       bucket,
-      prompt_multiple=shape.attention_block if counts else 1,
+      prompt_multiple=self.shape.prompt_multiple,
     )
 
   def initial_state(
@@ -161,12 +159,12 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
   no cache.
   """
   cache = draw.sampling.cache
-  size = shape.attention_block
-  if cache != "none" and shape.shift and not size:
+  if cache != "none" and shape.shift:
     raise errors.UserError(
       f"cache={cache!r} is not for a model whose logits are shifted "
       f"(model_type {shape.model_type!r}); use cache='none'."
     )
+  size = shape.attention_block
   fitting = ("none", "block") if size else ("none", "prefix", "dual")
   if cache not in fitting:
     kind = "block-causal" if size else "not block-causal"

@@ -6,7 +6,8 @@ A denoising step draws a token at each masked position of the active block and
 unmasks some of them; which, says the rule. What the rule looks at decides what
 the likelihood of a step is made of:
 
-  * nothing (`random`, `sequential`, `origin`): positions are chosen before there are logits;
+  * nothing (`random`, `sequential`, `origin`): they are chosen before there
+    are logits;
   * the distributions (`entropy`, `margin`, `entropy_bounded`): in both cases
     the likelihood is the product over the tokens that were unmasked;
   * the drawn tokens (`confidence`, `threshold`, `dynamic`, `factor`): there is
