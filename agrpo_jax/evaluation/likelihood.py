@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import Any
 from typing import Protocol
 
 import jax
@@ -15,7 +14,6 @@ from agrpo_jax.models import tokens
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
-from agrpo_jax.policies import row as row_lib
 
 
 class Model(Protocol):
@@ -70,37 +68,30 @@ class Scorer:
     self._num_draws, self._batch_size = num_draws, batch_size
     self._model, self._ids, self._seed = model, list(ids), seed
     # All at once: batches of one width need one compilation.
-    prompt_BxP, prompt_length_B = row_lib.pack(prompts, bucket)
-    completion_BxC, length_B = row_lib.pack(completions, bucket)
+    self._pairs = pairs = elbo.pack(prompts, completions, bucket, model.shape)
     mesh_lib.check_rows(model.mesh, "config.evaluate.batch_size", batch_size)
-    longest = int((prompt_length_B + length_B).max(initial=0))
-    if length_B.min(initial=1) < 1:
+    lengths = np.asarray(pairs.prompt_length) + np.asarray(pairs.length)
+    longest = int(lengths.max(initial=0))
+    if not all(completions):
       raise errors.UserError("A completion without tokens has no likelihood.")
     if longest > model.shape.max_length:
       raise errors.UserError(
         f"A prompt with its completion has {longest} tokens, more than the "
         f"model's {model.shape.max_length}."
       )
-    host: dict[str, Any] = dict(
-      prompt=prompt_BxP,
-      prompt_length=prompt_length_B,
-      completion=completion_BxC,
-      length=length_B,
-    )
-    self._pairs = elbo.Pairs(**host)
     self._rows = mesh_lib.rows(model.mesh)
     self._program = jax.jit(self._estimates, out_shardings=self._rows)
 
   def _estimates(self, params, lora, pairs, key, row_id_Bx2):
     is_masked_BxC = jax.vmap(
-      lambda row_id_2, length: elbo.draw_mask(
+      lambda row_id_2, is_asked_C: elbo.draw_mask(
         key,
         row_id_2,
-        length,
-        width=pairs.completion.shape[1],
+        is_asked_C,
         num_draws=self._num_draws,
+        attention_block=pairs.attention_block,
       )
-    )(row_id_Bx2, pairs.length)
+    )(row_id_Bx2, pairs.is_asked)
     network = self._model.bind(params, lora)
     return elbo.estimate(
       network, pairs, is_masked_BxC, self._model.tokenizer.mask_id

@@ -29,7 +29,6 @@ from agrpo_jax.evaluation import likelihood
 from agrpo_jax.objectives import elbo
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
-from agrpo_jax.policies import row as row_lib
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import progress
 from agrpo_jax.samplers import host
@@ -260,12 +259,12 @@ class Adapter:
     """`match_greedy` of each pair, batch by batch."""
     size = self._settings.evaluate.batch_size
     bucket = self._settings.data.bucket
-    columns = (*row_lib.pack(prompts, bucket), *row_lib.pack(rest, bucket))
+    pairs = elbo.pack(prompts, rest, bucket, self._model.shape)
     rows = mesh_lib.rows(self._model.mesh)
     for start in range(0, len(rest), size):
       row = np.minimum(np.arange(start, start + size), len(rest) - 1)
-      batch = jax.device_put([column[row] for column in columns], rows)
-      matches_B = self._greedy(self._model.params, elbo.Pairs(*batch))
+      batch = jax.tree.map(lambda column, row=row: column[row], pairs)
+      matches_B = self._greedy(self._model.params, jax.device_put(batch, rows))
       yield from processes.to_host(matches_B)[: len(rest) - start]
 
   def _text(self, ids: Sequence[int]) -> str:
@@ -371,17 +370,14 @@ def match_greedy(
     state: tuple[jax.Array, jax.Array],
   ) -> tuple[jax.Array, jax.Array]:
     is_masked_BxC, matches_B = state
-    logits_BxCxV = row_lib.logits_at(
-      network,
-      pairs.prompt,
-      pairs.prompt_length,
-      # As long as all matched, what was decoded is the completion's own.
-      jnp.where(is_masked_BxC, mask_id, pairs.completion),
-      jnp.broadcast_to(place_C, pairs.completion.shape),
-      pairs.length,
-    )
+    # As long as all matched, what was decoded is the completion's own.
+    logits_BxCxV = elbo.partial_logits(network, pairs, is_masked_BxC, mask_id)
     confidence_BxC = jax.nn.log_softmax(logits_BxCxV).max(axis=-1)
-    chosen_B = jnp.where(is_masked_BxC, confidence_BxC, -jnp.inf).argmax(axis=1)
+    # One block after the other, where there are blocks.
+    block_C = place_C // (pairs.attention_block or size)
+    first_B = jnp.where(is_masked_BxC, block_C[None], size).min(axis=1)
+    can_be_BxC = is_masked_BxC & (block_C[None] == first_B[:, None])
+    chosen_B = jnp.where(can_be_BxC, confidence_BxC, -jnp.inf).argmax(axis=1)
     is_chosen_BxC = (place_C[None, :] == chosen_B[:, None]) & is_masked_BxC
     is_same_BxC = logits_BxCxV.argmax(axis=-1) == pairs.completion
     return (
@@ -389,6 +385,5 @@ def match_greedy(
       matches_B & (is_same_BxC | ~is_chosen_BxC).all(axis=1),
     )
 
-  is_masked_BxC = place_C[None, :] < pairs.length[:, None]
-  state = (is_masked_BxC, jnp.ones(pairs.length.shape, bool))
+  state = (pairs.is_asked, jnp.ones(pairs.length.shape, bool))
   return jax.lax.while_loop(is_undecided, denoise, state)[1]

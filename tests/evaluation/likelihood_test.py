@@ -15,7 +15,9 @@ from agrpo_jax import errors
 from agrpo_jax import likelihood
 from agrpo_jax import settings
 from agrpo_jax import types
+from agrpo_jax.models import transformer
 from agrpo_jax.objectives import elbo
+from fixtures import recordings
 from fixtures import sudoku
 
 V, MASK = 2, 2  # tokens 0 and 1; 2 is [MASK]
@@ -73,6 +75,7 @@ def pairs_of(completion: list[int], num_rows: int) -> elbo.Pairs:
     prompt_length=jnp.full((num_rows,), 2, jnp.int32),
     completion=jnp.tile(jnp.array([row], jnp.int32), (num_rows, 1)),
     length=jnp.full((num_rows,), len(completion), jnp.int32),
+    num_given=jnp.zeros((num_rows,), jnp.int32),
   )
 
 
@@ -130,7 +133,10 @@ def masks_of(length: int, num_ids: int, num_draws: int) -> np.ndarray:
 
   def one(row_id):
     return elbo.draw_mask(
-      jax.random.key(0), row_id, length, width=C + 1, num_draws=num_draws
+      jax.random.key(0),
+      row_id,
+      jnp.arange(C + 1) < length,
+      num_draws=num_draws,
     )
 
   row_id = np.stack(
@@ -237,3 +243,64 @@ def test_mistakes_of_the_user(tmp_path):
   file.write_text('{"question": "1"}\n')
   with pytest.raises(errors.UserError, match=r"pairs\.jsonl, line 1"):
     run(c, str(file))
+
+
+@pytest.mark.parametrize("blocks_from", ["start", "end"])
+def test_blocks_one_by_one_where_attention_is_block_causal(blocks_from):
+  """Every mask of every block, against orders walked through by whole rows."""
+  shape, params = recordings.random_network(
+    attention_block=2, blocks_from=blocks_from
+  )
+  network = transformer.bind(shape, params)
+  logits = jax.jit(network.logits)
+  prompt, completion = [5, 6, 7], [8, 9, 3, 4, 11]
+  pairs = elbo.pack([prompt], [completion], 1, shape)
+  # Of SDAR's first block the prompt has one token; the other kind's last block
+  # is filled up with EOS.
+  filled = completion + [shape.eos_id] * (blocks_from == "end")
+  ends = range(4, 9, 2) if blocks_from == "start" else (5, 7, 9)
+  expected, begin = 0.0, len(prompt)
+  for end in ends:
+    own = range(begin, min(end, len(prompt) + len(completion)))
+    orders = list(itertools.permutations(own))
+    for order in orders:
+      row = np.array(prompt + filled)
+      row[[*own]] = shape.mask_id
+      # What stands behind is not seen; of a block counted from the end it tells
+      # where that begins.
+      for place in order:
+        found = logits(row[None], np.array([len(row)]), np.array([[place]]))
+        target = (prompt + filled)[place]
+        expected += float(jax.nn.log_softmax(found)[0, 0, target]) / len(orders)
+        row[place] = target
+    begin = end
+  num_draws = 4
+  masks = [
+    elbo.draw_mask(
+      jax.random.key(0),
+      jnp.array([number, draw], jnp.uint32),
+      pairs.is_asked[0],
+      num_draws=num_draws,
+      attention_block=2,
+    )
+    for number in range(40)
+    for draw in range(num_draws)
+  ]
+  distinct, count = np.unique(np.array(masks), axis=0, return_counts=True)
+  assert not distinct[:, : int(pairs.num_given[0])].any()
+  # Each block's masks by their chances: one of two 1/4 each, both 1/2.
+  each = np.arange(distinct.shape[1]).reshape(-1, 2)
+  asked = np.asarray(pairs.is_asked[0])
+  chance = np.ones(len(distinct))
+  for block in each:
+    num = distinct[:, block].sum(axis=1)
+    if asked[block].all():
+      chance *= np.where(num == 1, 0.25, 0.5)
+  assert chance.sum() == 1.0  # all that can be
+  rows = jax.tree.map(lambda x: jnp.repeat(x, len(distinct), axis=0), pairs)
+  values = jax.jit(lambda rows, m: elbo.estimate(network, rows, m, 36))(
+    rows, jnp.asarray(distinct)
+  )
+  np.testing.assert_allclose(chance @ values, expected, rtol=1e-4)
+  # And each as often as it should be.
+  np.testing.assert_allclose(count / count.sum(), chance, atol=0.12)

@@ -21,6 +21,7 @@ def pairs(*completions: list[int]) -> elbo.Pairs:
       [one + [0] * (width - len(one)) for one in completions]
     ),
     length=jnp.array([len(one) for one in completions]),
+    num_given=jnp.zeros(len(completions), jnp.int32),
   )
 
 
