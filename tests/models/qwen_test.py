@@ -26,8 +26,14 @@ from fixtures import recordings
 from fixtures import runs
 
 GOLDEN2 = pathlib.Path(__file__).parents[1] / "testdata" / "golden2"
-NAMES = ("tiny_a2d_qwen2", "tiny_a2d_qwen3", "tiny_dream")
-MASK = {"tiny_a2d_qwen2": 188, "tiny_a2d_qwen3": 197, "tiny_dream": 190}
+WHOLE = ("tiny_a2d_qwen2", "tiny_a2d_qwen3", "tiny_dream")
+NAMES = (*WHOLE, "tiny_sdar")  # whose forward pass: policies/block_causal_test
+MASK = {
+  "tiny_a2d_qwen2": 188,
+  "tiny_a2d_qwen3": 197,
+  "tiny_dream": 190,
+  "tiny_sdar": 175,
+}
 
 
 def config_json(name):
@@ -70,7 +76,7 @@ def every(function):
   return pytest.mark.parametrize("folder", NAMES, indirect=True)(function)
 
 
-@every
+@pytest.mark.parametrize("folder", WHOLE, indirect=True)
 def test_logits_of_the_released_code(folder):
   with np.load(GOLDEN2 / "forward" / f"{folder.name}.npz") as file:
     recorded = dict(file)
@@ -202,6 +208,9 @@ def test_heads_are_normalised_one_by_one():
     ("tiny_dream", 4, {}),
     ("tiny_dream", 4, dict(schedule="dream", unmask_rule="entropy")),
     ("tiny_dream", 4, dict(schedule="dream", unmask_rule="origin")),
+    ("tiny_sdar", 4, dict(cache="block", num_slots=1)),
+    ("tiny_sdar", 0, dict(cache="block", unmask_rule="dynamic", threshold=0.1)),
+    ("tiny_sdar", 0, dict(unmask_rule="confidence")),
   ],
   indirect=["folder"],
 )
@@ -210,7 +219,10 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   c.model.path = str(folder)
   c.model.tokenizer = ""
   c.lora.rank = rank
-  c.rollout.update(rollout)
+  with c.unlocked():
+    c.rollout.update(rollout)
+  if rollout.get("cache"):
+    c.objective.step_rule = "blocks"
   c.train.num_steps = 2
   runs.train(c)
   log = [*metrics.read(pathlib.Path(c.workdir) / "metrics.jsonl")]
