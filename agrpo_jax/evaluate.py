@@ -154,7 +154,7 @@ def record_settings(
   """
   sampling = dataclasses.asdict(s.evaluate)
   sampling |= sampling.pop("sampling")
-  for free in ("batch_size", "every", "mask_id", "eos_id"):
+  for free in ("batch_size", "every", "mask_id", "eos_id", "stop_ids"):
     del sampling[free]
   return {
     "config": {

@@ -115,7 +115,8 @@ def train(s: settings_lib.Rl) -> None:
       texts = [text for one in pending for text in one.texts]
       completion_BxC = np.concatenate([x.completion_BxC for x in pending])
       scalars |= reward_scalars(graded, group_size)
-      scalars |= length_scalars(completion_BxC, tokenizer.eos_id)
+      eos_ids = tokenizer.eos_id, *tokenizer.stop_ids
+      scalars |= length_scalars(completion_BxC, eos_ids)
       if s.evaluate.every and (train_step + 1) % s.evaluate.every == 0:
         result = accuracy.evaluate(
           evaluation_sampler,
@@ -150,9 +151,11 @@ def reward_scalars(graded: pool.Graded, group_size: int) -> dict[str, float]:
   return {name: float(value) for name, value in scalars.items()}
 
 
-def length_scalars(completion_BxC: np.ndarray, eos_id: int) -> dict[str, float]:
+def length_scalars(
+  completion_BxC: np.ndarray, eos_ids: tuple[int, ...]
+) -> dict[str, float]:
   """Returns lengths of completions: tokens up to the last that is not EOS."""
-  is_content_BxC = completion_BxC != eos_id
+  is_content_BxC = ~np.isin(completion_BxC, eos_ids)
   place_C = np.arange(1, is_content_BxC.shape[1] + 1)
   length_B = (is_content_BxC * place_C).max(axis=1)
   return {

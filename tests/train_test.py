@@ -145,3 +145,11 @@ def test_sft_learns_from_a_file_and_exports(tmp_path):
   network, params, _ = recordings.network_at(c.sft.output)
   assert network.num_layers == 1
   chex.assert_tree_all_finite(params)
+
+
+def test_lengths_end_before_whatever_ends_a_completion():
+  completion = np.array([[5, 6, 0, 7], [5, 0, 7, 6]])
+  for eos_ids, mean in (((0,), 4.0), ((0, 7), 3.0)):
+    found = train.length_scalars(completion, eos_ids)
+    assert found["completions/mean_length"] == mean
+    assert found["completions/clipped_ratio"] == 0.0

@@ -97,7 +97,8 @@ def evaluate(
       name: processes.to_host(getattr(rollout, name))
       for name in ("num_executed_steps", "num_whole_passes")
     }
-    ahead = _records(batch, pending, counts, tokenizer.eos_id), pending
+    eos_ids = tokenizer.eos_id, *tokenizer.stop_ids
+    ahead = _records(batch, pending, counts, eos_ids), pending
   if ahead is not None:
     keep(*ahead)
   bar.close()
@@ -108,11 +109,12 @@ def _records(
   batch: data.Batch,
   pending: shares.Pending,
   counts: dict[str, np.ndarray],
-  eos_id: int,
+  eos_ids: tuple[int, ...],
 ) -> list[dict[str, Any]]:
   """Returns the records of a batch, without its grades."""
   place_C = np.arange(1, pending.completion_BxC.shape[1] + 1)
-  length_B = ((pending.completion_BxC != eos_id) * place_C).max(axis=1)
+  is_content_BxC = ~np.isin(pending.completion_BxC, eos_ids)
+  length_B = (is_content_BxC * place_C).max(axis=1)
   return [
     {
       "id": example.id,

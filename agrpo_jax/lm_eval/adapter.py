@@ -269,9 +269,10 @@ class Adapter:
 
   def _text(self, ids: Sequence[int]) -> str:
     """What stands before the first end of text or turn."""
-    ends = {self._tokenizer.eos_id, self._tokenizer.eot_id}
+    tokenizer = self._tokenizer
+    ends = {tokenizer.eos_id, *tokenizer.stop_ids, tokenizer.eot_id}
     kept = itertools.takewhile(lambda one: one not in ends, ids)
-    return self._tokenizer.decode(list(kept))
+    return tokenizer.decode(list(kept))
 
   def _check_length(self, longest: int) -> None:
     limit = self._model.shape.max_length

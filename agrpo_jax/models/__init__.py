@@ -10,6 +10,8 @@ from agrpo_jax.models import qwen
 
 # By the `model_type` of a config.json.
 FAMILIES: dict[str, base.Family] = {"llada": llada.FAMILY, **qwen.FAMILIES}
+# One id, or a list of those that end a completion.
+_EOS = "eos_token_id"
 
 
 def family_of(shape: base.Shape) -> base.Family:
@@ -43,6 +45,11 @@ def read_shape(
       f"families that can be loaded: {', '.join(sorted(FAMILIES))}. Use a "
       "checkpoint of one of these."
     )
+  eos_ids = raw.get(_EOS)
+  if isinstance(eos_ids, list) and eos_ids:
+    # Of several the first fills up what the others end too.
+    raw = {**raw, _EOS: eos_ids[0]}
+    switches["stop_ids"] = tuple(eos_ids[1:])
   if attention_block:
     raw = {**raw, base.BLOCK_KEY: attention_block}
   shape = FAMILIES[model_type].read(raw, switches)
@@ -56,7 +63,10 @@ def read_shape(
 
 def write_shape(shape: base.Shape) -> dict[str, Any]:
   """A config.json of the network's family."""
-  return family_of(shape).write(shape)
+  raw = family_of(shape).write(shape)
+  if shape.stop_ids:
+    raw[_EOS] = [shape.eos_id, *shape.stop_ids]
+  return raw
 
 
 def vocabulary(shape: base.Shape) -> base.Vocabulary:
@@ -67,4 +77,5 @@ def vocabulary(shape: base.Shape) -> base.Vocabulary:
     eos_id=shape.eos_id,
     pad_id=shape.pad_id,
     end_of_turn=family_of(shape).end_of_turn,
+    stop_ids=shape.stop_ids,
   )

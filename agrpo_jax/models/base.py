@@ -76,6 +76,7 @@ class Shape:
     scale_logits: whether logits are divided by sqrt(width).
     qk_norm: whether queries and keys are normalised, head by head, before they
       are rotated.
+    stop_ids: further ids that end a completion, as `eos_id` does.
     shift: the logits of the token at position i come from the output at
       i - shift; 0 or 1. Position 0 keeps its own.
     attention_block: T of block-causal attention: a position attends to its own
@@ -114,6 +115,7 @@ class Shape:
   head_dim: int = 0
   scale_logits: bool = False
   qk_norm: bool = False
+  stop_ids: tuple[int, ...] = ()
   shift: int = 0
   attention_block: int = 0
   blocks_from: str = "start"
@@ -146,6 +148,7 @@ class Vocabulary:
     eos_id: id of the token that ends a completion.
     pad_id: id that fills padding.
     end_of_turn: name of the token that ends a turn of a chat.
+    stop_ids: further ids that end a completion.
   """
 
   size: int
@@ -153,6 +156,7 @@ class Vocabulary:
   eos_id: int
   pad_id: int
   end_of_turn: str
+  stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +260,18 @@ def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
       found.append(f"{say(name)} is not below {say('vocab_size')}")
   if both("mask_id", "eos_id") and good["mask_id"] == good["eos_id"]:
     found.append(f"{say('mask_id')} is also {labels.get('eos_id', 'eos_id')}")
+  stop_ids = values.get("stop_ids", ())
+  if not isinstance(stop_ids, tuple):
+    found.append(f"stop_ids={stop_ids!r} is not a tuple of ids")
+    stop_ids = ()
+  for at in stop_ids:
+    of = f"{labels.get('eos_id', 'eos_id')} has {at!r}"
+    if not is_int(at) or at < 0:
+      found.append(f"{of}, which is not a whole number >= 0")
+    elif "vocab_size" in good and at >= good["vocab_size"]:
+      found.append(f"{of}, which is not below {say('vocab_size')}")
+    elif at == good.get("mask_id"):
+      found.append(f"{of}, which is also {say('mask_id')}")
   return found
 
 

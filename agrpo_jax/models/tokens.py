@@ -28,12 +28,14 @@ class Tokenizer(Protocol):
   Attributes:
     mask_id: id of the mask token.
     eos_id: id that ends (and fills up) a completion.
+    stop_ids: further ids that end one.
     eot_id: id that ends a turn of the chat, or None.
     pad_id: id that fills padding.
   """
 
   mask_id: int
   eos_id: int
+  stop_ids: tuple[int, ...]
   eot_id: int | None
   pad_id: int
 

@@ -56,10 +56,12 @@ class ByteTokenizer:
   def __init__(self, vocabulary: base.Vocabulary):
     self.mask_id = vocabulary.mask_id
     self.eos_id = vocabulary.eos_id
+    self.stop_ids = vocabulary.stop_ids
     self.pad_id = vocabulary.pad_id
     self.eot_id: int | None = None
     self._names = {
       self.pad_id: "<|pad|>",
+      **dict.fromkeys(self.stop_ids, "<|stop|>"),
       self.eos_id: "<|eos|>",
       self.mask_id: "<|mask|>",
     }

@@ -43,6 +43,7 @@ class FastTokenizer:
     _check_ids(folder, self._tokenizer, settings, vocabulary)
     self.mask_id = vocabulary.mask_id
     self.eos_id = vocabulary.eos_id
+    self.stop_ids = vocabulary.stop_ids
     self.pad_id = vocabulary.pad_id
     self._vocab_size = vocabulary.size
     end = vocabulary.end_of_turn
@@ -326,9 +327,13 @@ def _check_ids(
     if one.special
   }
   problems = []
+  # Which of several ends a text, the tokenizer may see otherwise.
+  named = tokenizer.token_to_id(settings.get("eos_token", ""))
+  eos = "" if named in vocabulary.stop_ids else "eos_token"
   for key, name, at in (
     ("mask_token_id", "mask_token", vocabulary.mask_id),
-    ("eos_token_id", "eos_token", vocabulary.eos_id),
+    ("eos_token_id", eos, vocabulary.eos_id),
+    *(("eos_token_id", "", at) for at in vocabulary.stop_ids),
   ):
     token = tokenizer.id_to_token(at)
     if token is None:

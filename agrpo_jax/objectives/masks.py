@@ -61,7 +61,7 @@ class Masks:
     del top_k
     is_scored_C = visit.is_masked
     if not self.scores_padding:
-      is_scored_C &= until_eos(row.completion, sampling.eos_id)
+      is_scored_C &= until_eos(row.completion, sampling.eos_ids)
     return base.Factors(
       logprob=token_logprob(logits_WxV, row, visit),
       is_factor=is_scored_C[visit.offset],
@@ -155,9 +155,9 @@ def row_weight(visits: base.Visits) -> jax.Array:
   return visits.weight.max(axis=(1, 2))
 
 
-def until_eos(completion_BxC: jax.Array, eos_id: int) -> jax.Array:
+def until_eos(completion_BxC: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
   """bool [..., C]: the positions up to the first EOS, that one included."""
-  is_eos_BxC = completion_BxC == eos_id
+  is_eos_BxC = jnp.isin(completion_BxC, jnp.array(eos_ids))
   num_before_BxC = jnp.cumsum(is_eos_BxC, axis=-1) - is_eos_BxC
   return num_before_BxC == 0
 

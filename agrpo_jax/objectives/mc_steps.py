@@ -117,7 +117,7 @@ class Drawn(flax.struct.PyTreeNode):
 
 
 def visitable(
-  rollout: types.Rollout, settings: McSteps, eos_id: int
+  rollout: types.Rollout, settings: McSteps, eos_ids: tuple[int, ...]
 ) -> jax.Array:
   """bool [B, K]: the steps that the estimator may visit.
 
@@ -130,7 +130,7 @@ def visitable(
     rollout.unmask_step, num_denoise_steps
   )
   if settings.visited_steps == "content":
-    is_content_BxC = rollout.completion != eos_id
+    is_content_BxC = ~jnp.isin(rollout.completion, jnp.array(eos_ids))
     # -1 comes before all steps: a completion that is all EOS has none.
     last_B = jnp.where(is_content_BxC, rollout.unmask_step, -1).max(axis=1)
     is_visitable_BxK &= jnp.arange(num_denoise_steps)[None] <= last_B[:, None]
@@ -265,7 +265,7 @@ def draw(
   return jax.vmap(one)(
     rollout.entropy,
     rollout.unmask_step,
-    visitable(rollout, settings, sampling.eos_id),
+    visitable(rollout, settings, sampling.eos_ids),
     uniform_BxM,
   )
 
@@ -293,7 +293,7 @@ def draw_of_batch(
     float32 [B, K], how much every step weighs: 1 on average over the draws (or
     1 / number of steps, where a mean is wanted), if it may be drawn.
   """
-  is_visitable_BxK = visitable(rollout, settings, sampling.eos_id)
+  is_visitable_BxK = visitable(rollout, settings, sampling.eos_ids)
   prob_BxK = jax.vmap(step_prob, (0, 0, 0, None, None))(
     rollout.entropy,
     rollout.unmask_step,
@@ -335,7 +335,7 @@ def draw_blocks(
     bool [B, K], the steps that may be visited; and the blocks in place of
     steps, one column per block and no draw under `all`.
   """
-  is_visitable_BxK = visitable(rollout, settings, sampling.eos_id)
+  is_visitable_BxK = visitable(rollout, settings, sampling.eos_ids)
 
   def one(
     entropy_C: jax.Array,

@@ -79,7 +79,7 @@ class Spg(masks.Masks):
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
     """K masks, [U, B, K, 1], with scale Le / n."""
     del advantage_B, batch_key
-    is_content_BxC = masks.until_eos(rollout.completion, sampling.eos_id)
+    is_content_BxC = masks.until_eos(rollout.completion, sampling.eos_ids)
     total = is_content_BxC.sum()
 
     def one(
@@ -87,7 +87,7 @@ class Spg(masks.Masks):
     ) -> base.Visits:
       key = jax.random.fold_in(key, update)
       prompt_key, block_key, mask_key = jax.random.split(key, 3)
-      is_content_C = masks.until_eos(row.completion, sampling.eos_id)
+      is_content_C = masks.until_eos(row.completion, sampling.eos_ids)
       length = is_content_C.sum()
       is_masked_KxC = jax.vmap(
         lambda key, block: self._mask(key, block, is_content_C, sampling)

@@ -61,9 +61,11 @@ class TokenMean(masks.Masks):
     """Returns the standard scores of the rewards in their groups, [N, G]."""
     return advantage_lib.standard_score(reward_NxG, 0, 0.0)
 
-  def is_scored(self, completion_BxC: jax.Array, eos_id: int) -> jax.Array:
+  def is_scored(
+    self, completion_BxC: jax.Array, eos_ids: tuple[int, ...]
+  ) -> jax.Array:
     """bool [..., C]: all tokens but the EOS that are one too many."""
-    is_eos_BxC = completion_BxC == eos_id
+    is_eos_BxC = jnp.isin(completion_BxC, jnp.array(eos_ids))
     return ~is_eos_BxC | (jnp.cumsum(is_eos_BxC, axis=-1) <= self.max_eos)
 
   def loss(
@@ -139,7 +141,7 @@ class TraceRl(TokenMean):
       del key, update
       merged_1xC = self.merged_step(row.unmask_step, num_steps)[None]
       visit_Qx1 = jnp.arange(self._num_visits(num_steps))[:, None]
-      is_scored_1xC = self.is_scored(row.completion, sampling.eos_id)[None]
+      is_scored_1xC = self.is_scored(row.completion, sampling.eos_ids)[None]
       is_target_QxC = (merged_1xC == visit_Qx1) & is_scored_1xC
       visits = masks.visits(
         merged_1xC >= visit_Qx1, is_target_QxC.any(axis=1).astype(jnp.float32)
@@ -166,5 +168,5 @@ class TraceRl(TokenMean):
     factors = super().score(logits_WxV, row, visit, sampling, top_k)
     merged_C = self.merged_step(row.unmask_step, sampling.max_steps)
     is_target_C = merged_C == visit.denoise_step
-    is_target_C &= self.is_scored(row.completion, sampling.eos_id)
+    is_target_C &= self.is_scored(row.completion, sampling.eos_ids)
     return factors.replace(is_factor=is_target_C[visit.offset])

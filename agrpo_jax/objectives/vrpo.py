@@ -76,7 +76,7 @@ class Vrpo(masks.Masks):
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array
     ) -> base.Visits:
-      is_content_C = masks.until_eos(row.completion, sampling.eos_id)
+      is_content_C = masks.until_eos(row.completion, sampling.eos_ids)
       is_masked_KxC, scale_K = masks.any_order(
         jax.random.fold_in(key, update), is_content_C, self.num_masks
       )

@@ -22,6 +22,7 @@ from agrpo_jax.port import write
 
 # Either key may say how transformers loads the weights.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes
 
 Shardings = Any  # a tree like the parameters', of jax.sharding.Sharding
@@ -34,7 +35,8 @@ def load_shape(
 
   `attention_block` among the switches takes the place of what it says of it.
   """
-  folder = hub.folder(str(path), (files.CONFIG, *hub.TOKENIZER), revision)
+  patterns = (files.CONFIG, _GENERATION, *hub.TOKENIZER)
+  folder = hub.folder(str(path), patterns, revision)
   return _read_shape(folder, switches)
 
 
@@ -140,14 +142,35 @@ def _read_shape(folder: pathlib.Path, switches: dict[str, Any]) -> base.Shape:
 
 
 def _config(folder: pathlib.Path) -> Any:
-  """Returns config.json, with the tokenizer's mask id if it lacks one.
+  """Returns config.json with the special ids that stand elsewhere.
 
-  Models that were made of causal ones got their mask with the tokenizer.
+  Models that were made of causal ones got their mask with the tokenizer, which
+  tells its id then. The ids that end a completion are those of config.json and,
+  after these, of generation_config.json.
   """
   raw = folder_lib.read_json(folder / files.CONFIG)
-  if isinstance(raw, dict) and raw.get("mask_token_id") is None:
+  if not isinstance(raw, dict):
+    return raw
+  if raw.get("mask_token_id") is None:
     raw["mask_token_id"] = tokens.special_ids(folder).get("mask_token_id")
+  eos_ids = _eos_ids(raw)
+  if (folder / _GENERATION).exists():
+    more = folder_lib.read_json(folder / _GENERATION)
+    if isinstance(more, dict):
+      eos_ids += [one for one in _eos_ids(more) if one not in eos_ids]
+  if len(eos_ids) > 1:
+    raw["eos_token_id"] = eos_ids
+  elif eos_ids:
+    raw["eos_token_id"] = eos_ids[0]
   return raw
+
+
+def _eos_ids(raw: dict[str, Any]) -> list[Any]:
+  """Returns what a file says of the ids that end a completion, if anything."""
+  found = raw.get("eos_token_id")
+  if found is None:
+    return []
+  return [*found] if isinstance(found, list) else [found]
 
 
 def _raise(folder: pathlib.Path, problems: list[str]) -> None:

@@ -29,6 +29,8 @@ class Vocabulary(Protocol):
   def mask_id(self) -> int: ...
   @property
   def eos_id(self) -> int: ...
+  @property
+  def stop_ids(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Draw:
   """Settings of a sampler, before a model says which ids are special.
 
   Attributes:
-    sampling: the schedule and the rule; its mask_id and eos_id mean nothing.
+    sampling: the schedule and the rule; its ids mean nothing.
     guidance: scale of classifier-free guidance; 0: off.
     batch_size: completions drawn by one call of the compiled program.
     num_slots: rows that it runs at a time; a completion that ends early makes
@@ -51,7 +53,10 @@ class Draw:
   def sampling_for(self, vocabulary: Vocabulary) -> sampling_lib.Sampling:
     """Returns the sampling settings with the ids of a vocabulary."""
     return dataclasses.replace(
-      self.sampling, mask_id=vocabulary.mask_id, eos_id=vocabulary.eos_id
+      self.sampling,
+      mask_id=vocabulary.mask_id,
+      eos_id=vocabulary.eos_id,
+      stop_ids=vocabulary.stop_ids,
     )
 
   def policy_for(self, vocabulary: Vocabulary) -> policies.Policy:

@@ -464,7 +464,7 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   )
   is_last = row.block == sampling.num_blocks - 1
   if sampling.stop_at_eos:
-    is_last |= (completion_T == sampling.eos_id).all()
+    is_last |= jnp.isin(completion_T, jnp.array(sampling.eos_ids)).all()
   # A block that needed fewer steps than it may have leaves indices out, so that
   # a step's index says its block.
   next_block_step = (row.block + 1) * sampling.steps_per_block

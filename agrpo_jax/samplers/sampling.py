@@ -26,7 +26,9 @@ class Sampling:
 
   Attributes:
     mask_id: vocabulary id of [MASK].
-    eos_id: vocabulary id that ends a completion.
+    eos_id: vocabulary id that ends a completion, and fills up what was not
+      drawn.
+    stop_ids: further ids that end one.
     completion_length: C, a multiple of block_length.
     block_length: T; a block is finished before the next begins.
     num_denoise_steps: K, divided equally over the blocks.
@@ -55,7 +57,8 @@ class Sampling:
       before the block, which block-causal models have once for all.
     cache_refresh: denoising steps of a block until they are computed anew; 0:
       only where a block begins.
-    stop_at_eos: a block that comes out all EOS ends the completion.
+    stop_at_eos: a block that comes out all EOS, of whichever id, ends the
+      completion.
     redraw_mask: evaluation only, as LLaDA's and Fast-dLLM's samplers were
       released: a position whose drawn token is [MASK] itself stays masked. It
       is drawn again in later steps, those of later blocks included, which then
@@ -86,6 +89,11 @@ class Sampling:
   cache_refresh: int = 0
   stop_at_eos: bool = True
   redraw_mask: bool = False
+  stop_ids: tuple[int, ...] = ()
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return (self.eos_id, *self.stop_ids)
 
   @property
   def rule(self) -> rules.UnmaskRule:

@@ -129,6 +129,9 @@ def test_the_end_of_the_text_is_where_the_first_eos_is(model):
   assert model._text([*ids, eos, *ids]) == "ab"
   assert model._text([*ids, eot, *ids]) == "ab"
   assert model._text(ids) == "ab"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(model._tokenizer, "stop_ids", (ids[1],))
+    assert model._text(ids) == "a"
 
 
 def test_a_single_token_has_its_exact_probability(model):

@@ -141,7 +141,10 @@ def test_a_mask_id_that_nobody_tells(name):
     ({"layer_types": ["sliding_attention"] * 2}, "'sliding_attention'"),
     ({"layer_types": 2}, "layer_types=2"),
     ({"rope_parameters": [1e6]}, "rope_parameters=.* is not an object"),
-    ({"eos_token_id": [195, 194]}, "eos_token_id="),
+    ({"eos_token_id": []}, "eos_token_id="),
+    ({"eos_token_id": [195, "194"]}, "eos_token_id has '194'"),
+    ({"eos_token_id": [195, 200]}, "eos_token_id has 200, which is not below"),
+    ({"eos_token_id": [195, 197]}, "eos_token_id has 197, .* mask_token_id"),
     ({"right_shift_logits": 1}, "right_shift_logits=1 is not true or false"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
@@ -155,6 +158,26 @@ def test_what_is_not_computed_is_refused(change, words):
   raw = config_json("tiny_a2d_qwen3") | {"mask_token_id": 197}
   with pytest.raises(errors.UserError, match=words):
     models.read_shape(raw | change)
+
+
+@pytest.mark.parametrize("folder", NAMES[1:2], indirect=True)
+def test_several_ids_end_a_completion(folder, tmp_path):
+  """Those of config.json first, then those of generation_config.json."""
+  path = folder / "generation_config.json"
+  path.write_text(json.dumps({"eos_token_id": [194, 195, 199]}))
+  shape, params = model_folder.load(folder)
+  assert (shape.eos_id, shape.stop_ids) == (195, (194, 199))
+  tokenizer = model_folder.load_tokenizer(str(folder), shape)
+  assert (tokenizer.eos_id, tokenizer.stop_ids) == (195, (194, 199))
+  # Kept with a source, and written into config.json without one.
+  model_folder.save(tmp_path / "again", shape, params, source=folder)
+  assert model_folder.load_shape(str(tmp_path / "again")) == shape
+  model_folder.save(tmp_path / "new", shape, params)
+  assert model_folder.load_shape(str(tmp_path / "new")) == shape
+  path.write_text(json.dumps({"eos_token_id": 7}))
+  shape = model_folder.load_shape(str(folder))
+  with pytest.raises(errors.UserError, match="eos_token_id is 7, the ordinary"):
+    model_folder.load_tokenizer(str(folder), shape)
 
 
 def test_the_shift_is_a_key_of_the_config():

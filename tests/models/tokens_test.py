@@ -213,6 +213,7 @@ class TestRefusals:
       ({"mask_id": 65}, "mask_token_id is 65, the ordinary token 'A'"),
       ({"mask_id": EOT}, r"mask_token_id is 262, '<\|eot_id\|>', but"),
       ({"eos_id": 66}, "eos_token_id is 66, the ordinary token 'B'"),
+      ({"stop_ids": (66,)}, "eos_token_id is 66, the ordinary token 'B'"),
       (
         {"eos_id": EOT},
         r"the tokenizer's eos_token is '<\|endoftext\|>' \(261",
@@ -222,6 +223,11 @@ class TestRefusals:
   def test_ids_that_disagree(self, folder, changes, message):
     with pytest.raises(errors.UserError, match=message):
       tokens.load(folder, vocabulary(**changes))
+
+  def test_the_end_of_a_text_may_be_any_that_ends_a_completion(self, folder):
+    """The tokenizer names another of them than the network's first."""
+    tokenizer = tokens.load(folder, vocabulary(eos_id=EOT, stop_ids=(EOS,)))
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (EOT, (EOS,))
 
   def test_both_ids_in_one_message(self, folder):
     with pytest.raises(errors.UserError, match=r"mask_token_id.*eos_token_id"):

@@ -173,7 +173,7 @@ def test_every_step_once_is_the_exact_gradient(normalize):
     normalize=normalize,
     baseline="group_mean",
   )
-  visitable_B = mc_steps.visitable(rollout, settings, sampling.eos_id).sum(1)
+  visitable_B = mc_steps.visitable(rollout, settings, sampling.eos_ids).sum(1)
   np.testing.assert_array_equal(visitable_B, recorded["last_step"] + 1)
   step_BxM = jnp.tile(jnp.arange(8, dtype=jnp.int32)[None], (8, 1))
   weight_BxM = jnp.where(step_BxM < visitable_B[:, None], 8.0, 0.0)

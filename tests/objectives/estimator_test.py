@@ -93,7 +93,7 @@ def expected_estimate(
   reward = np.array(
     [reward_of(tuple(c)) for c in np.asarray(records.completion)]
   )
-  is_visitable_BxK = mc_steps.visitable(records, objective, s.eos_id)
+  is_visitable_BxK = mc_steps.visitable(records, objective, s.eos_ids)
 
   def visits(entropy_C, unmask_step_C, is_visitable_K):
     prob_K = mc_steps.step_prob(
@@ -162,7 +162,7 @@ def exact_gradient(
   prob: np.ndarray,
 ) -> np.ndarray:
   """float64: the sum of the package's scores of all steps, times the reward."""
-  rows, steps = np.nonzero(mc_steps.visitable(records, objective, s.eos_id))
+  rows, steps = np.nonzero(mc_steps.visitable(records, objective, s.eos_ids))
   reward = [reward_of(tuple(c)) for c in np.asarray(records.completion)]
   weight = (prob * np.array(reward))[rows]
   records = jax.tree.map(lambda x: np.asarray(x)[rows], records)

@@ -58,20 +58,30 @@ def steps_of(is_visitable) -> list[list[int]]:
 
 def test_which_steps_can_be_visited():
   content = settings(visited_steps="content")
-  assert steps_of(mc_steps.visitable(ROWS, settings(), 0)) == [
+  assert steps_of(mc_steps.visitable(ROWS, settings(), (0,))) == [
     [0, 1, 2, 3],
     [0, 1],
     [0, 1],
   ]
-  assert steps_of(mc_steps.visitable(ROWS, content, 0)) == [[0, 1, 2], [0], []]
-  assert steps_of(mc_steps.visitable(GAPS, settings(), 0)) == [
+  assert steps_of(mc_steps.visitable(ROWS, content, (0,))) == [
+    [0, 1, 2],
+    [0],
+    [],
+  ]
+  assert steps_of(mc_steps.visitable(GAPS, settings(), (0,))) == [
     [0, 1, 3],
     [0, 1, 3, 4, 5],
   ]
-  assert steps_of(mc_steps.visitable(GAPS, content, 0)) == [
+  assert steps_of(mc_steps.visitable(GAPS, content, (0,))) == [
     [0, 1, 3],
     [0, 1, 3],
   ]
+
+
+def test_content_ends_before_whatever_ends_a_completion():
+  """The first row's last two are EOS where 7 is one too."""
+  content = settings(visited_steps="content")
+  assert steps_of(mc_steps.visitable(ROWS, content, (0, 7)))[0] == [0, 1]
 
 
 def test_entropy_proposal_by_hand():
@@ -84,7 +94,7 @@ def test_entropy_proposal_by_hand():
   prob = mc_steps.step_prob(
     GAPS.entropy[0],
     GAPS.unmask_step[0],
-    mc_steps.visitable(GAPS, chosen, 0)[0],
+    mc_steps.visitable(GAPS, chosen, (0,))[0],
     chosen,
   )
   np.testing.assert_allclose(prob, [0.4, 0.2, 0.0, 0.4, 0.0, 0.0], atol=1e-6)
@@ -101,7 +111,7 @@ def test_entropy_proposal_by_hand():
 @pytest.mark.parametrize("mixed", [False, True])
 def test_weights_undo_the_proposal(mixed, rows, step_rule, steps):
   chosen = settings(step_rule=step_rule, visited_steps=steps)
-  for row, is_visitable in enumerate(mc_steps.visitable(rows, chosen, 0)):
+  for row, is_visitable in enumerate(mc_steps.visitable(rows, chosen, (0,))):
     prob = mc_steps.step_prob(
       rows.entropy[row], rows.unmask_step[row], is_visitable, chosen, mixed
     )

@@ -1,5 +1,7 @@
 """Batches of completions: one compilation per prompt width, no lost rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.samplers import host as sampler_lib
 from agrpo_jax.samplers import noise as noise_lib
+from agrpo_jax.samplers import rollout as rollout_lib
 from agrpo_jax.samplers import sampling as sampling_lib
 
 SAMPLING = sampling_lib.Sampling(
@@ -79,6 +82,36 @@ def test_the_batch_size_is_without_effect():
 def test_rows_can_be_passed_over():
   expected = draw(make(batch_size=7)[0])
   np.testing.assert_array_equal(draw(make(3)[0], first=4), expected[4:7])
+
+
+def test_a_block_of_whatever_ends_a_completion_is_its_last():
+  """Its first block is 5 and 0, its second 5 and 3."""
+  sampling = dataclasses.replace(
+    SAMPLING, block_length=2, temperature=0.0, num_denoise_steps=4
+  )
+  wanted = np.array([5, 0, 5, 3])
+
+  def logits(tokens_BxL, length_B, position_BxS):
+    at = position_BxS - (length_B[:, None] - 4)
+    return jax.nn.one_hot(jnp.asarray(wanted)[at], 9)
+
+  prompts = types.Prompts(
+    tokens=jnp.array([[1]]),
+    length=jnp.array([1]),
+    key=jax.random.split(jax.random.key(0), 1),
+  )
+  for stop_ids, expected, num_steps in (
+    ((), [5, 0, 5, 3], 4),
+    ((5,), [5, 0, 0, 0], 2),
+    ((5, 7), [5, 0, 0, 0], 2),
+  ):
+    vocabulary = dataclasses.replace(sampling, stop_ids=stop_ids)
+    drawing = sampler_lib.Draw(sampling, 0.0, batch_size=1, num_slots=0)
+    rollout = rollout_lib.sample_rollout(
+      types.Network(logits), prompts, drawing.sampling_for(vocabulary)
+    )
+    assert rollout.completion[0].tolist() == expected
+    assert rollout.num_executed_steps.tolist() == [num_steps]
 
 
 def test_row_keys_depend_on_prompt_and_index_alone():
