@@ -72,8 +72,8 @@ def load(folder: pathlib.Path | None, vocabulary: base.Vocabulary) -> Tokenizer:
   """Reads the tokenizer of a model's folder, checked against its network.
 
   Args:
-    folder: that holds `tokenizer.json` and a chat template; None for raw
-      bytes, see `tokens_bytes.ByteTokenizer`.
+    folder: that holds a tokenizer (`tokens_fast.FastTokenizer`) and a chat
+      template; None for raw bytes, see `tokens_bytes.ByteTokenizer`.
     vocabulary: of the network, which the tokenizer must agree with.
 
   Raises:

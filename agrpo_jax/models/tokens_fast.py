@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import decoders
+from tokenizers import models as tokenizer_models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
 
 from agrpo_jax import errors
 from agrpo_jax.models import base
@@ -22,8 +26,15 @@ _REMEDY = (
   "Set model.tokenizer to a folder or hub id that has one, or to 'bytes' for "
   "raw bytes."
 )
-# Names of special tokens that a tokenizer_config.json may give.
 _FILE = "tokenizer.json"
+# What stands in its place, and the classes that split text as Qwen2's does.
+_PARTS = ("vocab.json", "merges.txt")
+_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+_QWEN2_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Names of special tokens that a tokenizer_config.json may give.
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 SECONDS = 20.0  # for one text or batch of texts, by the clock
@@ -33,11 +44,15 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class FastTokenizer:
-  """`tokenizer.json` and chat template of a folder; no code of it is run."""
+  """The tokenizer and chat template of a folder; no code of it is run.
+
+  It is `tokenizer.json`, or what is made of `vocab.json` and `merges.txt` where
+  the class that they are for is known (Dream's).
+  """
 
   def __init__(self, folder: pathlib.Path, vocabulary: base.Vocabulary):
-    self._tokenizer = _read(folder / _FILE)
     settings = _settings(folder)
+    self._tokenizer = _read(folder, settings)
     self._template = _chat_template(folder, settings)
     self._names = {name: settings[name] for name in _NAMED if name in settings}
     _check_ids(folder, self._tokenizer, settings, vocabulary)
@@ -247,9 +262,10 @@ def special_ids(folder: pathlib.Path) -> dict[str, int]:
   Raises:
     UserError: a tokenizer that cannot be read.
   """
-  if not (folder / _FILE).is_file():
+  settings = _settings(folder)
+  if not (folder / _FILE).is_file() and not _is_in_parts(folder, settings):
     return {}
-  tokenizer, settings = _read(folder / _FILE), _settings(folder)
+  tokenizer = _read(folder, settings)
   ids = {
     f"{name}_id": tokenizer.token_to_id(settings[name])
     for name in _NAMED
@@ -258,12 +274,24 @@ def special_ids(folder: pathlib.Path) -> dict[str, int]:
   return {key: at for key, at in ids.items() if at is not None}
 
 
-def _read(path: pathlib.Path) -> tokenizers.Tokenizer:
+def _is_in_parts(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
+  return settings.get("tokenizer_class") in _CLASSES and all(
+    (folder / name).is_file() for name in _PARTS
+  )
+
+
+def _read(
+  folder: pathlib.Path, settings: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+  path, make = folder / _FILE, tokenizers.Tokenizer.from_file
   if not path.is_file():
-    raise errors.UserError(f"{path.parent} has no {path.name}. {_REMEDY}")
+    if not _is_in_parts(folder, settings):
+      raise errors.UserError(f"{folder} has no {_FILE}. {_REMEDY}")
+    path, make = folder / _PARTS[0], functools.partial(_of_parts, settings)
+    folder_lib.refuse_pointer(folder / _PARTS[1])
   folder_lib.refuse_pointer(path)
   try:
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = make(str(path))
   # tokenizers raises nothing more specific, and panics of its Rust code, which
   # are no `Exception`.
   except BaseException as error:
@@ -275,6 +303,40 @@ def _read(path: pathlib.Path) -> tokenizers.Tokenizer:
   # A saved tokenizer may still carry the last call's limits.
   tokenizer.no_truncation()
   tokenizer.no_padding()
+  return tokenizer
+
+
+def _of_parts(settings: Mapping[str, Any], path: str) -> tokenizers.Tokenizer:
+  """Makes Qwen2's tokenizer of vocab.json and of merges.txt beside it.
+
+  Args:
+    settings: tokenizer_config.json, which has the tokens that were added.
+    path: of vocab.json.
+
+  Raises:
+    ValueError: added tokens whose ids do not follow those of vocab.json.
+  """
+  merges = pathlib.Path(path).with_name(_PARTS[1])
+  tokenizer = tokenizers.Tokenizer(
+    tokenizer_models.BPE.from_file(path, str(merges))
+  )
+  tokenizer.normalizer = normalizers.NFC()
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  added = settings.get("added_tokens_decoder") or {}
+  for at, token in sorted(added.items(), key=lambda one: int(one[0])):
+    tokenizer.add_tokens([tokenizers.AddedToken(**token)])
+    found = tokenizer.token_to_id(token["content"])
+    if found != int(at):
+      raise ValueError(
+        f"{token['content']!r} of tokenizer_config.json has the id {at} there, "
+        f"and {found} after vocab.json"
+      )
   return tokenizer
 
 

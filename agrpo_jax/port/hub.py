@@ -9,7 +9,13 @@ import huggingface_hub
 from agrpo_jax import errors
 
 # What a checkpoint consists of, as shell patterns.
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template*")
+TOKENIZER = (
+  "tokenizer.json",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer_config.json",
+  "chat_template*",
+)
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 CHECKPOINT = (*ALL_BUT_WEIGHTS, "*.safetensors")
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 
 from agrpo_jax import errors
 from agrpo_jax.models import base
@@ -155,6 +156,79 @@ class TestText:
 
   def test_any_bytes_can_be_shown(self, tokenizer):
     assert tokenizer.decode([0xFF, 0x41]) == "\ufffdA"
+
+
+class TestParts:
+  """Dream has no tokenizer.json, but vocab.json and merges.txt."""
+
+  @pytest.fixture
+  def parts(self, tmp_path):
+    letters = [*tokenizers.pre_tokenizers.ByteLevel.alphabet()]
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("1", "2"), ("'", "s")]
+    vocab = {
+      word: at
+      for at, word in enumerate([*sorted(letters), *map("".join, merges)])
+    }
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
+    usual = dict(lstrip=False, rstrip=False, single_word=False)
+    added = {
+      str(len(vocab) + at): dict(
+        content=name, normalized=False, special=is_special, **usual
+      )
+      for at, (name, is_special) in enumerate(
+        [("<|eos|>", True), ("<tool>", False), ("<|mask|>", True)]
+      )
+    }
+    (tmp_path / "tokenizer_config.json").write_text(
+      json.dumps(
+        {
+          "tokenizer_class": "DreamTokenizer",
+          "added_tokens_decoder": added,
+          "eos_token": "<|eos|>",
+          "mask_token": "<|mask|>",
+          "chat_template": "{{ messages[0]['content'] }}<|eos|>",
+        }
+      )
+    )
+    return tmp_path
+
+  def test_as_qwen_has_it(self, parts):
+    first = len(json.loads((parts / "vocab.json").read_text()))
+    assert tokens.special_ids(parts) == {
+      "eos_token_id": first,
+      "mask_token_id": first + 2,
+    }
+    ours = tokens.load(
+      parts, vocabulary(size=280, mask_id=first + 2, eos_id=first)
+    )
+    theirs = transformers.Qwen2Tokenizer.from_pretrained(str(parts))
+    for text in (
+      "the other's 1234  words\n\n  é e\u0301 漢字 <tool> IT'S",
+      " a\tb \r\n!?..",
+      "<tool>",
+    ):
+      ids = theirs(text, add_special_tokens=False).input_ids
+      assert ours.encode(text) == ids
+      assert ours.decode(ids) == theirs.decode(ids)
+    # Digits stand alone, whatever could be merged.
+    assert len(ours.encode("12")) == 2
+    assert ours.encode(" the's") == [first - 3, first - 1]
+    assert ours.encode_chat(ask("the")) == [*ours.encode("the"), first]
+
+  def test_ids_that_do_not_follow(self, parts):
+    raw = json.loads((parts / "tokenizer_config.json").read_text())
+    raw["added_tokens_decoder"].pop(next(iter(raw["added_tokens_decoder"])))
+    (parts / "tokenizer_config.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError, match=r"'<tool>' .* has the id 262"):
+      tokens.load(parts, vocabulary())
+
+  def test_parts_of_another_class_are_not_guessed_at(self, parts):
+    rewrite(parts / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    with pytest.raises(errors.UserError, match=r"no tokenizer\.json"):
+      tokens.load(parts, vocabulary())
+    assert tokens.special_ids(parts) == {}
 
 
 class TestRefusals:
