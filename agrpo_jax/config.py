@@ -38,6 +38,7 @@ def _common(kind: str) -> ConfigDict:
   # Tokens per block of block-causal attention, where config.json does not tell
   # (Tiny-A2D's bd3lm: 32); 0: as it says.
   m.attention_block = 0
+  m.quantize = "none"  # how a frozen base's layers are kept: none, int8
 
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters

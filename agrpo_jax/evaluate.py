@@ -39,7 +39,7 @@ from agrpo_jax.runs import checkpoint_named
 
 # Of a model, what its folder holds decides, whatever its path; how it is
 # computed is the command's business.
-_FREE_MODEL_KEYS = ("path", "revision", *models.SWITCHES)
+_FREE_MODEL_KEYS = ("path", "revision", "quantize", *models.SWITCHES)
 
 
 def run(
@@ -171,7 +171,7 @@ def record_settings(
 
 def model_settings(s: settings_lib.Rl, checkpoint: str) -> dict[str, Any]:
   """Returns what a model's figures depend on, whatever it is asked."""
-  names = ("path", "revision", "tokenizer", "dtype")
+  names = ("path", "revision", "tokenizer", "dtype", "quantize")
   lora = dataclasses.asdict(s.lora) if checkpoint and s.lora else None
   return {
     "seed": s.seed,
@@ -189,9 +189,9 @@ def use_run(
   Args:
     c: changed in place.
     checkpoint: the run's, or "" to change nothing.
-    given: keys that stand on the command line. Path, revision and dtype may
-      say where the run's base model is now and how to compute it: that it is
-      the same model is checked by its contents.
+    given: keys that stand on the command line. Path, revision, dtype and
+      quantize may say where the run's base model is now and how to compute it:
+      that it is the same model is checked by its contents.
 
   Raises:
     UserError: there is no such checkpoint, or a given key contradicts it.

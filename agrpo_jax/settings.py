@@ -349,6 +349,7 @@ def _model(c: config_lib.ConfigDict, found: _Problems) -> dict:
     ("dtype", models.DTYPES),
     ("remat", models.REMAT),
     ("attention", models.ATTENTION),
+    ("quantize", models.QUANTIZE),
   ):
     found.known(f"model.{name}", c.model[name], choices)
   found.at_least(1, "model", c.model, "unroll")
@@ -385,6 +386,13 @@ def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
       c.task.name,
       "a task's name, or task.path the file of one",
     )
+  found.want(
+    c.model.quantize == "none" or c.lora.rank != 0,
+    "model.quantize",
+    c.model.quantize,
+    "none where all parameters are trained (lora.rank=0): only a frozen base "
+    "is quantized; train adapters, lora.rank=64 say",
+  )
   found.at_least(1, "train", c.train, "num_steps", "checkpoint_every", "keep")
   found.at_least(0, "train", c.train, "log_samples")
   optimizer = optimizer_lib.Optimizer(
@@ -582,6 +590,14 @@ def _sft(c: config_lib.ConfigDict, found: _Problems) -> Sft:
     "sft.output",
     sub.output,
     "a folder that can be made or written",
+  )
+  found.want(
+    not sub.output or c.model.quantize == "none",
+    "sft.output",
+    sub.output,
+    f"empty with model.quantize={c.model.quantize!r}: the adapter belongs into "
+    "the weights as they were, and `python -m agrpo_jax.port --checkpoint="
+    "WORKDIR --to=DIR` writes these, on the host, when the run is done",
   )
   return Sft(
     **_run(c, found, c.train.num_steps),

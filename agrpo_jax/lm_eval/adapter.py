@@ -57,6 +57,7 @@ class Adapter:
     seed: int = 0,
     sampler: str = "config",
     dtype: str = "bfloat16",
+    quantize: str = "none",
     tokenizer: str = "",
     revision: str = "",
     bucket: int = 64,
@@ -73,6 +74,7 @@ class Adapter:
       seed: of draws and masks.
       sampler: sampling settings by name, see `config.SAMPLERS`.
       dtype: of activations.
+      quantize: how the model's layers are kept, "none" or "int8".
       tokenizer: another folder or hub id, or "bytes".
       revision: on the hub.
       bucket: prompts and continuations are padded to a multiple of this.
@@ -95,7 +97,11 @@ class Adapter:
     c.seed = seed
     c.data.bucket = bucket
     c.model.update(
-      path=path, dtype=dtype, tokenizer=tokenizer, revision=revision
+      path=path,
+      dtype=dtype,
+      quantize=quantize,
+      tokenizer=tokenizer,
+      revision=revision,
     )
     config_lib.use_sampler(c, sampler)
     config_lib.set_evaluate(c, {**settings, "batch_size": int(batch_size)})

@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
 BLOCKS_FROM = ("start", "end")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
+QUANTIZE = ("none", "int8")
 
 # The key of config.json that tells `Shape.attention_block`.
 BLOCK_KEY = "block_size"
@@ -37,6 +38,8 @@ class Source:
     unroll: see `Shape`.
     attention_block: see `Shape`, in place of what the model's folder says; 0:
       as that says.
+    quantize: how the kernels of frozen layers are kept: "none", as `dtype`
+      says, or "int8" (`quantized`).
   """
 
   path: str
@@ -47,6 +50,7 @@ class Source:
   attention: str = "auto"
   unroll: int = 1
   attention_block: int = 0
+  quantize: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agrpo_jax.models import quantized
 from agrpo_jax.models import splash
 from agrpo_jax.parallel import mesh as mesh_lib
 
@@ -87,6 +88,55 @@ def _matmul_bwd(shardings, out_dtype, saved, gradient):
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def matmul_int8(
+  x: jax.Array,
+  kernel: quantized.Kernel,
+  shardings: mesh_lib.Shardings | None = None,
+  out_dtype: Any = jnp.float32,
+) -> jax.Array:
+  """As `matmul`, with a kernel that is frozen: it has no gradient."""
+  return _matmul_int8(x, kernel, shardings, out_dtype, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul_int8(x, kernel, shardings, out_dtype, x_dtype):
+  sums = jax.lax.dot_general(
+    x,
+    # Converted behind the gathering over the mesh: half the traffic.
+    _put(kernel.values, shardings and shardings.used).astype(x_dtype),
+    (((x.ndim - 1,), (0,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  return (sums * _scale(kernel, shardings, x.ndim)).astype(out_dtype)
+
+
+def _scale(kernel, shardings, rank):
+  used = None
+  if shardings is not None:
+    spec = jax.sharding.PartitionSpec(shardings.used.spec[-1])
+    used = mesh_lib.NamedSharding(shardings.used.mesh, spec)
+  return last_axis(_put(kernel.scale, used), rank)
+
+
+def _matmul_int8_fwd(x, kernel, shardings, out_dtype, x_dtype):
+  return _matmul_int8(x, kernel, shardings, out_dtype, x_dtype), kernel
+
+
+def _matmul_int8_bwd(shardings, out_dtype, x_dtype, kernel, gradient):
+  del out_dtype
+  scaled = gradient * _scale(kernel, shardings, gradient.ndim)
+  gradient_x = jax.lax.dot_general(
+    scaled.astype(x_dtype),
+    _put(kernel.values, shardings and shardings.used).astype(x_dtype),
+    (((gradient.ndim - 1,), (1,)), ((), ())),
+    preferred_element_type=x_dtype,
+  )
+  return gradient_x, None
+
+
+_matmul_int8.defvjp(_matmul_int8_fwd, _matmul_int8_bwd)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -30,6 +30,7 @@ from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import ops
 from agrpo_jax.models import parameters
+from agrpo_jax.models import quantized
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import split
 
@@ -55,6 +56,7 @@ def take_positions(x_BxLxD: jax.Array, positions_BxS: jax.Array) -> jax.Array:
 class Projection(nn.Module):
   """x W + b, plus lora_scale (x A) B where an adapter is given.
 
+  W may be a `quantized.Kernel`.
   `specs` are the arrays of this projection. The adapter lives in the variable
   collection "lora": a [in, R] and b [R, out]. Where `rows` are split over the
   mesh, weights split over its axis fsdp are gathered here.
@@ -74,7 +76,8 @@ class Projection(nn.Module):
     out_dtype = out_dtype or dtype
     # What is added to is rounded after the sum.
     is_sum = self.has_variable("lora", "a") or "bias" in self.specs
-    y = ops.matmul(
+    is_int8 = isinstance(kernel, quantized.Kernel)
+    y = (ops.matmul_int8 if is_int8 else ops.matmul)(
       x,
       kernel,
       self._shardings(fan_in, fan_out),

@@ -200,7 +200,9 @@ class Planner:
     shape = read_shape(s.model)
     # Only the ids of special tokens matter, and those are the network's.
     tokenizer = tokens.load(None, models.vocabulary(shape))
-    self._model = model_lib.describe_model(shape, s.lora, mesh, tokenizer)
+    self._model = model_lib.describe_model(
+      shape, s.lora, mesh, tokenizer, s.model.quantize
+    )
     self._model.check_draw(prompt_length, s.rollout)
     self.prompt_length = -(-prompt_length // s.data.bucket) * s.data.bucket
 

@@ -16,7 +16,9 @@ from jax.experimental import multihost_utils
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import parameters
+from agrpo_jax.models import quantized
 from agrpo_jax.port import files
+from agrpo_jax.runs import checkpoint_meta
 
 DTYPES: dict[str, Any] = {
   "F32": jnp.float32,
@@ -173,6 +175,71 @@ def read_onto(
   if sharding is None:
     return jnp.asarray(read((slice(None),) * len(shape)))
   return jax.make_array_from_callback(shape, sharding, read)
+
+
+def read_quantized(
+  tensors: files.Tensors,
+  entry: Entry,
+  sharding: quantized.Kernel,
+  dtype: Any,
+  problems: list[str],
+) -> tuple[quantized.Kernel, int, int]:
+  """Reads a kernel in int8; of the float one a layer at a time is in memory.
+
+  Args:
+    tensors: of the checkpoint.
+    entry: the kernel's place in it.
+    sharding: where values and scales go.
+    dtype: that each layer is read in.
+    problems: what is wrong is added.
+
+  Returns:
+    The kernel, and both checksums of a `BaseModel` of the values as read.
+  """
+  spec = entry.spec
+  if entry.stacked:
+    spec = parameters.Spec(spec.shape[1:], spec.axes[1:])
+  # Layers are never split over devices: the rest says where one goes.
+  kept = sharding.values
+  whole = jax.sharding.NamedSharding(
+    kept.mesh, jax.sharding.PartitionSpec(*kept.spec[-2:])
+  )
+  sums = []
+
+  def read(name: str) -> jax.Array:
+    one = Entry((name,), spec, stacked=False, transposed=entry.transposed)
+    x = read_onto(tensors, one, whole, dtype, problems)
+    sums.append(
+      [
+        checkpoint_meta.checksums(x, rounding)[0]
+        for rounding in (None, jnp.bfloat16)
+      ]
+    )
+    return x
+
+  if not entry.stacked:
+    place = jax.jit(quantized.quantize, out_shardings=sharding)
+    kernel = place(read(*entry.names))
+  else:
+    abstract = jax.eval_shape(
+      quantized.quantize, jax.ShapeDtypeStruct(entry.spec.shape, dtype)
+    )
+    kernel = jax.jit(
+      lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
+      out_shardings=sharding,
+    )()
+
+    def put(kernel: Any, x: jax.Array, layer: jax.Array) -> Any:
+      return jax.tree.map(
+        lambda all, one: all.at[layer].set(one), kernel, quantized.quantize(x)
+      )
+
+    place = jax.jit(put, out_shardings=sharding, donate_argnums=0)
+    for layer, name in enumerate(entry.names):
+      kernel = place(kernel, read(name), layer)
+  # Sums of words add up over layers, modulo 2^32.
+  checksum, rounded = (sum(column) % 2**32 for column in zip(*sums))
+  return kernel, checksum, rounded
 
 
 def _read_part(

@@ -53,7 +53,9 @@ def merged(
     params = _read(checkpoint, transformer.abstract_params(shape))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   else:
-    # In the run's dtype: the adapter was trained on these very values.
+    # In the run's dtype: the adapter was trained on these very values, or, if
+    # the run had them quantized, near them. Never into int8: its error would
+    # stay in what is written.
     shape, params = model_folder.load(folder, dtype=source.dtype)
     base_model = checkpoint_meta.describe_base(
       source.path, source.revision, params

@@ -21,6 +21,7 @@ from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import ops
+from agrpo_jax.models import quantized
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
@@ -38,7 +39,8 @@ class Model:
   Attributes:
     mesh: where it lives.
     shape: the network's shape and compute settings.
-    params: its parameters: frozen when there are adapters.
+    params: its parameters: frozen when there are adapters, and then perhaps
+      with kernels in int8.
     lora: adapters, or None when all parameters are trained.
     lora_settings: of the adapters, or None.
     tokenizer: text <-> ids.
@@ -197,7 +199,8 @@ def load_model(
 ) -> Model:
   """Loads a network onto a mesh.
 
-  What is trained is float32; what is only read has the dtype it computes in.
+  What is trained is float32; what is only read has the dtype it computes in, or
+  is kept as `source.quantize` says.
 
   Args:
     source: where it comes from and how it is computed.
@@ -211,6 +214,13 @@ def load_model(
     UserError: naming everything that is wrong with the model's folder, the
       mesh, or the adapter, before anything large is read if it shows by then.
   """
+  if source.quantize != "none" and is_trained and lora is None:
+    raise errors.UserError(
+      f"config.model.quantize={source.quantize!r} is for a frozen base, but "
+      "here all parameters are trained, or were. Set it to 'none'; to quantize "
+      "what a run trained write it with `python -m agrpo_jax.port` first, and "
+      "give that folder as config.model.path."
+    )
   _check_platform(source.attention, mesh)
   shape = load_shape(source)
   _check_attention(shape, mesh)
@@ -224,12 +234,23 @@ def load_model(
     # The revision is one of the model's repository, not of another one's.
     revision=None if source.tokenizer else source.revision or None,
   )
-  _, params = model_folder.load(
-    source.path,
-    dtype="float32" if is_trained and lora is None else source.dtype,
-    shardings=lambda shape: _shardings(mesh, shape),
-    revision=source.revision or None,
-  )
+  if source.quantize == "none":
+    _, params = model_folder.load(
+      source.path,
+      dtype="float32" if is_trained and lora is None else source.dtype,
+      shardings=lambda shape: _shardings(mesh, shape),
+      revision=source.revision or None,
+    )
+    base_model = checkpoint_meta.describe_base(
+      source.path, source.revision, params
+    )
+  else:
+    params, base_model = model_folder.load_quantized(
+      source.path,
+      dtype=source.dtype,
+      shardings=lambda shape: _shardings(mesh, shape, source.quantize),
+      revision=source.revision or None,
+    )
   adapters = None
   if lora is not None:
     init, shardings = _adapter(lora, shape, mesh)
@@ -242,9 +263,7 @@ def load_model(
     lora=adapters,
     lora_settings=lora,
     tokenizer=tokenizer,
-    base_model=checkpoint_meta.describe_base(
-      source.path, source.revision, params
-    ),
+    base_model=base_model,
   )
 
 
@@ -253,6 +272,7 @@ def describe_model(
   lora: lora_lib.Lora | None,
   mesh: mesh_lib.Mesh,
   tokenizer: tokens.Tokenizer,
+  quantize: str = "none",
 ) -> Model:
   """Returns what `load_model` would, as shapes and shardings only."""
   _check_platform(shape.attention, mesh)
@@ -266,7 +286,8 @@ def describe_model(
     mesh=mesh,
     shape=shape,
     params=placed(
-      transformer.abstract_params(shape, dtype), _shardings(mesh, shape)
+      _abstract_params(shape, dtype, quantize),
+      _shardings(mesh, shape, quantize),
     ),
     lora=adapters,
     lora_settings=lora,
@@ -395,9 +416,19 @@ def _check_attention(shape: base.Shape, mesh: mesh_lib.Mesh) -> None:
     )
 
 
-def _shardings(mesh: mesh_lib.Mesh, shape: base.Shape) -> Any:
+def _abstract_params(shape: base.Shape, dtype: Any, quantize: str) -> Any:
+  params = transformer.abstract_params(shape, dtype)
+  return params if quantize == "none" else quantized.abstract_params(params)
+
+
+def _shardings(
+  mesh: mesh_lib.Mesh, shape: base.Shape, quantize: str = "none"
+) -> Any:
+  axes = transformer.logical_axes(shape)
+  if quantize != "none":
+    axes = quantized.logical_axes(axes)
   return mesh_lib.shardings(
-    mesh, transformer.logical_axes(shape), transformer.abstract_params(shape)
+    mesh, axes, _abstract_params(shape, jnp.float32, quantize)
   )
 
 

@@ -14,11 +14,13 @@ from agrpo_jax import models
 from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import folder as folder_lib
+from agrpo_jax.models import quantized
 from agrpo_jax.models import tokens
 from agrpo_jax.port import arrays
 from agrpo_jax.port import files
 from agrpo_jax.port import hub
 from agrpo_jax.port import write
+from agrpo_jax.runs import checkpoint_meta
 
 # Either key may say how transformers loads the weights.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -65,7 +67,81 @@ def load(
   Raises:
     UserError: naming everything that is wrong with the checkpoint.
   """
-  folder = hub.folder(str(path), hub.CHECKPOINT, revision)
+  folder, shape, tensors, table = _open(str(path), dtype, revision, switches)
+  if callable(shardings):
+    shardings = shardings(shape)
+  if shardings is None:
+    shardings = jax.tree.map(lambda _: None, table)
+  problems: list[str] = []
+  params = jax.tree.map(
+    lambda entry, sharding: arrays.read_onto(
+      tensors, entry, sharding, dtype, problems
+    ),
+    table,
+    shardings,
+  )
+  _raise(folder, problems)
+  return shape, params
+
+
+def load_quantized(
+  path: str,
+  *,
+  dtype: str,
+  shardings: Callable[[base.Shape], Shardings],
+  revision: str | None = None,
+) -> tuple[types.Tree, checkpoint_meta.BaseModel]:
+  """Loads the parameters of a network, kernels of its layers in int8.
+
+  Quantized layer by layer: no kernel is ever in memory as it was.
+
+  Args:
+    path: a local folder or a hub id.
+    dtype: of what is not quantized, and of what is before it is.
+    shardings: where they go, from the shape: a tree like the parameters'.
+    revision: branch, tag or commit on the hub.
+
+  Returns:
+    The parameters, and the record of the base model: that of the values before
+    they are quantized, the same as `load` with this dtype gives.
+
+  Raises:
+    UserError: as for `load`.
+  """
+  folder, shape, tensors, table = _open(path, dtype, revision, {})
+  problems: list[str] = []
+  sums: list[tuple[int, int]] = []
+
+  def read_kernel(entry: arrays.Entry, sharding: quantized.Kernel) -> Any:
+    kernel, *both = arrays.read_quantized(
+      tensors, entry, sharding, dtype, problems
+    )
+    sums.append(both)
+    return kernel
+
+  def read(entry: arrays.Entry, sharding: jax.sharding.Sharding) -> jax.Array:
+    array = arrays.read_onto(tensors, entry, sharding, dtype, problems)
+    both = [checkpoint_meta.checksums(array, x)[0] for x in (None, "bfloat16")]
+    sums.append(both)
+    return array
+
+  params = quantized.map_tree(read_kernel, read, table, shardings(shape))
+  _raise(folder, problems)
+  checksums, rounded = zip(*sums, strict=True)
+  return params, checkpoint_meta.BaseModel(
+    path, revision or "", dtype, checksums, rounded
+  )
+
+
+def _open(
+  path: str, dtype: Any, revision: str | None, switches: dict[str, Any]
+) -> tuple[pathlib.Path, base.Shape, files.Tensors, types.Tree]:
+  """Returns a checkpoint's folder, shape, tensors, and the table of these.
+
+  Raises:
+    UserError: naming everything that the headers show to be wrong.
+  """
+  folder = hub.folder(path, hub.CHECKPOINT, revision)
   shape = _read_shape(folder, switches)
   tensors = files.Tensors(folder)
   if shape.num_layers > len(tensors.names()):
@@ -81,19 +157,7 @@ def load(
     for name in sorted(tensors.names()):
       arrays.check_finite(tensors, name, tensors.read(name), problems)
     _raise(folder, problems)
-  if callable(shardings):
-    shardings = shardings(shape)
-  if shardings is None:
-    shardings = jax.tree.map(lambda _: None, table)
-  params = jax.tree.map(
-    lambda entry, sharding: arrays.read_onto(
-      tensors, entry, sharding, dtype, problems
-    ),
-    table,
-    shardings,
-  )
-  _raise(folder, problems)
-  return shape, params
+  return folder, shape, tensors, table
 
 
 def stored_dtype(folder: pathlib.Path) -> str:
