@@ -1,13 +1,14 @@
 """Host memory that loading a checkpoint takes, measured.
 
-    python benchmarks/load_memory.py --gigabytes=4 --folder=/tmp/big
+    python benchmarks/load_memory.py --gigabytes=4 --folder=/tmp/big [--int8]
 
 Writes a random LLaDA-shaped bfloat16 checkpoint in shards of about 1 GB (used
 again if it is there) and loads it onto virtual CPU devices, in processes of
 their own. Device memory is host memory there, so what loading itself takes is
 the process's peak minus what it had before and minus the arrays of its devices.
 Pages of the mapped files are not counted: the system takes them back when it
-needs memory. Prints a table, in GB (10^9 bytes) per process. Linux only.
+needs memory. With --int8 kernels are quantized as they are read. Prints a
+table, in GB (10^9 bytes) per process. Linux only.
 """
 
 import argparse
@@ -27,6 +28,8 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from agrpo_jax import models
+from agrpo_jax.models import base
+from agrpo_jax.models import quantized
 from agrpo_jax.models import transformer
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes as processes_lib
@@ -113,20 +116,27 @@ def own_memory() -> int:
   return 1024 * int(text.split("RssAnon:")[1].split()[0])
 
 
-def load(folder: str, axes: dict[str, int]) -> None:
+def load(folder: str, axes: dict[str, int], int8: bool) -> None:
   """Loads, and prints what it took as JSON."""
   processes_lib.initialize()
   mesh = mesh_lib.make(axes["data"], axes["fsdp"], axes["tensor"])
   jax.block_until_ready(jax.device_put(np.zeros(8)))
   before, peak, began = own_memory(), Peak(), time.monotonic()
-  _, params = model_folder.load(
-    folder,
-    shardings=lambda config: mesh_lib.shardings(
-      mesh,
-      transformer.logical_axes(config),
-      transformer.abstract_params(config),
-    ),
-  )
+
+  def shardings(config: base.Shape) -> model_folder.Shardings:
+    described = transformer.abstract_params(config)
+    logical_axes = transformer.logical_axes(config)
+    if int8:
+      described = quantized.abstract_params(described)
+      logical_axes = quantized.logical_axes(logical_axes)
+    return mesh_lib.shardings(mesh, logical_axes, described)
+
+  if int8:
+    params, _ = model_folder.load_quantized(
+      folder, dtype="bfloat16", shardings=shardings
+    )
+  else:
+    _, params = model_folder.load(folder, shardings=shardings)
   jax.block_until_ready(params)
   seconds = time.monotonic() - began
   leaves = jax.tree.leaves(params)
@@ -141,7 +151,11 @@ def load(folder: str, axes: dict[str, int]) -> None:
 
 
 def measure(
-  folder: str, devices: int, num_processes: int, axes: dict[str, int]
+  folder: str,
+  devices: int,
+  num_processes: int,
+  axes: dict[str, int],
+  int8: bool,
 ) -> list[dict[str, float]]:
   """Returns what `load` prints in each process."""
   with socket.socket() as free:
@@ -162,6 +176,7 @@ def measure(
         "AGRPO_PROCESS_ID": str(process),
       }
     words = [sys.executable, __file__, "--load", json.dumps(axes)]
+    words += ["--int8"] if int8 else []
     processes.append(
       subprocess.Popen(
         [*words, f"--folder={folder}"],
@@ -180,10 +195,11 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--gigabytes", type=float, default=4)
   parser.add_argument("--folder", required=True)
+  parser.add_argument("--int8", action="store_true")
   parser.add_argument("--load", help="(of the processes it starts)")
   args = parser.parse_args(argv)
   if args.load:
-    load(args.folder, json.loads(args.load))
+    load(args.folder, json.loads(args.load), args.int8)
     return
   folder = pathlib.Path(args.folder).resolve()
   if not (folder / files_lib.INDEX).exists():
@@ -194,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
   print("| processes x devices | mesh | held | extra | largest array | s |")
   print("| --- | --- | --- | --- | --- | --- |")
   for devices, num_processes, axes in _CASES:
-    results = measure(str(folder), devices, num_processes, axes)
+    results = measure(str(folder), devices, num_processes, axes, args.int8)
     worst = max(results, key=lambda result: result["extra"])
     print(
       f"| {num_processes} x {devices} "

@@ -15,12 +15,13 @@ draw: `--config.objective.updates_per_batch=24`.
 
 The batches and the recomputation set here fit the machines of
 docs/hardware.md, 8 GPUs of 80 GB among them; `configs/gsm8k.py:v5e` (also v6e,
-v5p) makes more of those TPUs; `:exact` takes our exact estimator
-instead; `:v5e,exact` both. `:prefix` and `:dual` draw with Fast-dLLM's caches
-and score through them, every step of half of the blocks; `:threshold` unmasks
-by confidence, as many tokens at once as pass 0.9 (`:dual,threshold` both): our
-exact estimator in all of these. `:debug` shrinks the run to two small train
-steps that any machine can do, e.g. with
+v5p) makes more of those TPUs, `:rtx4090` fits one card of 24 GB, its layers in
+int8; `:exact` takes our exact estimator instead; `:v5e,exact` both. `:prefix`
+and `:dual` draw with Fast-dLLM's caches and score through them, every step of
+half of the blocks; `:threshold` unmasks by confidence, as many tokens at once
+as pass 0.9 (`:dual,threshold` both): our exact estimator in all of these.
+`:debug` shrinks the run to two small train steps that any machine can do, e.g.
+with
 
     --config.model.path=agrpo_jax/assets/tiny-sudoku --config.data.path=DIR
 """
@@ -33,6 +34,7 @@ _MACHINES = {
   "v5e": (2, 128, 32, "dots"),  # 32 chips
   "v6e": (1, 64, 32, "dots"),  # 16 chips
   "v5p": (1, 128, 32, "dots"),  # 4 chips
+  "rtx4090": (1, 16, 2, "full"),  # 1 card, or any of 24 GB
 }
 _CACHES = ("prefix", "dual")
 _VARIANTS = (*_MACHINES, *_CACHES, "threshold", "exact", "debug")
@@ -85,6 +87,12 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
       # has four.
       c.objective.microbatch = 16
       c.model.remat = "full"
+  if "rtx4090" in asked:
+    c.model.quantize = "int8"  # in bfloat16 the base alone takes 16 GB
+    if asked.intersection(_CACHES):
+      # Keys and values of a row are 0.5 GB.
+      c.rollout.batch_size = 8
+      c.objective.microbatch = 1
 
   c.optimizer.learning_rate = 5e-6
   c.optimizer.warmup_steps = 23  # 1 %
@@ -93,7 +101,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
 
   c.evaluate.every = 100
   c.evaluate.num_examples = 256
-  c.evaluate.batch_size = 64
+  c.evaluate.batch_size = min(64, c.rollout.batch_size)
   c.evaluate.confidence = "model"
   c.grading.num_workers = 8
 

@@ -55,6 +55,14 @@ def test_variants_of_gsm8k_hold(arg):
     assert (c.rollout.batch_size, c.mesh.tensor) == (128, 2)
 
 
+@pytest.mark.parametrize("more", ["", "dual", "exact", "dual,threshold"])
+def test_gsm8k_on_one_card(more):
+  c = recordings.config("gsm8k", f"rtx4090,{more}")
+  check(c)
+  assert (c.model.quantize, c.lora.rank) == ("int8", 64)
+  assert c.rollout.batch_size == c.evaluate.batch_size <= 16
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("more", ["", "v5e", "debug", "threshold"])
 def test_gsm8k_with_a_cache(cache, more):

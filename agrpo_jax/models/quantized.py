@@ -27,12 +27,12 @@ class Kernel(flax.struct.PyTreeNode):
   """A kernel [.., in, out] in int8, in its place in the parameters.
 
   Attributes:
-    values: int8 [.., in, out].
-    scale: float32 [.., out]; the kernel is values * scale.
+    values: int8 [.., in, out], or what is said of that array.
+    scale: float32 [.., out], likewise; the kernel is values * scale.
   """
 
-  values: jax.Array
-  scale: jax.Array
+  values: Any
+  scale: Any
 
 
 def quantize(kernel: jax.Array) -> Kernel:

@@ -71,7 +71,7 @@ class Projection(nn.Module):
   def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
     x = x.astype(dtype)
-    kernel = self.param("kernel", self.specs["kernel"].initial)
+    kernel: Any = self.param("kernel", self.specs["kernel"].initial)
     fan_in, fan_out = self.specs["kernel"].axes
     out_dtype = out_dtype or dtype
     # What is added to is rounded after the sum.

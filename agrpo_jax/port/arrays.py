@@ -183,7 +183,7 @@ def read_quantized(
   sharding: quantized.Kernel,
   dtype: Any,
   problems: list[str],
-) -> tuple[quantized.Kernel, int, int]:
+) -> tuple[quantized.Kernel, list[int]]:
   """Reads a kernel in int8; of the float one a layer at a time is in memory.
 
   Args:
@@ -194,7 +194,7 @@ def read_quantized(
     problems: what is wrong is added.
 
   Returns:
-    The kernel, and both checksums of a `BaseModel` of the values as read.
+    The kernel, and both checksums of a `BaseModel`, of the values as read.
   """
   spec = entry.spec
   if entry.stacked:
@@ -238,8 +238,7 @@ def read_quantized(
     for layer, name in enumerate(entry.names):
       kernel = place(kernel, read(name), layer)
   # Sums of words add up over layers, modulo 2^32.
-  checksum, rounded = (sum(column) % 2**32 for column in zip(*sums))
-  return kernel, checksum, rounded
+  return kernel, [sum(column) % 2**32 for column in zip(*sums, strict=True)]
 
 
 def _read_part(

@@ -110,10 +110,10 @@ def load_quantized(
   """
   folder, shape, tensors, table = _open(path, dtype, revision, {})
   problems: list[str] = []
-  sums: list[tuple[int, int]] = []
+  sums: list[list[int]] = []
 
   def read_kernel(entry: arrays.Entry, sharding: quantized.Kernel) -> Any:
-    kernel, *both = arrays.read_quantized(
+    kernel, both = arrays.read_quantized(
       tensors, entry, sharding, dtype, problems
     )
     sums.append(both)
