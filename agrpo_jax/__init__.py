@@ -18,6 +18,7 @@ is a layer, and imports only folders above it in this list:
   lm_eval/     a model for lm-eval
   show/        completions shown step by step
   plan/        whether a run fits, and what it takes, before it is started
+  report/      a run, or several side by side, as one page
   lab/         how biased and how noisy the objectives are
 """
 

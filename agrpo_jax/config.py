@@ -82,6 +82,11 @@ def _common(kind: str) -> ConfigDict:
   train.keep = 3  # newest checkpoints kept
   train.log_samples = 2  # completions per train step written to samples.jsonl
 
+  c.report = report = ConfigDict()  # see `agrpo_jax.report`
+  report.html = True  # write report.html into the work directory at the end
+  # Of one chip, in any currency; 0: not known, the page gives chip hours only.
+  report.chip_hour_price = 0.0
+
   c.wandb = wandb = ConfigDict()
   wandb.project = ""  # "": not used
   wandb.name = ""
@@ -283,6 +288,11 @@ def rl() -> ConfigDict:
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion
   e.redraw_mask = False  # a position whose token is [MASK] stays masked
+
+  # If evaluate.every is not 0: evaluate once before the first train step, too.
+  c.report.before = True
+  # Held-out problems whose completions are kept at each evaluation, step by step.
+  c.report.num_completions = 24
   return _lock(c)
 
 

@@ -107,6 +107,7 @@ class Run:
   optimizer: optimizer_lib.Optimizer
   train: run_lib.Train
   wandb: run_lib.Wandb
+  report: run_lib.Report
   as_json: Mapping[str, Any]
 
 
@@ -413,8 +414,22 @@ def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
     optimizer=optimizer,
     train=_record(run_lib.Train, c.train),
     wandb=_record(run_lib.Wandb, c.wandb),
+    report=_report(c, found),
     as_json=json.loads(c.to_json()),
   )
+
+
+def _report(c: config_lib.ConfigDict, found: _Problems) -> run_lib.Report:
+  price = c.report.chip_hour_price
+  found.want(
+    0 <= price < math.inf,
+    "report.chip_hour_price",
+    price,
+    "0 (not known) or more",
+  )
+  if c.kind == "rl":
+    found.at_least(0, "report", c.report, "num_completions")
+  return _record(run_lib.Report, c.report)
 
 
 def _lora(c: config_lib.ConfigDict, found: _Problems) -> lora_lib.Lora | None:

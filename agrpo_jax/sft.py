@@ -38,6 +38,7 @@ from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import row
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
+from agrpo_jax.report import page
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
@@ -187,7 +188,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
     UserError: anything that the user has to change.
     FloatingPointError: a loss or gradient that is not finite.
   """
-  with run_lib.claim(s) as claimed:
+  with run_lib.claim(s) as claimed, page.at_end(s):
     source = s.model
     if s.network:
       initial, shape = claimed.folder / "initial", initial_shape(s.network)
@@ -202,7 +203,9 @@ def fine_tune(s: settings_lib.Sft) -> None:
     demonstrations = load_demonstrations(s, model.tokenizer, model.shape)
     transformation = optimizer.make(s.optimizer)
     run, state = claimed.begin(
-      model.initial_state(transformation), model.base_model
+      model.initial_state(transformation),
+      model.base_model,
+      dataclasses.asdict(model.shape),
     )
     learn = jax.jit(
       make_train_step(model, transformation, s.microbatch),

@@ -1,5 +1,6 @@
 """The recipe: sample, grade, learn, repeat."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,15 @@ from agrpo_jax import actor as actor_lib
 from agrpo_jax import data
 from agrpo_jax import optimizer
 from agrpo_jax import settings as settings_lib
+from agrpo_jax import types
 from agrpo_jax.evaluation import accuracy
+from agrpo_jax.evaluation import statistics
 from agrpo_jax.grading import pool
 from agrpo_jax.grading import shares
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import model as model_lib
+from agrpo_jax.report import keep
+from agrpo_jax.report import page
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
@@ -32,7 +37,11 @@ def train(s: settings_lib.Rl) -> None:
     FloatingPointError: a loss or gradient that is not finite.
   """
   rollout, group_size = s.rollout, s.rollout.group_size
-  with run_lib.claim(s) as claimed, s.start_grader() as grader:
+  with (
+    run_lib.claim(s) as claimed,
+    page.at_end(s),
+    s.start_grader() as grader,
+  ):
     # What is cheap comes first: a mistake in it should not cost a download.
     examples = data.load_examples(s.task, s.data, "train")
     data.check_size(len(examples), rollout.num_prompts)
@@ -55,7 +64,9 @@ def train(s: settings_lib.Rl) -> None:
       # Training would change the only copy; beside adapters the base stays.
       reference = jax.tree.map(jnp.copy, model.params)
     run, state = claimed.begin(
-      model.initial_state(learner.optimizer), model.base_model
+      model.initial_state(learner.optimizer),
+      model.base_model,
+      dataclasses.asdict(model.shape),
     )
     # Donated: the state after takes the memory of the state before.
     learn = jax.jit(learner.train_step, donate_argnames="state")
@@ -70,6 +81,26 @@ def train(s: settings_lib.Rl) -> None:
       ),
       flush=True,
     )
+
+    def evaluate(
+      state: types.TrainState,
+    ) -> tuple[statistics.Result, list[dict[str, Any]]]:
+      shown = keep.HeldOut(tokenizer, s.report.num_completions)
+      result = accuracy.evaluate(
+        evaluation_sampler,
+        state.params,
+        state.lora,
+        held_out,
+        tokenizer,
+        grader,
+        seed=s.seed,
+        look=shown.look,
+      )
+      return result, shown.records(result.records)
+
+    if held_out and s.report.before and run.first_step == 0:
+      result, shown = evaluate(state)
+      run.log_before(result.scalars(), shown)
 
     for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
@@ -117,21 +148,26 @@ def train(s: settings_lib.Rl) -> None:
       scalars |= reward_scalars(graded, group_size)
       eos_ids = tokenizer.eos_id, *tokenizer.stop_ids
       scalars |= length_scalars(completion_BxC, eos_ids)
+      scalars["prompts/mean_length"] = float(
+        np.mean([len(prompt.tokens) for prompt in prompts])
+      )
+      kept = keep.of_train_step(
+        train_step,
+        s.train.num_steps,
+        sampled,
+        batch,
+        texts,
+        graded,
+        tokenizer,
+      )
       if s.evaluate.every and (train_step + 1) % s.evaluate.every == 0:
-        result = accuracy.evaluate(
-          evaluation_sampler,
-          state.params,
-          state.lora,
-          held_out,
-          tokenizer,
-          grader,
-          seed=s.seed,
-        )
+        result, shown = evaluate(state)
         scalars |= result.scalars("eval/")
+        kept += shown
         clock.lap("evaluate")
       scalars |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
       logged = samples(batch, texts, graded, s.train.log_samples)
-      run.finish_step(state, train_step, scalars, logged)
+      run.finish_step(state, train_step, scalars, logged, kept)
       report.step(train_step, scalars, clock.seconds, completion_BxC.size)
 
 

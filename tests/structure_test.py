@@ -15,7 +15,7 @@ PACKAGE = ROOT / "agrpo_jax"
 # The folders from the ground up: a folder imports only folders before it.
 LAYERS = """
   parallel models policies samplers objectives tasks grading runs port
-  evaluation lm_eval show plan lab
+  evaluation lm_eval show plan report lab
 """.split()
 
 # What knows the sampler and the estimator knows no network: it gets a function.

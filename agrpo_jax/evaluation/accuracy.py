@@ -7,6 +7,7 @@ interruption.
 """
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def evaluate(
   seed: int,
   num_samples: int = 1,
   kept: records.Records | None = None,
+  look: Callable[[types.Rollout], None] = lambda rollout: None,
 ) -> statistics.Result:
   """Draws and grades completions, and goes on from those that are `kept`.
 
@@ -56,6 +58,7 @@ def evaluate(
     seed: of the draws.
     num_samples: completions per prompt.
     kept: what is done already, and where new records go.
+    look: is shown the rollout of each batch, in order.
   """
   kept = kept or records.Records()
   work = data.Batch.of(prompts, num_samples)
@@ -91,6 +94,7 @@ def evaluate(
     batch = work[first : first + sampler.batch_size]
     first += len(batch)
     pending = shares.submit(rollout, batch, tokenizer, grader)
+    look(rollout)
     if ahead is not None:
       keep(*ahead)
     counts = {

@@ -35,6 +35,7 @@ MAX_CHARS = 100_000  # of a completion; the rest is not looked at
 # never waits for an answer.
 _BATCH_ITEMS = 16
 _BATCH_BYTES = 64_000
+_TIMED_OUT = "took too long"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Graded:
     num_timed_out: completions whose grader was stopped. Parts that it had
       decided by then are kept: an answer too hard to check can have its tags.
     answers: the extracted answer of each completion, "" where there is none.
+    failures: row -> what went wrong, of those that failed or timed out.
   """
 
   reward_B: np.ndarray
@@ -59,6 +61,7 @@ class Graded:
   num_failed: int
   num_timed_out: int
   answers: tuple[str, ...]
+  failures: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
   @property
   def grade_B(self) -> np.ndarray:
@@ -72,6 +75,8 @@ def concatenate(batches: Sequence[Graded]) -> Graded:
   A grade that a batch lacks, because all of its completions failed, is 0 there.
   """
   names = dict.fromkeys(name for batch in batches for name in batch.grades)
+  sizes = [batch.reward_B.size for batch in batches]
+  starts = [sum(sizes[:index]) for index in range(len(sizes))]
   return Graded(
     reward_B=np.concatenate([batch.reward_B for batch in batches]),
     parts={
@@ -90,6 +95,11 @@ def concatenate(batches: Sequence[Graded]) -> Graded:
     num_failed=sum(batch.num_failed for batch in batches),
     num_timed_out=sum(batch.num_timed_out for batch in batches),
     answers=tuple(answer for batch in batches for answer in batch.answers),
+    failures={
+      start + row: reason
+      for start, batch in zip(starts, batches, strict=True)
+      for row, reason in batch.failures.items()
+    },
   )
 
 
@@ -306,6 +316,11 @@ class _Job:
       num_failed=sum("error" in reply for reply in self._replies),
       num_timed_out=sum("timed_out" in reply for reply in self._replies),
       answers=tuple(reply.get("answer", "") for reply in self._replies),
+      failures={
+        row: reply.get("error", _TIMED_OUT)
+        for row, reply in enumerate(self._replies)
+        if "error" in reply or "timed_out" in reply
+      },
     )
 
 
@@ -326,7 +341,7 @@ class _Item:
         logging.WARNING,
         "A grader %s, and what it could not decide is 0: %r",
         1.0,  # all are counted; that many are shown
-        reply.get("error", "took too long"),
+        reply.get("error", _TIMED_OUT),
         self.completion[:200],
       )
     self.job.finish(self.index, reply)

@@ -79,6 +79,7 @@ def _to_json(graded: pool.Graded) -> dict[str, Any]:
     "num_failed": graded.num_failed,
     "num_timed_out": graded.num_timed_out,
     "answers": graded.answers,
+    "failures": [*graded.failures.items()],
   }
 
 
@@ -110,4 +111,9 @@ def _merge(shares: Sequence[Mapping[str, Any]], num_rows: int) -> pool.Graded:
     num_failed=sum(share["num_failed"] for share in shares),
     num_timed_out=sum(share["num_timed_out"] for share in shares),
     answers=tuple(answers),
+    failures={
+      process + row * len(shares): reason
+      for process, share in enumerate(shares)
+      for row, reason in share["failures"]
+    },
   )

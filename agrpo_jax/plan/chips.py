@@ -73,6 +73,42 @@ CHIPS = {
 }
 
 
+# What JAX calls a device, in the order in which they are looked for: the name
+# of one may begin that of another.
+_DEVICE_KINDS = (
+  ("TPU v4", "v4"),
+  ("TPU v5 lite", "v5e"),
+  ("TPU v5e", "v5e"),
+  ("TPU v5", "v5p"),
+  ("TPU v6", "v6e"),
+  ("TPU7x", "tpu7x"),
+  ("A100", "a100"),
+  ("H100", "h100"),
+  ("H200", "h200"),
+  ("RTX 4090", "rtx4090"),
+  ("NVIDIA L4", "l4"),
+  ("T4", "t4"),
+)
+
+
+def of_device(device_kind: str) -> Chip | None:
+  """Returns what JAX's `Device.device_kind` names, None if it is not known.
+
+  TPU v4 lite and NVIDIA L40 are others than those that their names begin with.
+  """
+  words = device_kind.replace("-", " ")
+  for part, kind in _DEVICE_KINDS:
+    begin = words.find(part)
+    rest = words[begin + len(part) :]
+    if (
+      begin >= 0
+      and not rest[:1].isdigit()
+      and not (kind == "v4" and "lite" in rest)
+    ):
+      return CHIPS[kind]
+  return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
   """The devices to plan for: `name` = kind:shape, no `chip` for plain CPUs."""

@@ -108,7 +108,7 @@ def describe(items: Mapping[str, types.Tree]) -> dict[str, Any]:
   return {
     "arrays": {name: _arrays(tree) for name, tree in items.items()},
     "checksums": {name: checksums(tree) for name, tree in items.items()},
-    "versions": _versions(),
+    "versions": versions(),
   }
 
 
@@ -200,7 +200,8 @@ def _arrays(tree: types.Tree) -> dict[str, list[Any]]:
   }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Returns the version of Python, and of each package that matters here."""
   found = {"python": platform.python_version()}
   for name in _PACKAGES:
     try:

@@ -2,7 +2,8 @@
 
 `<workdir>/metrics.jsonl` has a line per call of `Writer.scalars`,
 `samples.jsonl` a line per sample, `tensorboard/` the same for TensorBoard;
-Weights & Biases gets them when asked. Names follow TRL's where it has the same
+Weights & Biases gets them when asked. `completions.jsonl` has those that a
+report plays step by step. Names follow TRL's where it has the same
 quantity: `reward`, `reward_std`, `frac_reward_zero_std`,
 `completions/mean_length`, `kl`, `entropy`, `clip_ratio/low_mean`,
 `clip_ratio/high_mean`, `loss`, `grad_norm`, `learning_rate`.
@@ -99,6 +100,13 @@ class Writer:
     for backend in self._backends:
       backend.texts(int(train_step), samples)
 
+  def completions(
+    self, train_step: int, records: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Writes completions for a report; -1 is before the first train step."""
+    for backend in self._backends:
+      backend.completions(int(train_step), records)
+
   def flush(self) -> None:
     """Sends what is held back; lines of JSON then outlive a loss of power."""
     for backend in self._backends:
@@ -153,6 +161,7 @@ class _JsonLines:
   def __init__(self, directory: pathlib.Path, resume_step: int):
     self._metrics = _open_at(directory / "metrics.jsonl", resume_step)
     self._samples = _open_at(directory / "samples.jsonl", resume_step)
+    self._completions = _open_at(directory / "completions.jsonl", resume_step)
 
   def scalars(self, train_step: int, numbers: Mapping[str, float]) -> None:
     _write_line(self._metrics, {"train_step": train_step, **numbers})
@@ -163,13 +172,20 @@ class _JsonLines:
     for sample in samples:
       _write_line(self._samples, {"train_step": train_step, **sample})
 
+  def completions(
+    self, train_step: int, records: Sequence[Mapping[str, Any]]
+  ) -> None:
+    for record in records:
+      _write_line(self._completions, {"train_step": train_step, **record})
+
   def flush(self) -> None:
-    for file in (self._metrics, self._samples):
+    for file in (self._metrics, self._samples, self._completions):
       os.fsync(file.fileno())
 
   def close(self) -> None:
     self._metrics.close()
     self._samples.close()
+    self._completions.close()
 
 
 def _open_at(path: pathlib.Path, resume_step: int) -> Any:
@@ -199,7 +215,8 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
 
 def _is_before(line: bytes, resume_step: int) -> bool:
   try:
-    return json.loads(line)["train_step"] < resume_step
+    # What was logged before the first train step is so again, from the start.
+    return 0 < resume_step > json.loads(line)["train_step"]
   except (ValueError, KeyError, TypeError):
     return False
 
@@ -283,6 +300,11 @@ class _TensorBoard:
       text = summary.text(f"sample/{index}", "\n".join(lines))
       self._write(step=train_step + 1, summary=text)
 
+  def completions(
+    self, train_step: int, records: Sequence[Mapping[str, Any]]
+  ) -> None:
+    pass
+
   def flush(self) -> None:
     self._flushed = time.monotonic()
     self._file.flush()
@@ -325,6 +347,11 @@ class _Wandb:
       ]
       table = self._wandb.Table(columns=columns, data=rows)
       self._run.log({"samples": table}, step=train_step + 1)
+
+  def completions(
+    self, train_step: int, records: Sequence[Mapping[str, Any]]
+  ) -> None:
+    pass
 
   def flush(self) -> None:
     pass

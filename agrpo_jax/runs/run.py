@@ -10,6 +10,7 @@ with run_lib.claim(settings) as claimed:
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import pathlib
 import signal
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import Protocol
 
+import jax
 from absl import logging
 
 from agrpo_jax import errors
@@ -33,7 +35,9 @@ from agrpo_jax.runs import metrics
 from agrpo_jax.runs import workdir
 
 # Keys that say where and how to log, not what to compute.
-_FREE_KEYS = ("workdir", "accept_changed_config", "wandb")
+_FREE_KEYS = ("workdir", "accept_changed_config", "wandb", "report")
+# Starts of a run that its record of the environment keeps, the newest.
+_MAX_SESSIONS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,24 @@ class Wandb:
 
   project: str
   name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a run keeps for its report, `agrpo_jax.report`.
+
+  Attributes:
+    html: write the page into the work directory when the run ends.
+    chip_hour_price: in any currency; 0: not known.
+    before: evaluate once before the first train step, if the run evaluates.
+    num_completions: held-out problems whose completions are kept, with their
+      denoising steps, at every evaluation.
+  """
+
+  html: bool
+  chip_hour_price: float
+  before: bool = False
+  num_completions: int = 0
 
 
 class Settings(Protocol):
@@ -101,13 +123,17 @@ class Claim:
     return (self.folder / "config.json").exists()
 
   def begin(
-    self, state: types.TrainState, base_model: checkpoint_meta.BaseModel | None
+    self,
+    state: types.TrainState,
+    base_model: checkpoint_meta.BaseModel | None,
+    network: Mapping[str, Any] | None = None,
   ) -> tuple["Run", types.TrainState]:
     """Writes the config down and goes on from the newest checkpoint.
 
     Args:
       state: that of a run from its start.
       base_model: recorded with checkpoints, and compared with what is there.
+      network: its shape, JSON values, for the record of the environment.
 
     Returns:
       The run, and the state to go on from: the newest checkpoint's, or `state`.
@@ -139,6 +165,7 @@ class Claim:
       with files.rewrite(self.folder / "config.json") as opened:
         opened.write(text.encode())
       logging.info("config:\n%s", text)
+      _record_session(self.folder / "environment.json", first_step, network)
     wandb = None
     if settings.wandb.project:
       wandb = {
@@ -192,6 +219,7 @@ class Run:
     train_step: int,
     scalars: Mapping[str, float],
     samples: Sequence[Mapping[str, Any]] = (),
+    completions: Sequence[Mapping[str, Any]] = (),
   ) -> None:
     """Logs a train step and saves when it is time.
 
@@ -212,6 +240,7 @@ class Run:
     self.writer.scalars(train_step, scalars)
     if samples:
       self.writer.texts(train_step, samples)
+    self.writer.completions(train_step, completions)
     metrics.check_finite(train_step, scalars)
     is_last = train_step + 1 == self.settings.train.num_steps
     # Processes get signals, and are done writing, at different times.
@@ -235,6 +264,17 @@ class Run:
         # As shells have it of a command that a signal ended.
         code=128 + asked,
       )
+
+  def log_before(
+    self,
+    scalars: Mapping[str, float],
+    completions: Sequence[Mapping[str, Any]],
+  ) -> None:
+    """Logs an evaluation from before the first train step."""
+    self.writer.completions(-1, completions)
+    if processes.is_main():
+      with files.rewrite(self.folder / "before.json") as opened:
+        opened.write(json.dumps(scalars).encode())
 
   def close(self) -> None:
     self.checkpoints.close()
@@ -300,6 +340,33 @@ def stop_requests() -> Iterator[StopRequest]:
   finally:
     for number, handler in zip(watched, before, strict=True):
       signal.signal(number, handler)
+
+
+def _record_session(
+  file: pathlib.Path, first_step: int, network: Mapping[str, Any] | None
+) -> None:
+  """Adds a start of the run to the record of where it ran.
+
+  Those after `first_step` come to nothing: their train steps are done again.
+  """
+  before = []
+  if file.exists():
+    before = files.read_json(file, "where this run ran")["sessions"]
+  device = jax.devices()[0]
+  session = {
+    "first_step": first_step,
+    "since": datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
+    "device_kind": device.device_kind,
+    "platform": device.platform,
+    "num_devices": jax.device_count(),
+    "num_processes": jax.process_count(),
+    "versions": checkpoint_meta.versions(),
+    "network": network,
+  }
+  kept = [one for one in before if one["first_step"] < first_step]
+  with files.rewrite(file) as opened:
+    sessions = [*kept, session][-_MAX_SESSIONS:]
+    opened.write(json.dumps({"sessions": sessions}, indent=2).encode())
 
 
 def _check_config(settings: Settings, file: pathlib.Path) -> None:

@@ -79,7 +79,7 @@ def _legend(page: Page) -> str:
   parts = []
   if any(token.id == page.eos_id for token in tokens):
     name = html.escape(page.eos_name)
-    parts.append(f"<span>{terminal.END} {name}</span>")
+    parts.append(f"<span>{text_lib.END} {name}</span>")
   if any(token.unmask_step is None for token in tokens):
     parts.append("<span>faint: filled up after the end</span>")
   if len(tokens) > page.block_length * len(page.completions):
@@ -145,7 +145,7 @@ def _piece(
   done = completion.num_executed_steps if step is None else step + 1
   first = min(known) + 1 if known else done
   is_eos = piece.tokens[0].id == page.eos_id
-  text = terminal.END if is_eos else piece.text.replace("\n", "↵\n")
+  text = text_lib.END if is_eos else piece.text.replace("\n", "↵\n")
   classes = [
     name
     for name, holds in (

@@ -24,7 +24,6 @@ from agrpo_jax.show import text as text_lib
 
 MASKED = "░"
 PARTLY = "▒"  # some bytes of a character are unmasked
-END = "∎"  # stands for EOS, which fills up completions by the hundred
 BREAK = "↵"
 
 # From the first step to the last, in the 256-colour palette: blue, green,
@@ -58,7 +57,7 @@ def frame(
     completion: what to show.
     num_done: from 0 (all masked) to `completion.num_executed_steps`.
     width: columns of the terminal.
-    eos_id: the token that is shown as END.
+    eos_id: the token that is shown as `text.END`.
     mark_new: set apart what the last of these steps unmasked.
   """
   lines = [_line()]
@@ -91,7 +90,7 @@ def legend(num_executed_steps: int, has_colours: bool) -> rich.text.Text:
     for step in range(len(_COLOURS)):
       line.append("■", colour(step, len(_COLOURS)))
     line.append(f" {num_executed_steps}   ")
-  line.append(f"{MASKED} masked   {END} end of text")
+  line.append(f"{MASKED} masked   {text_lib.END} end of text")
   return line
 
 
@@ -136,7 +135,7 @@ def animate(
     completion: what to show. While it is longer than the terminal is high, the
       lines around what was unmasked last are shown.
     console: the terminal.
-    eos_id: the token that is shown as END.
+    eos_id: the token that is shown as `text.END`.
     seconds: how long all of it takes.
     sleep: waits between frames.
   """
@@ -182,7 +181,7 @@ def _around_change(
 
 def _full_text(piece: text_lib.Piece, eos_id: int) -> str:
   if piece.tokens[0].id == eos_id:
-    return END
+    return text_lib.END
   return piece.text.replace("\n", BREAK + "\n")
 
 

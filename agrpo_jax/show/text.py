@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from agrpo_jax import types
 from agrpo_jax.models import tokens
+
+END = "∎"  # stands for EOS, which fills up completions by the hundred
 
 # A character has at most four bytes in UTF-8.
 _MAX_BYTES = 4
@@ -107,6 +110,28 @@ class Completion:
   @property
   def tokens(self) -> list[Token]:
     return [token for piece in self.pieces for token in piece.tokens]
+
+
+def as_json(completion: Completion, eos_id: int) -> dict[str, Any]:
+  """Returns what playing a completion step by step needs, as JSON values.
+
+  Returns:
+    A list per field of the pieces: `text`, END for EOS; `unmask_step`, None
+    where the completion had ended before; `logprob` and `entropy` of two
+    decimals. `special`: indices of those that are special tokens.
+    `num_steps`: denoising steps that it took.
+  """
+  pieces = completion.pieces
+  return {
+    "text": [
+      END if piece.tokens[0].id == eos_id else piece.text for piece in pieces
+    ],
+    "unmask_step": [piece.unmask_step for piece in pieces],
+    "logprob": [round(piece.logprob, 2) for piece in pieces],
+    "entropy": [round(piece.entropy, 2) for piece in pieces],
+    "special": [i for i, piece in enumerate(pieces) if piece.is_special],
+    "num_steps": completion.num_executed_steps,
+  }
 
 
 def completions(

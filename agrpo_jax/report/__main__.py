@@ -1,0 +1,68 @@
+r"""One page about a run, or about several side by side.
+
+    python -m agrpo_jax.report WORKDIR [WORKDIR ...] --html=report.html
+
+reads what the runs have logged so far: curves, held-out accuracy, completions
+step by step, settings and where they differ, hardware, cost, and warnings in
+words. The page needs no network and no other file. With --watch it is written
+anew whenever the logs grow, until all runs have ended; an open page reads
+itself again.
+"""
+
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from agrpo_jax import command
+from agrpo_jax import errors
+from agrpo_jax.report import logs
+from agrpo_jax.report import page
+
+_MAX_RUNS = 12
+
+_HTML = flags.DEFINE_string("html", "report.html", "File to write.")
+_WATCH = flags.DEFINE_bool("watch", False, "Write it anew while runs go on.")
+_SECONDS = flags.DEFINE_float(
+  "watch_seconds", 10.0, "How often --watch looks at the logs."
+)
+_PRICE = flags.DEFINE_float(
+  "chip_hour_price", 0.0, "Of one chip, in any currency; 0: the runs' own."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  workdirs, file = argv[1:], pathlib.Path(_HTML.value).expanduser()
+  if not workdirs:
+    raise errors.UserError(
+      "Give the work directory of a run, or of several: python -m "
+      "agrpo_jax.report WORKDIR [WORKDIR ...]"
+    )
+  if not _PRICE.value >= 0:
+    raise errors.UserError(
+      f"--chip_hour_price={_PRICE.value:g} must be 0 (not known) or more."
+    )
+  if not _SECONDS.value > 0:
+    raise errors.UserError(
+      f"--watch_seconds={_SECONDS.value:g} must be positive."
+    )
+  while True:
+    stamps = [logs.stamp(workdir) for workdir in workdirs]
+    read = page.write(workdirs, file, price=_PRICE.value, is_live=_WATCH.value)
+    size = file.stat().st_size / 1e6
+    done = ", ".join(
+      f"{log.name} {log.num_done}/{log.num_steps}" for log in read
+    )
+    print(f"Wrote {file} ({size:.1f} MB): {done}", flush=True)
+    if not _WATCH.value or all(log.is_finished for log in read):
+      return
+    while stamps == [logs.stamp(workdir) for workdir in workdirs]:
+      time.sleep(_SECONDS.value)
+
+
+if __name__ == "__main__":
+  # An accelerator is the run's, if there is one.
+  jax.config.update("jax_platforms", "cpu")
+  command.main(main, num_words=_MAX_RUNS)

@@ -1,0 +1,191 @@
+"""Speed, use of the hardware, and cost, from what a run logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from agrpo_jax.models import base
+from agrpo_jax.models import transformer
+from agrpo_jax.plan import chips
+from agrpo_jax.report import logs
+
+_SECONDS = "seconds/"
+_EVALUATE = "seconds/evaluate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a run has taken.
+
+  Attributes:
+    seconds: of the train steps in the log. Loading, and steps that were lost
+      to a kill and done again, are not in it.
+    chip_hours: of these; None where no session says how many devices.
+    seconds_left: until the last train step at the present pace, None where
+      there is none yet.
+    chip_hours_left: of these.
+    wait: of what a GPU or TPU costs by the hour nothing is known here; a price
+      makes money of chip hours.
+  """
+
+  seconds: float
+  chip_hours: float | None
+  seconds_left: float | None
+  chip_hours_left: float | None
+
+
+def step_seconds(record: Mapping[str, float]) -> float:
+  """Returns the seconds of a train step, all phases together."""
+  return sum(v for k, v in record.items() if k.startswith(_SECONDS))
+
+
+def cost(log: logs.Log) -> Cost:
+  """Returns what a run has taken, and what the rest of it will."""
+  total, chip_seconds = 0.0, 0.0
+  is_known = bool(log.sessions)
+  for record in log.records:
+    seconds = step_seconds(record)
+    total += seconds
+    session = session_of(log, int(record["train_step"]))
+    if session is not None:
+      chip_seconds += seconds * num_chips(session)
+  left = None
+  recent = [step_seconds(r) for r in log.records[1:]][-50:]
+  if log.num_steps and recent:
+    num_left = max(0, log.num_steps - log.num_done)
+    left = num_left * sum(recent) / len(recent)
+  return Cost(
+    seconds=total,
+    chip_hours=chip_seconds / 3600 if is_known else None,
+    seconds_left=left,
+    chip_hours_left=(
+      left * num_chips(log.sessions[-1]) / 3600
+      if is_known and left is not None
+      else None
+    ),
+  )
+
+
+def session_of(log: logs.Log, train_step: int) -> Mapping[str, Any] | None:
+  """Returns the start of the run that did a train step, None if unknown."""
+  found = None
+  for session in log.sessions:
+    if session["first_step"] <= train_step:
+      found = session
+  return found
+
+
+def num_chips(session: Mapping[str, Any]) -> float:
+  """Returns the chips that are paid for; of an unknown kind, the devices."""
+  chip = chips.of_device(session["device_kind"])
+  return session["num_devices"] / (chip.per_chip if chip else 1)
+
+
+def tokens_per_second(log: logs.Log) -> list[tuple[int, float]]:
+  """Returns (train steps done, completion tokens per second) of each step.
+
+  All C tokens of a completion count, as on the console; evaluations do not.
+  """
+  per_step = math.prod(
+    log.setting(key, 0)
+    for key in (
+      "rollout.num_prompts",
+      "rollout.group_size",
+      "rollout.completion_length",
+    )
+  )
+  found = []
+  for record in log.records:
+    seconds = step_seconds(record) - record.get(_EVALUATE, 0.0)
+    if per_step and seconds > 0:
+      found.append((int(record["train_step"]) + 1, per_step / seconds))
+  return found
+
+
+def flops_per_second(log: logs.Log) -> list[tuple[int, float, float | None]]:
+  """Returns (train steps done, model FLOP/s, share of the peak) of each step.
+
+  Products of the network that the run needs, without padding and without what
+  the backward pass computes again: rollouts by their denoising steps, updates
+  by the states that they visit, three forward passes each or, beside a frozen
+  base, two. The share (MFU) is of the chips' datasheet peak in bfloat16, and
+  None where the device is not in `plan/chips.py`.
+  """
+  if log.setting("kind") != "rl":
+    return []
+  found = []
+  for record in log.records:
+    session = session_of(log, int(record["train_step"]))
+    prompt_length = record.get("prompts/mean_length")
+    seconds = step_seconds(record) - record.get(_EVALUATE, 0.0)
+    if session is None or prompt_length is None or seconds <= 0:
+      continue
+    rate = _step_flops(log, record, session, prompt_length) / seconds
+    chip = chips.of_device(session["device_kind"])
+    share = rate / (chip.flops * session["num_devices"]) if chip else None
+    found.append((int(record["train_step"]) + 1, rate, share))
+  return found
+
+
+def _step_flops(
+  log: logs.Log,
+  record: Mapping[str, float],
+  session: Mapping[str, Any],
+  prompt_length: float,
+) -> float:
+  shape = base.Shape(**session["network"])
+  completion_length = log.setting("rollout.completion_length")
+  length = round(prompt_length) + completion_length
+  wanted = max(
+    1, completion_length // log.setting("rollout.num_denoise_steps", 1)
+  )
+  num_rows = log.setting("rollout.num_prompts") * log.setting(
+    "rollout.group_size"
+  )
+  num_steps = record["completions/mean_denoise_steps"] * num_rows
+  num_whole = record["completions/mean_whole_passes"] * num_rows
+  units, visits = record["draws/units"], record["draws/visits"]
+  passes = 2 if log.setting("lora.rank", 0) else 3
+  cache = log.setting("rollout.cache", "none")
+  row = transformer.forward_flops(shape, length, wanted)
+  if cache == "none":
+    return row * (num_steps + passes * visits)
+  block_length = log.setting("rollout.block_length")
+  window = block_length
+  if cache == "prefix":  # the mean over blocks: each has its own length
+    window = (completion_length + block_length) // 2
+  state = transformer.forward_flops(shape, length, wanted, window)
+  memory = transformer.forward_flops(shape, length, 0)
+  return (
+    state * num_steps
+    + memory * num_whole
+    + passes * (state * visits + memory * units)
+  )
+
+
+def missing(log: logs.Log) -> list[str]:
+  """Says what the page cannot show, since the run did not record it."""
+  found: Sequence[tuple[bool, str]] = (
+    (
+      not log.sessions,
+      "Hardware and versions are not recorded: the run is older than this "
+      "page. Chip hours and MFU need them.",
+    ),
+    (
+      not any("unmasking" in one for one in log.completions),
+      "No completion has its denoising steps recorded, so none can be played.",
+    ),
+    (
+      bool(log.evaluations()) and not log.before,
+      "There is no held-out evaluation from before the first train step.",
+    ),
+    (
+      log.num_unreadable > 0,
+      f"{log.num_unreadable} lines of the log are unreadable and left out.",
+    ),
+  )
+  return [words for is_so, words in found if is_so]

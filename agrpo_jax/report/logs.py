@@ -1,0 +1,155 @@
+"""What a work directory holds, read while the run may still be writing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from agrpo_jax import errors
+from agrpo_jax.runs import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """The files of a run; what an older version did not write is empty.
+
+  Attributes:
+    name: what the run is called on the page.
+    config: as it was dumped with the run.
+    records: of metrics.jsonl, in order; null is NaN.
+    before: figures of the held-out evaluation before the first train step.
+    completions: of completions.jsonl; where there is none, of samples.jsonl.
+    sessions: of environment.json, one per start of the run.
+    num_unreadable: lines that are no JSON, beside a half one at the end.
+  """
+
+  name: str
+  config: Mapping[str, Any]
+  records: Sequence[Mapping[str, float]]
+  before: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  completions: Sequence[Mapping[str, Any]] = ()
+  sessions: Sequence[Mapping[str, Any]] = ()
+  num_unreadable: int = 0
+
+  @property
+  def num_done(self) -> int:
+    """Train steps done."""
+    return int(self.records[-1]["train_step"]) + 1 if self.records else 0
+
+  @property
+  def num_steps(self) -> int:
+    """Train steps of the whole run; 0 if its config does not say."""
+    return int(self.setting("train.num_steps", 0))
+
+  @property
+  def is_finished(self) -> bool:
+    return 0 < self.num_steps <= self.num_done
+
+  def setting(self, key: str, default: Any = None) -> Any:
+    """Returns a value of the config, `default` where it has none."""
+    found: Any = self.config
+    for part in key.split("."):
+      if not isinstance(found, Mapping) or found.get(part) is None:
+        return default
+      found = found[part]
+    return found
+
+  def values(self, name: str, last: int | None = None) -> list[float]:
+    """Returns a metric, of the last train steps that have it if asked."""
+    found = [r[name] for r in self.records if name in r]
+    return found if last is None else found[-last:]
+
+  def evaluations(self) -> list[tuple[int, Mapping[str, float]]]:
+    """Returns (train steps done, figures) of every held-out evaluation."""
+    found: list[tuple[int, Mapping[str, float]]] = []
+    if self.before:
+      found.append((0, self.before))
+    for record in self.records:
+      own = {
+        name.removeprefix("eval/"): value
+        for name, value in record.items()
+        if name.startswith("eval/")
+      }
+      if own:
+        found.append((int(record["train_step"]) + 1, own))
+    return found
+
+
+def read(workdir: str) -> Log:
+  """Reads a work directory.
+
+  Raises:
+    UserError: it is none, or its files cannot be read.
+  """
+  folder = pathlib.Path(workdir).expanduser()
+  if not (folder / "config.json").exists():
+    raise errors.UserError(
+      f"{workdir!r} is not the work directory of a run: it has no "
+      "config.json. Give the folder of config.workdir, after the first train "
+      "step began."
+    )
+  records, bad = _lines(folder / "metrics.jsonl")
+  completions, more = _lines(folder / "completions.jsonl")
+  if not completions:
+    completions, more = _lines(folder / "samples.jsonl")
+  return Log(
+    name=folder.resolve().name,
+    config=files.read_json(folder / "config.json", "the config of the run"),
+    records=[
+      {k: math.nan if v is None else v for k, v in record.items()}
+      for record in records
+    ],
+    before=_object(folder / "before.json"),
+    completions=completions,
+    sessions=_object(folder / "environment.json").get("sessions", ()),
+    num_unreadable=bad + more,
+  )
+
+
+def stamp(workdir: str) -> list[tuple[int, int]]:
+  """Returns what changes when the log of a run does: sizes and times."""
+  found = []
+  for name in ("metrics.jsonl", "completions.jsonl", "before.json"):
+    file = pathlib.Path(workdir).expanduser() / name
+    try:
+      status = file.stat()
+    except FileNotFoundError:
+      continue
+    found.append((status.st_size, status.st_mtime_ns))
+  return found
+
+
+def _object(file: pathlib.Path) -> dict[str, Any]:
+  if not file.exists():
+    return {}
+  return files.read_json(file, "a record of the run")
+
+
+def _lines(file: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """Returns the records of a file, and how many lines are none.
+
+  What follows the last line's end is being written just now.
+  """
+  if not file.exists():
+    return [], 0
+  try:
+    content = file.read_bytes()
+  except OSError as error:
+    raise errors.UserError(
+      f"Cannot read {str(file)!r}: {error.strerror}."
+    ) from error
+  found, bad = [], 0
+  for line in content[: content.rfind(b"\n") + 1].splitlines():
+    try:
+      record = json.loads(line)
+      int(record["train_step"])
+    except (ValueError, KeyError, TypeError):
+      bad += 1
+    else:
+      found.append(record)
+  return found, bad

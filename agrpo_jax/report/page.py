@@ -1,0 +1,452 @@
+"""Runs as one HTML page that needs nothing but a browser.
+
+The page's looks and behaviour are in page.html, page.css and page.js; here it
+gets its data, as JSON that no browser takes for anything else: what a model
+wrote is in no other place, and the script only ever makes text of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import html
+import json
+import math
+import pathlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import agrpo_jax
+from agrpo_jax import errors
+from agrpo_jax.parallel import processes
+from agrpo_jax.report import figures
+from agrpo_jax.report import logs
+from agrpo_jax.report import rules
+from agrpo_jax.report import series
+from agrpo_jax.runs import files
+from agrpo_jax.runs import run as run_lib
+from agrpo_jax.show import text as text_lib
+
+_FOLDER = pathlib.Path(__file__).parent
+
+# What a page holds at most, of each run.
+MAX_METRICS = 150
+MAX_PROBLEMS = 40
+MAX_VERSIONS = 6  # of the completions of a held-out problem
+MAX_OTHERS = 80  # completions of training, and as many that failed
+MAX_CHARS = 6000  # of a prompt or a completion
+MAX_PIECES = 2048  # of a completion that is played
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  """A chart of some metrics.
+
+  Attributes:
+    title: of the chart.
+    lines: metric -> what its line is called; the first says most.
+    section: heading that it stands under.
+    note: what is drawn, where the title does not say it.
+    form: "number", "percent" (values are shares), "seconds", "log".
+  """
+
+  title: str
+  lines: Mapping[str, str]
+  section: str
+  note: str = ""
+  form: str = "number"
+
+
+# Metrics that stand in no log, and are made here.
+TOKENS, MFU, FLOPS = "tokens_per_second", "mfu", "model_tflops_per_second"
+
+CHARTS = (
+  Chart("Reward", {"reward": "mean"}, "Learning", "mean of a train step"),
+  Chart(
+    "Accuracy",
+    {"eval/accuracy": "held out", "accuracy": "training"},
+    "Learning",
+    "held out with its 95 % interval",
+    form="percent",
+  ),
+  Chart(
+    "Groups without spread",
+    {"frac_reward_zero_std": "share"},
+    "Policy",
+    "nothing is learned from them",
+    form="percent",
+  ),
+  Chart("Entropy", {"entropy": "entropy"}, "Policy", "nats per token drawn"),
+  Chart("KL", {"kl": "KL"}, "Policy", "nats, from the reference policy"),
+  Chart(
+    "Ratio deviation",
+    {"policy_ratio/max_deviation": "largest"},
+    "Policy",
+    "|ratio − 1| on the first update",
+    form="log",
+  ),
+  Chart(
+    "Clipped",
+    {"clip_ratio/high_mean": "above", "clip_ratio/low_mean": "below"},
+    "Policy",
+    "share of the factors",
+    form="percent",
+  ),
+  Chart("Gradient norm", {"grad_norm": "norm"}, "Policy", "before clipping"),
+  Chart("Learning rate", {"learning_rate": "rate"}, "Policy", "last update"),
+  Chart("Loss", {"loss": "loss"}, "Policy", "a surrogate: no level to reach"),
+  Chart(
+    "Completion length",
+    {"completions/mean_length": "mean", "completions/max_length": "longest"},
+    "Completions",
+    "tokens up to the last that is not EOS",
+  ),
+  Chart(
+    "Cut at the limit",
+    {"completions/clipped_ratio": "share"},
+    "Completions",
+    "share of completions without EOS",
+    form="percent",
+  ),
+  Chart(
+    "Denoising steps",
+    {"completions/mean_denoise_steps": "mean"},
+    "Completions",
+    "mean per completion",
+  ),
+  Chart(
+    "Not graded",
+    {"grading/num_failed": "failed", "grading/num_timed_out": "out of time"},
+    "Completions",
+    "completions per train step; count as 0",
+  ),
+  Chart(
+    "Tokens per second",
+    {TOKENS: "tokens/s"},
+    "Speed",
+    "of completions; evaluation left out",
+  ),
+  Chart(
+    "MFU",
+    {MFU: "MFU"},
+    "Speed",
+    "model FLOP/s of the chips' bfloat16 peak",
+    form="percent",
+  ),
+)
+# Why a chart may have nothing to show.
+_ABSENT = {
+  "kl": "the objective has no reference policy",
+  "eval/accuracy": "the run does not evaluate (evaluate.every)",
+  MFU: "the device is not in plan/chips.py, or the run is older than this page",
+}
+
+
+def write(
+  workdirs: Sequence[str],
+  file: pathlib.Path,
+  *,
+  price: float = 0.0,
+  is_live: bool = False,
+) -> list[logs.Log]:
+  """Writes the page of one run or of several, and returns their logs.
+
+  Args:
+    workdirs: of the runs.
+    file: the page; until all is written it is what it was.
+    price: of a chip hour; 0: that of the runs' configs.
+    is_live: the page is being rewritten, and may read itself again.
+
+  Raises:
+    UserError: a folder that holds no run, or a page that cannot be written.
+  """
+  read = _with_names([logs.read(workdir) for workdir in workdirs])
+  try:
+    with files.rewrite(file) as opened:
+      opened.write(render(read, price=price, is_live=is_live).encode())
+  except OSError as error:
+    raise errors.UserError(
+      f"Cannot write --html={str(file)!r}: {error.strerror}."
+    ) from error
+  return read
+
+
+@contextlib.contextmanager
+def at_end(settings: run_lib.Settings) -> Iterator[None]:
+  """Writes `report.html` into the work directory when a run ends, however.
+
+  What goes wrong with it costs the run nothing.
+  """
+  try:
+    yield
+  finally:
+    folder = pathlib.Path(settings.workdir).expanduser()
+    has_begun = (folder / "metrics.jsonl").exists()
+    if settings.report.html and has_begun and processes.is_main():
+      try:
+        write([str(folder)], folder / "report.html")
+      except Exception as error:
+        print(
+          f"The report of {folder} could not be written ({error}). `python -m "
+          f"agrpo_jax.report {folder}` tries again.",
+          file=sys.stderr,
+        )
+
+
+def render(
+  read: Sequence[logs.Log], *, price: float = 0.0, is_live: bool = False
+) -> str:
+  """Returns the page's HTML."""
+  title = ", ".join(log.name for log in read)
+  style = (_FOLDER / "page.css").read_text("utf-8")
+  script = (_FOLDER / "page.js").read_text("utf-8")
+  content = {
+    "title": title,
+    "written": datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")[
+      :16
+    ],
+    "version": agrpo_jax.__version__,
+    "live": is_live and not all(log.is_finished for log in read),
+    "charts": [dataclasses.asdict(chart) for chart in CHARTS],
+    "absent": _ABSENT,
+    "runs": [_run(log, price) for log in read],
+    "settings": _settings(read),
+  }
+  values = {
+    "TITLE": html.escape(title),
+    "STYLE": style,
+    "SCRIPT": script,
+    "DATA": embed(content),
+    # Nothing else runs or paints, whatever found its way into the page.
+    "STYLE_HASH": _hash(style),
+    "SCRIPT_HASH": _hash(script),
+  }
+  # In one pass: a value that contains a place's name is left as it is.
+  return re.sub(
+    "@@([A-Z_]+)@@",
+    lambda match: values[match.group(1)],
+    (_FOLDER / "page.html").read_text("utf-8"),
+  )
+
+
+def embed(content: Any) -> str:
+  """Returns JSON that stands in a script element and cannot end it."""
+  text = json.dumps(
+    content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+  )
+  for sign in "<>&\u2028\u2029":
+    text = text.replace(sign, f"\\u{ord(sign):04x}")
+  # Half characters, which a byte tokenizer can give, are none in UTF-8.
+  return text.encode("utf-8", "replace").decode()
+
+
+def _hash(text: str) -> str:
+  digest = hashlib.sha256(text.encode()).digest()
+  return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _with_names(read: Sequence[logs.Log]) -> list[logs.Log]:
+  """Gives runs whose folders are called the same a number."""
+  counts = Counter(log.name for log in read)
+  seen: Counter[str] = Counter()
+  found = []
+  for log in read:
+    seen[log.name] += 1
+    name = log.name
+    if counts[name] > 1:
+      name = f"{name} ({seen[name]})"
+    found.append(dataclasses.replace(log, name=name))
+  return found
+
+
+def _run(log: logs.Log, price: float) -> dict[str, Any]:
+  points, num_metrics = _points(log)
+  cost = figures.cost(log)
+  price = price or log.setting("report.chip_hour_price", 0.0)
+  return {
+    "name": text_lib.visible(log.name),
+    "kind": log.setting("kind", "rl"),
+    "done": log.num_done,
+    "steps": log.num_steps,
+    "finished": log.is_finished,
+    "warnings": [dataclasses.asdict(one) for one in rules.find(log)],
+    "missing": figures.missing(log),
+    "series": {
+      name: series.as_json(series.thin(found)) for name, found in points.items()
+    },
+    "num_metrics": num_metrics,
+    "table": [_row(name, found) for name, found in points.items()],
+    "phases": series.phases(log.records),
+    "evaluations": [
+      {"step": step, **{k: series.brief(v) for k, v in found.items()}}
+      for step, found in log.evaluations()
+    ],
+    "cost": {
+      **{k: series.brief(v) for k, v in dataclasses.asdict(cost).items()},
+      "price": price or None,
+    },
+    "sessions": [
+      {
+        **session,
+        "chip": figures.chips.of_device(session["device_kind"]) is not None,
+      }
+      for session in log.sessions
+    ],
+    **_completions(log),
+  }
+
+
+def _points(
+  log: logs.Log,
+) -> tuple[dict[str, list[tuple[int, float]]], int]:
+  """Returns (train steps done, value) by metric, and how many metrics are."""
+  found: dict[str, list[tuple[int, float]]] = {}
+  if "accuracy" in log.before:
+    found["eval/accuracy"] = [(0, log.before["accuracy"])]
+  for record in log.records:
+    step = int(record["train_step"]) + 1
+    for name, value in record.items():
+      if name != "train_step":
+        found.setdefault(name, []).append((step, value))
+  found[TOKENS] = figures.tokens_per_second(log)
+  speed = figures.flops_per_second(log)
+  found[FLOPS] = [(step, rate / 1e12) for step, rate, _ in speed]
+  found[MFU] = [(step, share) for step, _, share in speed if share is not None]
+  shown = {name for chart in CHARTS for name in chart.lines}
+  found = {name: points for name, points in found.items() if points}
+  # What has a chart comes first, and is never left out.
+  names = sorted(found, key=lambda name: name not in shown)
+  return {name: found[name] for name in names[:MAX_METRICS]}, len(names)
+
+
+def _row(name: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
+  finite = [y for _, y in points if math.isfinite(y)] or [math.nan]
+  values = {
+    "first": points[0][1],
+    "last": points[-1][1],
+    "least": min(finite),
+    "most": max(finite),
+  }
+  return {"name": name, **{k: series.brief(v, 4) for k, v in values.items()}}
+
+
+def _settings(read: Sequence[logs.Log]) -> list[dict[str, Any]]:
+  """Returns a row per setting: its key, and its value in every run."""
+  flat = [_flat(log.config) for log in read]
+  keys = sorted({key for one in flat for key in one})
+  rows = []
+  for key in keys:
+    values = [one.get(key, "—") for one in flat]
+    rows.append({"key": key, "values": values, "differs": len({*values}) > 1})
+  return rows
+
+
+def _flat(config: Any, name: str = "") -> dict[str, str]:
+  if isinstance(config, Mapping) and config:
+    return {
+      path: leaf
+      for key, value in config.items()
+      for path, leaf in _flat(value, f"{name}.{key}" if name else key).items()
+    }
+  text = config if isinstance(config, str) else json.dumps(config)
+  return {name: text_lib.visible(text)[:MAX_CHARS]}
+
+
+def _completions(log: logs.Log) -> dict[str, Any]:
+  """Returns the completions that the page shows, and how many there are."""
+  by_source: dict[str, list[Mapping[str, Any]]] = {
+    "held out": [],
+    "training": [],
+    "failed": [],
+  }
+  for record in log.completions:
+    source = "failed" if "failure" in record else record.get("source")
+    by_source.setdefault(source or "training", by_source["training"]).append(
+      record
+    )
+  problems: dict[Any, list[Mapping[str, Any]]] = {}
+  for record in by_source["held out"]:
+    problems.setdefault(record.get("id"), []).append(record)
+  items = [
+    {
+      "source": "held out",
+      "prompt": _text(versions[0].get("prompt", "")),
+      "versions": [_version(one) for one in _spread(versions, MAX_VERSIONS)],
+    }
+    for versions in list(problems.values())[:MAX_PROBLEMS]
+  ]
+  for source in ("training", "failed"):
+    items += [
+      {
+        "source": source,
+        "prompt": _text(one.get("prompt", "")),
+        "versions": [_version(one)],
+      }
+      for one in _spread(by_source[source], MAX_OTHERS)
+    ]
+  reasons = Counter(
+    text_lib.visible(str(one["failure"]))[:200] for one in by_source["failed"]
+  )
+  return {
+    "completions": items,
+    "num_shown": sum(len(item["versions"]) for item in items),
+    "num_logged": len(log.completions),
+    "failures": [
+      {"reason": reason, "count": count}
+      for reason, count in reasons.most_common(50)
+    ],
+    "num_failed": _total(log, "grading/num_failed"),
+    "num_timed_out": _total(log, "grading/num_timed_out"),
+  }
+
+
+def _total(log: logs.Log, name: str) -> int:
+  return round(sum(x for x in log.values(name) if math.isfinite(x)))
+
+
+def _spread(records: Sequence[Any], most: int) -> list[Any]:
+  """Returns at most so many, evenly over all, first and last among them."""
+  if len(records) <= most:
+    return list(records)
+  return [
+    records[round(i * (len(records) - 1) / (most - 1))] for i in range(most)
+  ]
+
+
+def _version(record: Mapping[str, Any]) -> dict[str, Any]:
+  found = {
+    "step": int(record["train_step"]) + 1,
+    "text": _text(record.get("completion", "")),
+    "reward": series.brief(record.get("reward"), 4),
+    "accuracy": series.brief(record.get("accuracy"), 4),
+    "answer": _text(record.get("answer") or ""),
+  }
+  if "failure" in record:
+    found["failure"] = _text(str(record["failure"]))
+  how = record.get("unmasking")
+  if how and len(how["text"]) <= MAX_PIECES:
+    found["play"] = {
+      "text": how["text"],
+      "step": how["unmask_step"],
+      "logprob": how["logprob"],
+      "entropy": how["entropy"],
+      "special": how["special"],
+      "steps": how["num_steps"],
+    }
+  return found
+
+
+def _text(text: str) -> str:
+  """Returns text with nothing that acts on a screen, cut where it is long."""
+  shown = text_lib.visible(text)
+  if len(shown) > MAX_CHARS:
+    return f"{shown[:MAX_CHARS]} … ({len(shown)} characters)"
+  return shown
