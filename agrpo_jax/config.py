@@ -291,7 +291,7 @@ def rl() -> ConfigDict:
 
   # If evaluate.every is not 0: evaluate once before the first train step, too.
   c.report.before = True
-  # Held-out problems whose completions are kept at each evaluation, step by step.
+  # Held-out problems whose completions each evaluation keeps, step by step.
   c.report.num_completions = 24
   return _lock(c)
 

@@ -13,7 +13,6 @@ from agrpo_jax.models import transformer
 from agrpo_jax.plan import chips
 from agrpo_jax.report import logs
 
-_SECONDS = "seconds/"
 _EVALUATE = "seconds/evaluate"
 
 
@@ -28,8 +27,6 @@ class Cost:
     seconds_left: until the last train step at the present pace, None where
       there is none yet.
     chip_hours_left: of these.
-    wait: of what a GPU or TPU costs by the hour nothing is known here; a price
-      makes money of chip hours.
   """
 
   seconds: float
@@ -38,23 +35,18 @@ class Cost:
   chip_hours_left: float | None
 
 
-def step_seconds(record: Mapping[str, float]) -> float:
-  """Returns the seconds of a train step, all phases together."""
-  return sum(v for k, v in record.items() if k.startswith(_SECONDS))
-
-
 def cost(log: logs.Log) -> Cost:
   """Returns what a run has taken, and what the rest of it will."""
   total, chip_seconds = 0.0, 0.0
   is_known = bool(log.sessions)
   for record in log.records:
-    seconds = step_seconds(record)
+    seconds = logs.step_seconds(record)
     total += seconds
     session = session_of(log, int(record["train_step"]))
     if session is not None:
       chip_seconds += seconds * num_chips(session)
   left = None
-  recent = [step_seconds(r) for r in log.records[1:]][-50:]
+  recent = [logs.step_seconds(r) for r in log.records[1:]][-50:]
   if log.num_steps and recent:
     num_left = max(0, log.num_steps - log.num_done)
     left = num_left * sum(recent) / len(recent)
@@ -100,7 +92,7 @@ def tokens_per_second(log: logs.Log) -> list[tuple[int, float]]:
   )
   found = []
   for record in log.records:
-    seconds = step_seconds(record) - record.get(_EVALUATE, 0.0)
+    seconds = logs.step_seconds(record) - record.get(_EVALUATE, 0.0)
     if per_step and seconds > 0:
       found.append((int(record["train_step"]) + 1, per_step / seconds))
   return found
@@ -121,7 +113,7 @@ def flops_per_second(log: logs.Log) -> list[tuple[int, float, float | None]]:
   for record in log.records:
     session = session_of(log, int(record["train_step"]))
     prompt_length = record.get("prompts/mean_length")
-    seconds = step_seconds(record) - record.get(_EVALUATE, 0.0)
+    seconds = logs.step_seconds(record) - record.get(_EVALUATE, 0.0)
     if session is None or prompt_length is None or seconds <= 0:
       continue
     rate = _step_flops(log, record, session, prompt_length) / seconds

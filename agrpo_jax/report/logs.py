@@ -80,6 +80,11 @@ class Log:
     return found
 
 
+def step_seconds(record: Mapping[str, float]) -> float:
+  """Returns the seconds of a train step, all phases together."""
+  return sum(v for k, v in record.items() if k.startswith("seconds/"))
+
+
 def read(workdir: str) -> Log:
   """Reads a work directory.
 

@@ -27,6 +27,7 @@ from typing import Any
 import agrpo_jax
 from agrpo_jax import errors
 from agrpo_jax.parallel import processes
+from agrpo_jax.plan import chips
 from agrpo_jax.report import figures
 from agrpo_jax.report import logs
 from agrpo_jax.report import rules
@@ -296,7 +297,7 @@ def _run(log: logs.Log, price: float) -> dict[str, Any]:
     "sessions": [
       {
         **session,
-        "chip": figures.chips.of_device(session["device_kind"]) is not None,
+        "chip": chips.of_device(session["device_kind"]) is not None,
       }
       for session in log.sessions
     ],

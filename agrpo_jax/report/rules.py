@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from agrpo_jax.report import figures
 from agrpo_jax.report import logs
 
 
@@ -246,7 +245,7 @@ def _slow(
   log: logs.Log, phase: str, most: float, what: str, num: int = 20
 ) -> str | None:
   recent = log.records[1:][-num:]
-  total = sum(map(figures.step_seconds, recent))
+  total = sum(map(logs.step_seconds, recent))
   own = sum(record.get(f"seconds/{phase}", 0.0) for record in recent)
   if len(recent) < num or not own > most * total:
     return None
@@ -308,7 +307,7 @@ RULES = (
     "cut",
     "look",
     _cut,
-    "Raise rollout.completion_length, or have the prompt ask for short answers.",
+    "Raise rollout.completion_length, or have prompts ask for short answers.",
   ),
   Rule(
     "entropy_gone",

@@ -14,7 +14,6 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
 
 _TEMPLATE = pathlib.Path(__file__).parent / "page.html"
