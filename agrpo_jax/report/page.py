@@ -447,7 +447,5 @@ def _version(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(text: str) -> str:
   """Returns text with nothing that acts on a screen, cut where it is long."""
-  shown = text_lib.visible(text)
-  if len(shown) > MAX_CHARS:
-    return f"{shown[:MAX_CHARS]} … ({len(shown)} characters)"
-  return shown
+  shown = text_lib.visible(text[:MAX_CHARS])
+  return shown if len(text) <= MAX_CHARS else f"{shown} … ({len(text)} in all)"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 MAX_POINTS = 240
 MAX_BARS = 60
@@ -26,18 +29,15 @@ def thin(
   """
   if len(points) <= most:
     return list(points)
-  inner = points[1:-1]
-  num_spans = (most - 2) // 2
+  y_P = np.array([y for _, y in points])
+  least_P = np.where(np.isfinite(y_P), y_P, np.inf)
+  most_P = np.where(np.isfinite(y_P), y_P, -np.inf)
   kept = {0, len(points) - 1}
-  for span in range(num_spans):
-    begin = span * len(inner) // num_spans
-    end = (span + 1) * len(inner) // num_spans
-    finite = [i for i in range(begin, end) if math.isfinite(inner[i][1])]
-    if finite:
-      kept.add(1 + min(finite, key=lambda i: inner[i][1]))
-      kept.add(1 + max(finite, key=lambda i: inner[i][1]))
-    elif begin < end:
-      kept.add(1 + begin)
+  bounds = np.linspace(1, len(points) - 1, (most - 2) // 2 + 1).astype(int)
+  for begin, end in itertools.pairwise(bounds.tolist()):
+    # Of nothing finite it is the first: a gap stays a gap.
+    kept.add(begin + int(least_P[begin:end].argmin()))
+    kept.add(begin + int(most_P[begin:end].argmax()))
   return [points[i] for i in sorted(kept)]
 
 

@@ -1,0 +1,68 @@
+"""A work directory read, also one that is old, broken or being written."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.report import figures
+from agrpo_jax.report import logs
+from fixtures import run_logs
+
+
+def test_what_was_written_is_read(tmp_path):
+  written = run_logs.log(
+    3,
+    reward=[0.1, 0.2, 0.3],
+    before={"accuracy": 0.1},
+    completions=[run_logs.completion("7")],
+    name="mine",
+  )
+  written.records[2]["eval/accuracy"] = 0.4
+  found = logs.read(run_logs.write(tmp_path / "mine", written))
+  assert found == dataclasses.replace(written, sessions=[run_logs.SESSION])
+  assert (found.num_done, found.num_steps, found.is_finished) == (3, 100, False)
+  assert found.values("reward", 2) == [0.2, 0.3]
+  assert found.evaluations() == [(0, {"accuracy": 0.1}), (3, {"accuracy": 0.4})]
+
+
+def test_a_log_that_is_being_written(tmp_path):
+  folder = tmp_path / "run"
+  run_logs.write(folder, run_logs.log(2, reward=0.5))
+  with open(folder / "metrics.jsonl", "a") as file:
+    file.write('{"train_step": 2, "reward": null}\nnothing\n{"train_')
+  found = logs.read(str(folder))
+  assert found.num_done == 3 and math.isnan(found.records[2]["reward"])
+  assert found.num_unreadable == 1
+  assert any("1 lines" in words for words in figures.missing(found))
+
+
+def test_a_run_from_before_there_were_reports(tmp_path):
+  folder = tmp_path / "old"
+  run_logs.write(folder, run_logs.log(2, reward=0.5, sessions=()))
+  (folder / "completions.jsonl").unlink()
+  sample = {"train_step": 0, "prompt": "p", "completion": "c", "reward": 1.0}
+  (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+  found = logs.read(str(folder))
+  assert found.completions == [sample]
+  said = " ".join(figures.missing(found))
+  assert "Hardware" in said and "none can be played" in said
+
+
+def test_the_stamp_changes_when_the_log_grows(tmp_path):
+  workdir = run_logs.write(tmp_path / "run", run_logs.log(2, reward=0.5))
+  before = logs.stamp(workdir)
+  assert logs.stamp(workdir) == before
+  with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    file.write("{}\n")
+  assert logs.stamp(workdir) != before
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+  with pytest.raises(errors.UserError, match="not the work directory of a run"):
+    logs.read(str(tmp_path))
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(errors.UserError, match="cannot be read"):
+    logs.read(str(tmp_path))

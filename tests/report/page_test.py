@@ -1,0 +1,178 @@
+"""What a page holds: its data, bounded, and nothing that acts."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from agrpo_jax import errors
+from agrpo_jax.report import page
+from fixtures import run_logs
+
+HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><!--<script>"
+
+
+def content(*read, **how):
+  """The data of a page, as its script gets them."""
+  text = page.render([*read], **how)
+  (found,) = re.findall(r'<script type="application/json"[^>]*>(.*)</', text)
+  return json.loads(found)
+
+
+class Elements(html.parser.HTMLParser):
+  """Counts elements; what stands in a script is none."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.names, self.addresses = [], []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.names.append(tag)
+    self.addresses += [v for k, v in attrs if k in ("src", "href", "data")]
+
+
+def hostile():
+  config = {**run_logs.CONFIG, "task": {"name": HOSTILE}}
+  return run_logs.log(
+    2,
+    config=config,
+    completions=[
+      run_logs.completion(HOSTILE, prompt=HOSTILE, answer=HOSTILE),
+      run_logs.completion("x", failure=HOSTILE),
+    ],
+    name=HOSTILE,
+    **{HOSTILE: 1.0},
+  )
+
+
+def test_hostile_text_is_data_and_no_element():
+  plain = Elements(page.render([run_logs.log(2, reward=0.5)]))
+  taken = Elements(page.render([hostile()]))
+  assert taken.names == plain.names
+  assert "img" not in taken.names
+  assert taken.names.count("script") == 2
+  (run,) = content(hostile())["runs"]
+  assert run["name"] == HOSTILE
+  first = run["completions"][0]
+  assert first["prompt"] == first["versions"][0]["text"] == HOSTILE
+
+
+def test_nothing_is_loaded_from_anywhere():
+  text = page.render([run_logs.log(2, reward=0.5)])
+  addresses = Elements(text).addresses
+  assert all(address.startswith("#") for address in addresses)
+  assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+  assert "https://" not in text
+  (policy,) = re.findall('content="(default-src[^"]*)"', text)
+  assert policy.startswith("default-src 'none'")
+  assert "unsafe" not in policy
+
+
+def test_text_that_would_act_on_a_screen_is_shown():
+  found = content(
+    run_logs.log(1, completions=[run_logs.completion("a\x1b[31m\u202eb\ud800")])
+  )
+  (item,) = found["runs"][0]["completions"]
+  assert item["versions"][0]["text"] == "a<U+001B>[31m<U+202E>b<U+D800>"
+
+
+def test_a_long_run_makes_a_bounded_page():
+  num_steps = 4000
+  evaluated = [
+    run_logs.completion(
+      "y" * 300, step, source="held out", id=id_, reward=id_ / 100
+    )
+    for step in range(-1, 2000, 100)
+    for id_ in range(60)
+  ]
+  trained = [
+    run_logs.completion("z" * 20_000, step, unmasking=None)
+    for step in range(3000)
+  ]
+  metrics = {f"extra/{number}": 0.1 for number in range(200)}
+  found = run_logs.log(
+    num_steps,
+    completions=evaluated + trained,
+    reward=[step / num_steps for step in range(num_steps)],
+    seconds__rollout=1.0,
+    **metrics,
+  )
+  data = content(found)
+  assert len(json.dumps(data)) < 4e6
+  (run,) = data["runs"]
+  xs, ys = run["series"]["reward"]
+  assert len(xs) <= 240 and (xs[0], xs[-1]) == (1, num_steps)
+  assert len(run["phases"]["first"]) <= 60
+  assert len(run["table"]) == page.MAX_METRICS < run["num_metrics"]
+  held_out = [one for one in run["completions"] if one["source"] == "held out"]
+  assert len(held_out) == page.MAX_PROBLEMS
+  steps = [version["step"] for version in held_out[0]["versions"]]
+  assert len(steps) == page.MAX_VERSIONS
+  assert (steps[0], steps[-1]) == (0, 2000)
+  assert run["num_logged"] == len(evaluated) + len(trained)
+  assert run["num_shown"] < 400
+  cut = run["completions"][-1]["versions"][0]["text"]
+  assert cut.endswith("… (20000 in all)")
+
+
+def test_settings_and_their_difference():
+  other = {**run_logs.CONFIG, "seed": 1, "note": "x"}
+  rows = content(
+    run_logs.log(1), run_logs.log(1, config=other, name="other")
+  )["settings"]
+  by_key = {row["key"]: row for row in rows}
+  assert by_key["seed"] == {"key": "seed", "values": ["0", "1"], "differs": True}
+  assert by_key["note"]["values"] == ["—", "x"]
+  assert not by_key["rollout.cache"]["differs"]
+
+
+def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path):
+  workdirs = [
+    run_logs.write(tmp_path / parent / "run", run_logs.log(1, reward=0.5))
+    for parent in "ab"
+  ]
+  read = page.write(workdirs, tmp_path / "page.html")
+  assert [log.name for log in read] == ["run (1)", "run (2)"]
+
+
+def test_failures_of_grading_are_counted_by_reason():
+  failed = [
+    run_logs.completion("x", step, failure=reason)
+    for step, reason in enumerate(["took too long"] * 3 + ["raised E: no"])
+  ]
+  log = run_logs.log(
+    4, completions=failed, grading__num_failed=2, grading__num_timed_out=3
+  )
+  (run,) = content(log)["runs"]
+  assert run["failures"] == [
+    {"reason": "took too long", "count": 3},
+    {"reason": "raised E: no", "count": 1},
+  ]
+  assert (run["num_failed"], run["num_timed_out"]) == (8, 12)
+  assert {one["source"] for one in run["completions"]} == {"failed"}
+
+
+def test_a_price_makes_money_of_chip_hours():
+  log = run_logs.log(1, seconds__rollout=3600.0)
+  assert content(log)["runs"][0]["cost"]["price"] is None
+  assert content(log, price=2.5)["runs"][0]["cost"]["price"] == 2.5
+  config = {**run_logs.CONFIG, "report": {"chip_hour_price": 3.0}}
+  log = run_logs.log(1, config=config, seconds__rollout=3600.0)
+  assert content(log)["runs"][0]["cost"]["price"] == 3.0
+  assert content(log)["runs"][0]["cost"]["chip_hours"] == 1
+
+
+def test_only_a_page_of_an_unfinished_run_reads_itself_again():
+  config = {**run_logs.CONFIG, "train": {"num_steps": 2}}
+  done, going = run_logs.log(2, config=config), run_logs.log(2)
+  assert content(going, is_live=True)["live"]
+  assert not content(going)["live"]
+  assert not content(done, is_live=True)["live"]
+
+
+def test_a_page_that_cannot_be_written(tmp_path):
+  workdir = run_logs.write(tmp_path / "run", run_logs.log(1, reward=0.5))
+  with pytest.raises(errors.UserError, match="Cannot write --html"):
+    page.write([workdir], tmp_path / "nowhere" / "page.html")
