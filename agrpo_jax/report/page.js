@@ -123,6 +123,10 @@ const median = (values) => {
 };
 const typical = (run, name) =>
   run.series[name] ? median(run.series[name][1].slice(-60)) : null;
+function accuracyBefore(run) {
+  const first = run.evaluations[0];
+  return run.evaluations.length > 1 && first.step === 0 ? first.accuracy : null;
+}
 function interval(run) {
   const last = run.evaluations[run.evaluations.length - 1];
   return last && isNumber(last.accuracy_low) ?
@@ -141,7 +145,7 @@ function tile(label, value, more, from) {
 }
 
 function tiles(run) {
-  const [firstAccuracy, lastAccuracy] = ends(run, "eval/accuracy");
+  const lastAccuracy = ends(run, "eval/accuracy")[1];
   const [firstReward, lastReward] = ends(run, "reward");
   const [firstLoss, lastLoss] = ends(run, "loss");
   const cost = run.cost;
@@ -153,35 +157,35 @@ function tiles(run) {
     null;
   const made = [];
   if (isNumber(lastAccuracy)) {
-    const before = run.evaluations.length > 1 ?
-      percent(firstAccuracy).replace(" %", "") : null;
+    const before = isNumber(accuracyBefore(run)) ?
+      percent(accuracyBefore(run)).replace(" %", "") : null;
     made.push(tile("Held-out accuracy", percent(lastAccuracy),
       interval(run) && "95 %: " + interval(run), before));
   }
   if (isNumber(lastReward)) {
-    made.push(tile("Reward", number(lastReward), "first and last train step",
+    made.push(tile("Reward", number(lastReward), "first → last train step",
       number(firstReward)));
   } else if (isNumber(lastLoss)) {
-    made.push(tile("Loss", number(lastLoss), "first and last train step",
+    made.push(tile("Loss", number(lastLoss), "first → last train step",
       number(firstLoss)));
   }
   made.push(tile("Train steps", run.done.toLocaleString("en-US"),
-    "of " + run.steps.toLocaleString("en-US")));
-  made.push(tile("Time in train steps", duration(cost.seconds),
-    run.finished ? "all are done" : isNumber(cost.seconds_left) ?
-      "about " + duration(cost.seconds_left) + " to go" : null));
+    (run.finished ? "all, " : "of " + run.steps.toLocaleString("en-US") +
+      ", ") + "in " + duration(cost.seconds) +
+    (!run.finished && isNumber(cost.seconds_left) ?
+      ", " + duration(cost.seconds_left) + " to go" : "")));
   if (tokens) {
     made.push(tile("Tokens per second", number(tokens), "of completions, median"));
   }
   if (isNumber(mfu)) {
     made.push(tile("MFU", percent(mfu), "model FLOP/s of the peak, median"));
   } else if (isNumber(flops)) {
-    made.push(tile("Model FLOP/s", number(flops * 1e12 / 1e9) + " G",
-      "no MFU: the device's peak is not known"));
+    made.push(tile("Model TFLOP/s", number(flops),
+      "no MFU: peak not known"));
   }
   made.push(tile("Cost", isNumber(cost.chip_hours) ?
     (cost.price ? number(cost.chip_hours * cost.price) :
-      number(cost.chip_hours) + " h") : "–",
+      number(cost.chip_hours)) : "–",
     !isNumber(cost.chip_hours) ? "hardware not recorded" :
       (cost.price ? number(cost.chip_hours) + " chip hours" : "chip hours; no price given") +
       (!run.finished && isNumber(wholeHours) ? ", " +
@@ -201,16 +205,17 @@ function warningList(run) {
 
 function runTable() {
   const rows = runs.map((run, index) => ({ run, index }));
-  const column = (title, value, show) => ({
+  const column = (title, value, show) => runs.some((run) =>
+    isNumber(value(run))) && {
     title, value: (row) => value(row.run), number: true,
     cell: (row) => show(value(row.run)),
-  });
+  };
   return table([
-    { title: "Run", value: (row) => row.run.name, cell: (row) => [
-      el("span", { class: "swatch", "--c": colour(row.index) }), row.run.name] },
+    { title: "Run", value: (row) => row.run.name, cell: (row) =>
+      el("span", { class: "name" }, el("span", { class: "swatch",
+        "--c": colour(row.index) }), row.run.name) },
     column("Held-out accuracy", (run) => ends(run, "eval/accuracy")[1], percent),
-    column("before", (run) => run.evaluations.length > 1 ?
-      ends(run, "eval/accuracy")[0] : null, percent),
+    column("Before", accuracyBefore, percent),
     column("Reward", (run) => ends(run, "reward")[1], number),
     column("Train steps", (run) => run.done, number),
     column("Time", (run) => run.cost.seconds, duration),
@@ -220,7 +225,7 @@ function runTable() {
     column("Cost", (run) => run.cost.price && isNumber(run.cost.chip_hours) ?
       run.cost.price * run.cost.chip_hours : null, number),
     column("Warnings", (run) => run.warnings.length, number),
-  ], rows, { id: "runs" });
+  ].filter(Boolean), rows, { id: "runs" });
 }
 
 function overview() {
@@ -234,14 +239,15 @@ function overview() {
     plural(runs.length, "run") + " side by side";
   section.append(
     el("p", { class: "status" }, data.live && live, status + ", as of " +
-      data.written + " UTC."),
+      data.written + " UTC.", !warned.length && " No warnings."),
     warned.length ? el("ul", { class: "warnings", "aria-label": "Warnings" },
       warned) : "",
     isOne ? tiles(runs[0]) : runTable());
   const missing = runs.flatMap((run) => run.missing.map((words) =>
     isOne ? words : run.name + ": " + words));
-  section.append(el("p", { class: "note absent", id: "notes" },
-    (warned.length ? "" : "No warnings. ") + missing.join(" ")));
+  if (missing.length) {
+    section.append(el("p", { class: "note absent" }, missing.join(" ")));
+  }
 }
 
 // --- Curves -----------------------------------------------------------------
@@ -249,8 +255,7 @@ const charts = [];  // with show(cursor), which redraws one
 const left = 46, rightSide = 8, topSide = 8, bottom = 20;
 let cursor = null;
 const lastStep = Math.max(1, ...runs.map((run) => run.done));
-const firstStep = runs.some((run) => run.evaluations.some((e) => !e.step)) ?
-  0 : Math.min(1, lastStep - 1);
+const firstStep = 0;
 let isSmooth = kept.smooth !== false;
 
 function ticks(low, high, count) {
@@ -265,8 +270,13 @@ function ticks(low, high, count) {
   return found;
 }
 
-// A running mean over a twentieth of the points, centred.
+// A running mean over a twentieth of the points, centred; none of a series that
+// is smooth already.
 function smooth(ys) {
+  const known = ys.filter(isNumber);
+  const travel = known.slice(1).reduce((sum, y, i) =>
+    sum + Math.abs(y - known[i]), 0);
+  if (travel <= 3 * (Math.max(...known) - Math.min(...known))) return null;
   const reach = Math.max(1, Math.round(ys.length / 40));
   return ys.map((y, index) => {
     if (!isNumber(y)) return null;
@@ -296,7 +306,7 @@ function nearest(xs, step) {
 }
 
 // The parts that all charts share: axes, cursor, keyboard.
-function frame(title, note, describe, draw, read, size) {
+function frame(title, note, describe, draw, read, size, resting = "last") {
   const where = el("span", { class: "where" });
   const readout = el("div", { class: "readout", "aria-live": "off" });
   const picture = svg("svg", { tabindex: 0, role: "img",
@@ -326,7 +336,7 @@ function frame(title, note, describe, draw, read, size) {
   };
   one.show = () => {
     readout.replaceChildren(...read(cursor));
-    where.textContent = cursor === null ? "" : "step " +
+    where.textContent = cursor === null ? resting : "step " +
       cursor.toLocaleString("en-US");
     if (one.cursorLine && cursor !== null) {
       one.cursorLine.setAttribute("x1", one.x(cursor));
@@ -526,9 +536,8 @@ function phaseChart(run) {
     const y = scale(one, 0, limit);
     axis(one, y, marks, short);
     total.forEach((all, i) => {
-      const x0 = one.x(first[i] - 0.5), x1 = one.x(last[i] + 0.5);
-      const begin = Math.max(left, x0 + 0.5);
-      const width = Math.max(1, Math.min(one.width - rightSide, x1 - 0.5) - begin);
+      const begin = one.x(first[i] - 1);
+      const width = Math.max(0.8, one.x(last[i]) - begin - 1);
       let base = 0;
       names.forEach((name, rank) => {
         const value = seconds[rank][i] || 0;
@@ -558,10 +567,10 @@ function phaseChart(run) {
   };
   const span = last[0] - first[0] + 1;
   const note = (isOne ? "" : run.name + ": ") + "seconds of a train step" +
-    (span > 1 ? ", means of " + span + " steps" : "") +
-    "; the medians where nothing is pointed at";
+    (span > 1 ? ", means of " + span + " steps" : "");
   return frame("Seconds by phase", note, names.map((name, rank) => name + " " +
-    forms.seconds(median(seconds[rank]))).join(", ") + ".", draw, read, "wide");
+    forms.seconds(median(seconds[rank]))).join(", ") + ".", draw, read, "wide",
+    "median");
 }
 
 function curves() {
@@ -615,17 +624,33 @@ function curves() {
 }
 
 // --- Completions ------------------------------------------------------------
-const items = runs.flatMap((run, index) => run.completions.map((item, order) =>
-  ({ ...item, run, index, order })));
+// One per prompt that was held out, of all runs together, and one per other
+// completion. `first` and `last` are what is compared: one run's answers before
+// and after, or the last ones of several runs.
+const items = [];
+const heldOut = new Map();
+runs.forEach((run, index) => run.completions.forEach((found) => {
+  const versions = found.versions.map((one) => ({ ...one, run, index }));
+  const known = found.source === "held out" && heldOut.get(found.prompt);
+  if (known) {
+    known.versions.push(...versions);
+  } else {
+    const item = { ...found, versions, order: items.length };
+    items.push(item);
+    if (found.source === "held out") heldOut.set(found.prompt, item);
+  }
+}));
 for (const item of items) {
-  item.first = item.versions[0];
+  const finals = item.versions.filter((one, at) =>
+    !item.versions[at + 1] || item.versions[at + 1].index !== one.index);
+  item.finals = finals;
+  item.first = finals.length > 1 ? finals[0] : item.versions[0];
   item.last = item.versions[item.versions.length - 1];
   item.words = [item.prompt, ...item.versions.map((one) => one.text + "\n" +
     one.answer + "\n" + (one.failure || ""))].join("\n").toLowerCase();
 }
 const worth = (version) => isNumber(version.reward) ? version.reward : 0;
 const orders = {
-  asked: ["as asked", (a, b) => a.index - b.index || a.order - b.order],
   gained: ["most gained", (a, b) => (worth(b.last) - worth(b.first)) -
     (worth(a.last) - worth(a.first))],
   lost: ["most lost", (a, b) => (worth(a.last) - worth(a.first)) -
@@ -633,10 +658,11 @@ const orders = {
   best: ["best first", (a, b) => worth(b.last) - worth(a.last)],
   worst: ["worst first", (a, b) => worth(a.last) - worth(b.last)],
   longest: ["longest first", (a, b) => b.last.text.length - a.last.text.length],
+  logged: ["as logged", (a, b) => a.order - b.order],
 };
-const sources = { "held out": "held out, before and after",
+const sources = { "held out": "held out",
   training: "from training", failed: "not graded" };
-const view = { search: kept.search || "", order: kept.order || "asked",
+const view = { search: kept.search || "", order: kept.order || "gained",
   source: kept.source || "", run: kept.run || "", at: kept.at || 0,
   shade: kept.shade || "confidence", shown: [], step: 0, last: 0, timer: 0 };
 let panes = [];
@@ -656,17 +682,22 @@ function grade(item) {
     version.accuracy >= 1 ? "✓" : "✗";
   const mark = (version) => el("span", { class: version.accuracy >= 1 ?
     "right" : "wrong" }, sign(version) + " " + number(version.reward));
-  return el("span", { class: "grade" }, item.versions.length > 1 ?
-    [mark(item.first), " → ", mark(item.last)] : mark(item.last));
+  return el("span", { class: "grade" }, item.finals.length > 1 ?
+    item.finals.slice(0, 3).flatMap((one, at) => [at ? " · " : "", mark(one)]) :
+    item.versions.length > 1 ? [mark(item.first), " → ", mark(item.last)] :
+      mark(item.last));
 }
 
+const nameOf = (version) => (isOne ? "" : version.run.name + ", ") +
+  stepName(version.step);
 const stepName = (step) => step === 0 ? "before training" : "step " + step;
 
 function refreshList() {
   const words = view.search.toLowerCase().split(/\s+/).filter(Boolean);
   view.shown = items.filter((item) =>
     (!view.source || item.source === view.source) &&
-    (view.run === "" || String(item.index) === view.run) &&
+    (view.run === "" || item.versions.some((one) =>
+      String(one.index) === view.run)) &&
     words.every((word) => item.words.includes(word)))
     .sort(orders[view.order][1]);
   byId("list").replaceChildren(...view.shown.map((item, at) =>
@@ -675,9 +706,9 @@ function refreshList() {
       el("span", { class: "prompt-line mono" },
         item.prompt.split("\n").filter(Boolean).pop() || "(empty prompt)"),
       grade(item),
-      el("span", { class: "kind" }, (isOne ? "" : item.run.name + ", ") +
-        (item.source === "held out" ? "held out" : (item.source === "failed" ?
-          "not graded, " : "training, ") + stepName(item.last.step)))))));
+      el("span", { class: "kind" }, item.source === "held out" ? "held out" :
+        (item.source === "failed" ? "not graded, " : "training, ") +
+          nameOf(item.last))))));
   byId("count").textContent = view.shown.length === items.length ?
     plural(items.length, "problem") :
     view.shown.length + " of " + plural(items.length, "problem");
@@ -747,8 +778,8 @@ function pane(one) {
         one.fill();
         ready();
       } }, item.versions.map((other, index) => el("option", { value: index,
-        selected: other === version }, stepName(other.step)))) :
-      el("span", {}, stepName(version.step));
+        selected: other === version }, nameOf(other)))) :
+      el("span", {}, nameOf(version));
     one.tokens = [];
     const text = el("div", { class: "text" + (version.play ? "" : " plain"),
       tabindex: 0, "aria-label": "Completion" });
@@ -974,14 +1005,14 @@ function grading() {
 function settings() {
   const rows = data.settings;
   const different = rows.filter((row) => row.differs).length;
+  let only = different > 0 && !isOne;
   const columns = [
     { title: "Setting", value: (row) => row.key, key: true },
     ...runs.map((run, index) => ({ title: run.name, key: true,
       value: (row) => row.values[index] })),
   ];
   const made = table(columns, rows, { id: "config",
-    rowClass: (row) => !isOne && row.differs && "differs" });
-  let only = different > 0 && !isOne;
+    rowClass: (row) => !only && row.differs && "differs" });
   const search = el("input", { type: "search", id: "find-setting",
     placeholder: "Find a setting", "aria-label": "Find a setting",
     oninput: refresh });
@@ -1010,32 +1041,36 @@ function settings() {
 }
 
 function machine() {
-  const cards = runs.map((run) => {
+  const list = (facts) => el("dl", {}, facts.map(([name, value]) =>
+    [el("dt", {}, name), el("dd", {}, value)]));
+  const cards = runs.flatMap((run) => {
     const last = run.sessions[run.sessions.length - 1];
     const cost = run.cost;
-    const facts = [];
-    if (last) {
-      facts.push(["Devices", last.num_devices + " × " + last.device_kind +
-        " (" + last.platform + ")"],
-      ["Processes", String(last.num_processes)],
-      ...Object.entries(last.versions).map(([name, version]) =>
-        [name, version]),
-      ["Starts", run.sessions.map((one) => one.since.slice(0, 16) +
-        " at train step " + one.first_step).slice(-5).join("; ")]);
-    }
-    facts.push(["Time so far", duration(cost.seconds)]);
-    if (isNumber(cost.chip_hours)) {
-      facts.push(["Cost so far", costText(cost.chip_hours, cost.price)]);
-    }
+    const spent = [["Time so far", duration(cost.seconds)],
+      ["Cost so far", costText(cost.chip_hours, cost.price)]];
     if (!run.finished && isNumber(cost.seconds_left)) {
-      facts.push(["To the end", duration(cost.seconds_left) +
+      spent.push(["To the end", duration(cost.seconds_left) +
         (isNumber(cost.chip_hours_left) ? ", " +
           costText(cost.chip_hours_left, cost.price) : "")]);
     }
-    return el("div", { class: "card" }, !isOne && el("h3", {}, run.name),
-      !last && el("p", { class: "note" }, "Hardware and versions are not recorded."),
-      el("dl", {}, facts.map(([name, value]) =>
-        [el("dt", {}, name), el("dd", {}, value)])));
+    const parts = [list(spent)];
+    if (last) {
+      parts.unshift(list([
+        ["Devices", last.num_devices + " × " + last.device_kind +
+          (last.device_kind === last.platform ? "" :
+            " (" + last.platform + ")")],
+        ["Processes", String(last.num_processes)],
+        ["Started", run.sessions.slice(-5).map((one) => one.since.slice(0, 16) +
+          " UTC" + (one.first_step ? ", after train step " + one.first_step :
+          "")).join("; ")],
+      ]));
+      parts.push(list(Object.entries(last.versions)));
+    } else {
+      parts.unshift(el("p", { class: "note" },
+        "Hardware and versions are not recorded."));
+    }
+    return isOne ? parts.map((part) => el("div", { class: "card" }, part)) :
+      el("div", { class: "card" }, el("h3", {}, run.name), parts);
   });
   byId("machine").append(
     el("h2", { id: "machine-title" }, "Machine and cost"),

@@ -142,6 +142,12 @@ CHARTS = (
     "model FLOP/s of the chips' bfloat16 peak",
     form="percent",
   ),
+  Chart(
+    "Model TFLOP/s",
+    {FLOPS: "TFLOP/s"},
+    "Speed",
+    "of all devices together",
+  ),
 )
 # Why a chart may have nothing to show.
 _ABSENT = {
@@ -209,6 +215,7 @@ def render(
   title = ", ".join(log.name for log in read)
   style = (_FOLDER / "page.css").read_text("utf-8")
   script = (_FOLDER / "page.js").read_text("utf-8")
+  runs = [_run(log, price) for log in read]
   content = {
     "title": title,
     "written": datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")[
@@ -216,9 +223,14 @@ def render(
     ],
     "version": agrpo_jax.__version__,
     "live": is_live and not all(log.is_finished for log in read),
-    "charts": [dataclasses.asdict(chart) for chart in CHARTS],
+    # FLOP/s are for those that have no MFU.
+    "charts": [
+      dataclasses.asdict(chart)
+      for chart in CHARTS
+      if FLOPS not in chart.lines or not any(MFU in r["series"] for r in runs)
+    ],
     "absent": _ABSENT,
-    "runs": [_run(log, price) for log in read],
+    "runs": runs,
     "settings": _settings(read),
   }
   values = {
@@ -342,7 +354,8 @@ def _row(name: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
 def _settings(read: Sequence[logs.Log]) -> list[dict[str, Any]]:
   """Returns a row per setting: its key, and its value in every run."""
   flat = [_flat(log.config) for log in read]
-  keys = sorted({key for one in flat for key in one})
+  # That their folders are others is known, and nobody's business elsewhere.
+  keys = sorted({key for one in flat for key in one} - {"workdir"})
   rows = []
   for key in keys:
     values = [one.get(key, "—") for one in flat]

@@ -119,11 +119,15 @@ def test_a_long_run_makes_a_bounded_page():
 
 def test_settings_and_their_difference():
   other = {**run_logs.CONFIG, "seed": 1, "note": "x"}
-  rows = content(
-    run_logs.log(1), run_logs.log(1, config=other, name="other")
-  )["settings"]
+  rows = content(run_logs.log(1), run_logs.log(1, config=other, name="other"))[
+    "settings"
+  ]
   by_key = {row["key"]: row for row in rows}
-  assert by_key["seed"] == {"key": "seed", "values": ["0", "1"], "differs": True}
+  assert by_key["seed"] == {
+    "key": "seed",
+    "values": ["0", "1"],
+    "differs": True,
+  }
   assert by_key["note"]["values"] == ["—", "x"]
   assert not by_key["rollout.cache"]["differs"]
 
