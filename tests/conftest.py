@@ -39,8 +39,24 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jax  # noqa: E402
 
+from fixtures import browser  # noqa: E402
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _MANY_BYTES = 2 * 2**30
+
+# Not everybody has a browser, and nobody needs one for the rest; CI has it.
+_IN_BROWSER = "report/browser_test.py"
+_NO_BROWSER = browser.missing()
+collect_ignore = [_IN_BROWSER] if _NO_BROWSER else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+  """Says what was left out, and why."""
+  if _NO_BROWSER:
+    terminalreporter.write_line(
+      f"Not run: tests/{_IN_BROWSER}, for lack of {_NO_BROWSER}."
+    )
+
 
 # A shell without job control starts what stands before "&" with SIGINT ignored,
 # and children inherit that: the commands that tests interrupt would go on.

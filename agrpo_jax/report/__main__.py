@@ -50,7 +50,12 @@ def main(argv: Sequence[str]) -> None:
     )
   while True:
     stamps = [logs.stamp(workdir) for workdir in workdirs]
-    read = page.write(workdirs, file, price=_PRICE.value, is_live=_WATCH.value)
+    read = page.write(
+      workdirs,
+      file,
+      price=_PRICE.value,
+      seconds=_SECONDS.value if _WATCH.value else 0.0,
+    )
     size = file.stat().st_size / 1e6
     done = ", ".join(
       f"{log.name} {log.num_done}/{log.num_steps}" for log in read

@@ -238,7 +238,7 @@ function overview() {
       "Train step " + runs[0].done + " of " + runs[0].steps) :
     plural(runs.length, "run") + " side by side";
   section.append(
-    el("p", { class: "status" }, data.live && live, status + ", as of " +
+    el("p", { class: "status" }, data.seconds > 0 && live, status + ", as of " +
       data.written + " UTC.", !warned.length && " No warnings."),
     warned.length ? el("ul", { class: "warnings", "aria-label": "Warnings" },
       warned) : "",
@@ -306,7 +306,7 @@ function nearest(xs, step) {
 }
 
 // The parts that all charts share: axes, cursor, keyboard.
-function frame(title, note, describe, draw, read, size, resting = "last") {
+function frame(title, note, describe, draw, read, size, resting = "") {
   const where = el("span", { class: "where" });
   const readout = el("div", { class: "readout", "aria-live": "off" });
   const picture = svg("svg", { tabindex: 0, role: "img",
@@ -692,6 +692,21 @@ const nameOf = (version) => (isOne ? "" : version.run.name + ", ") +
   stepName(version.step);
 const stepName = (step) => step === 0 ? "before training" : "step " + step;
 
+// What all prompts begin with tells none from another.
+const preamble = (() => {
+  const prompts = [...new Set(items.map((item) => item.prompt))];
+  if (prompts.length < 3) return 0;
+  let size = Math.min(...prompts.map((prompt) => prompt.length));
+  for (const prompt of prompts) {
+    while (!prompt.startsWith(prompts[0].slice(0, size))) size -= 1;
+  }
+  return prompts[0].slice(0, size).search(/\S*$/);
+})();
+function promptLine(item) {
+  const rest = item.prompt.slice(preamble).trim().split("\n")[0];
+  return rest ? (preamble > 0 ? "… " : "") + rest : "(empty prompt)";
+}
+
 function refreshList() {
   const words = view.search.toLowerCase().split(/\s+/).filter(Boolean);
   view.shown = items.filter((item) =>
@@ -704,7 +719,7 @@ function refreshList() {
     el("li", {}, el("button", { type: "button", "data-at": at,
       onclick: () => choose(at) },
       el("span", { class: "prompt-line mono" },
-        item.prompt.split("\n").filter(Boolean).pop() || "(empty prompt)"),
+        promptLine(item)),
       grade(item),
       el("span", { class: "kind" }, item.source === "held out" ? "held out" :
         (item.source === "failed" ? "not graded, " : "training, ") +
@@ -815,10 +830,31 @@ function pane(one) {
     ].filter(Boolean);
     box.replaceChildren(
       el("div", { class: "top-line" }, picker, verdict(version)),
-      text, ...notes.map((note) => el("div", { class: "meta" }, note)));
+      text, version.play && strip(version.play, one),
+      ...notes.map((note) => el("div", { class: "meta" }, note)));
   };
   one.fill();
   return box;
+}
+
+// A bar per denoising step: how probable its tokens were. A click goes there.
+function strip(how, one) {
+  const found = Array.from({ length: how.steps }, () => []);
+  how.step.forEach((step, index) => {
+    if (step !== null && found[step]) {
+      found[step].push(Math.exp(how.logprob[index]));
+    }
+  });
+  one.bars = found.map((all) => el("b", { "--h": (all.length ?
+    100 * all.reduce((a, b) => a + b, 0) / all.length : 0).toFixed(0) + "%" }));
+  return el("div", { class: "strip", "aria-hidden": "true",
+    title: "Mean probability of each denoising step's tokens",
+    onclick: (event) => {
+      const at = one.bars.findIndex((bar) =>
+        event.clientX <= bar.getBoundingClientRect().right);
+      stop();
+      show(at < 0 ? one.bars.length : at + 1);
+    } }, one.bars);
 }
 
 function ready() {
@@ -843,6 +879,10 @@ function show(step) {
       token.classList.toggle("masked", done > step);
       token.classList.toggle("new", done === step && step > 0 &&
         step < view.last && how.step[index] !== null);
+    });
+    one.bars.forEach((bar, index) => {
+      bar.classList.toggle("done", index < step);
+      bar.classList.toggle("now", index === step - 1 && step < view.last);
     });
   }
   byId("tip").hidden = true;
@@ -1134,17 +1174,17 @@ function navigation() {
 
 // A page that is being rewritten reads itself again, unless somebody is busy.
 function reloading() {
-  if (!data.live) return;
+  if (!data.seconds) return;
   let touched = 0;
   for (const name of ["keydown", "pointerdown", "wheel", "touchmove"]) {
     addEventListener(name, () => { touched = Date.now(); }, { passive: true });
   }
   setInterval(() => {
-    if (view.timer || Date.now() - touched < 8000) return;
+    if (view.timer || Date.now() - touched < 5000) return;
     keep({ scroll: scrollY, open: [...document.querySelectorAll("details")]
       .map((one) => one.open) });
     location.reload();
-  }, 10000);
+  }, 1000 * data.seconds);
   document.querySelectorAll("details").forEach((one, index) => {
     one.open = Boolean(kept.open && kept.open[index]);
   });

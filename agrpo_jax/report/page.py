@@ -162,7 +162,7 @@ def write(
   file: pathlib.Path,
   *,
   price: float = 0.0,
-  is_live: bool = False,
+  seconds: float = 0.0,
 ) -> list[logs.Log]:
   """Writes the page of one run or of several, and returns their logs.
 
@@ -170,7 +170,8 @@ def write(
     workdirs: of the runs.
     file: the page; until all is written it is what it was.
     price: of a chip hour; 0: that of the runs' configs.
-    is_live: the page is being rewritten, and may read itself again.
+    seconds: an open page reads itself again so often, until all runs have
+      ended; 0: never.
 
   Raises:
     UserError: a folder that holds no run, or a page that cannot be written.
@@ -178,7 +179,7 @@ def write(
   read = _with_names([logs.read(workdir) for workdir in workdirs])
   try:
     with files.rewrite(file) as opened:
-      opened.write(render(read, price=price, is_live=is_live).encode())
+      opened.write(render(read, price=price, seconds=seconds).encode())
   except OSError as error:
     raise errors.UserError(
       f"Cannot write --html={str(file)!r}: {error.strerror}."
@@ -209,7 +210,7 @@ def at_end(settings: run_lib.Settings) -> Iterator[None]:
 
 
 def render(
-  read: Sequence[logs.Log], *, price: float = 0.0, is_live: bool = False
+  read: Sequence[logs.Log], *, price: float = 0.0, seconds: float = 0.0
 ) -> str:
   """Returns the page's HTML."""
   title = ", ".join(log.name for log in read)
@@ -222,7 +223,7 @@ def render(
       :16
     ],
     "version": agrpo_jax.__version__,
-    "live": is_live and not all(log.is_finished for log in read),
+    "seconds": 0 if all(log.is_finished for log in read) else seconds,
     # FLOP/s are for those that have no MFU.
     "charts": [
       dataclasses.asdict(chart)

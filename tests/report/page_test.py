@@ -102,7 +102,7 @@ def test_a_long_run_makes_a_bounded_page():
   data = content(found)
   assert len(json.dumps(data)) < 4e6
   (run,) = data["runs"]
-  xs, ys = run["series"]["reward"]
+  xs, _ = run["series"]["reward"]
   assert len(xs) <= 240 and (xs[0], xs[-1]) == (1, num_steps)
   assert len(run["phases"]["first"]) <= 60
   assert len(run["table"]) == page.MAX_METRICS < run["num_metrics"]
@@ -171,9 +171,9 @@ def test_a_price_makes_money_of_chip_hours():
 def test_only_a_page_of_an_unfinished_run_reads_itself_again():
   config = {**run_logs.CONFIG, "train": {"num_steps": 2}}
   done, going = run_logs.log(2, config=config), run_logs.log(2)
-  assert content(going, is_live=True)["live"]
-  assert not content(going)["live"]
-  assert not content(done, is_live=True)["live"]
+  assert content(going, seconds=9.0)["seconds"] == 9
+  assert content(going)["seconds"] == 0
+  assert content(done, seconds=9.0)["seconds"] == 0
 
 
 def test_a_page_that_cannot_be_written(tmp_path):

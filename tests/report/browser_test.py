@@ -1,0 +1,376 @@
+"""The page in a real browser: played, searched, sorted, at every width.
+
+`tests/conftest.py` leaves this file out where there is no browser, and says so.
+"""
+
+import json
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from agrpo_jax.report import page
+from fixtures import browser
+from fixtures import run_logs
+
+HOSTILE = "</script><img src=x onerror=\"document.title='taken'\">"
+TEXTS = {0: "3 + 4 = 8", 1: "I do not know", 2: "two\nlines", 3: HOSTILE}
+
+
+def going(name="run", seed=0, num_steps=60):
+  """A run that goes on, with something in every part of the page."""
+  reward = [0.2 + 0.01 * step for step in range(num_steps)]
+  log = run_logs.log(
+    num_steps,
+    name=name,
+    config={**run_logs.CONFIG, "seed": seed},
+    before={"accuracy": 0.1, "accuracy_low": 0.05, "accuracy_high": 0.15},
+    completions=[
+      *(
+        run_logs.completion(
+          text if step < 0 else f"{text} = 7",
+          step,
+          reward=0.25 * id_ if step < 0 else 1.0,
+          source="held out",
+          id=id_,
+          prompt=f"Question {id_}",
+          answer="7",
+        )
+        for step in (-1, 29, 59)
+        for id_, text in TEXTS.items()
+      ),
+      run_logs.completion("a training answer", 3, reward=0.4),
+      run_logs.completion(HOSTILE, 4, failure=f"raised ValueError: {HOSTILE}"),
+    ],
+    reward=reward,
+    accuracy=reward,
+    loss=[(-1.0) ** step for step in range(num_steps)],
+    frac_reward_zero_std=1.0,
+    entropy=0.5,
+    policy_ratio__max_deviation=1e-6,
+    clip_ratio__high_mean=0.01,
+    clip_ratio__low_mean=0.02,
+    completions__mean_length=12.0,
+    completions__max_length=16.0,
+    grading__num_failed=0.5,
+    seconds__rollout=[9.0] + [1.0] * (num_steps - 1),
+    seconds__update=0.5,
+  )
+  for step in (29, 59):
+    log.records[step].update(
+      {
+        "eval/accuracy": step / 100,
+        "eval/accuracy_low": step / 100 - 0.05,
+        "eval/accuracy_high": step / 100 + 0.05,
+        "seconds/evaluate": 2.0,
+      }
+    )
+  return log
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pages")
+  for name, read in {
+    "one": [going()],
+    "two": [going(), going("another run of a longer name", seed=7)],
+  }.items():
+    (folder / f"{name}.html").write_text(page.render(read), "utf-8")
+  return {name: folder / f"{name}.html" for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def driven():
+  with browser.start() as driver:
+    yield driver
+
+
+@pytest.fixture
+def driver(driven):
+  """The browser; after each test its console is empty."""
+  driven.get_log("browser")
+  yield driven
+  assert driven.get_log("browser") == []
+
+
+def press(driver, *keys):
+  driver.switch_to.active_element.send_keys(*keys)
+
+
+def all_of(driver, selector):
+  return driver.find_elements(By.CSS_SELECTOR, selector)
+
+
+def one_of(driver, selector):
+  return driver.find_element(By.CSS_SELECTOR, selector)
+
+
+def texts(driver, selector):
+  return [found.text for found in all_of(driver, selector)]
+
+
+def wait(driver, is_so, seconds=10):
+  WebDriverWait(driver, seconds, 0.05).until(lambda _: is_so())
+
+
+def to_completions(driver):
+  driver.execute_script(
+    "document.getElementById('completions').scrollIntoView()"
+  )
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_it_fits_and_loads_nothing(driver, pages, name, width, is_dark):
+  browser.look(driver, pages[name], width, is_dark)
+  driver.execute_script(
+    "for (const one of document.querySelectorAll('details')) one.open = true"
+  )
+  assert (
+    driver.execute_script("return document.documentElement.scrollWidth")
+    == width
+  )
+  loaded = "return performance.getEntriesByType('resource').length"
+  assert driver.execute_script(loaded) == 0
+  assert len(all_of(driver, ".chart svg path.line")) > 10
+
+
+CONTRAST = """
+const shade = (text) => {
+  const canvas = document.createElement("canvas").getContext("2d");
+  canvas.fillStyle = text;
+  canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data];
+};
+const light = ([r, g, b]) => [r, g, b].map((x) => x / 255).map((x) =>
+  x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+const bad = [];
+for (const node of document.querySelectorAll("body *")) {
+  const own = [...node.childNodes].some((one) =>
+    one.nodeType === 3 && one.textContent.trim());
+  const style = getComputedStyle(node);
+  const ink = shade(node instanceof SVGElement ? style.fill : style.color);
+  if (!own || !node.getClientRects().length || ink[3] < 255) continue;
+  let under = node;
+  while (under && shade(getComputedStyle(under).backgroundColor)[3] < 255) {
+    under = under.parentElement;
+  }
+  const ground = under ? getComputedStyle(under).backgroundColor : "white";
+  const [a, b] = [light(ink), light(shade(ground))].sort((x, y) => y - x);
+  const ratio = (a + 0.05) / (b + 0.05);
+  if (ratio < 4.5) {
+    bad.push(node.tagName + "." + node.getAttribute("class") + " " +
+      ratio.toFixed(2) + " " + node.textContent.slice(0, 20));
+  }
+}
+return bad;
+"""
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_every_text_can_be_read(driver, pages, name, is_dark):
+  browser.look(driver, pages[name], 1280, is_dark)
+  for shading in all_of(driver, "[data-shade]"):
+    shading.click()
+    assert driver.execute_script(CONTRAST) == []
+
+
+def test_it_says_what_matters_first(driver, pages):
+  browser.look(driver, pages["one"])
+  said = one_of(driver, "#overview").text
+  assert "Train step 60 of 100" in said
+  assert "No group has had spread for 60 train steps" in said
+  assert "Raise rollout.temperature" in said
+  assert "10.0 → 59.0 %" in said
+  assert "54.0 % to 64.0 %" in said
+  rules = [
+    found.get_attribute("data-rule") for found in all_of(driver, ".warning")
+  ]
+  assert rules == ["no_spread", "grading_failed"]
+
+
+def test_a_completion_is_played_step_by_step(driver, pages):
+  browser.look(driver, pages["one"])
+  to_completions(driver)
+  assert one_of(driver, "#where").text == "step 13 of 13"
+  assert not all_of(driver, ".text i.masked")
+  press(driver, " ")
+  wait(driver, lambda: all_of(driver, ".text i.masked"))
+  wait(driver, lambda: one_of(driver, "#where").text == "step 13 of 13")
+  assert not all_of(driver, ".text i.masked")
+  # By hand: the character after the second is masked after two steps.
+  press(driver, *[Keys.ARROW_LEFT] * 11)
+  assert one_of(driver, "#where").text == "step 2 of 13"
+  (before, after) = all_of(driver, ".version")
+  for pane, length in ((before, 9), (after, 13)):
+    masked = [
+      "masked" in found.get_attribute("class")
+      for found in pane.find_elements(By.CSS_SELECTOR, ".text i")
+    ]
+    assert masked == [False] * 2 + [True] * (length - 2)
+    assert len(pane.find_elements(By.CSS_SELECTOR, ".text i.new")) == 1
+
+
+def test_before_and_after_and_in_between(driver, pages):
+  browser.look(driver, pages["one"])
+  # Most gained first: Question 0 earned nothing before.
+  assert one_of(driver, "#detail .prompt").text == "Question 0"
+  assert texts(driver, ".version .text") == ["3 + 4 = 8", "3 + 4 = 8 = 7"]
+  assert "✗ wrong" in texts(driver, ".version")[0]
+  assert "✓ right" in texts(driver, ".version")[1]
+  picker = all_of(driver, ".version select")[0]
+  options = picker.find_elements(By.TAG_NAME, "option")
+  assert [o.text for o in options] == ["before training", "step 30", "step 60"]
+  options[1].click()
+  assert texts(driver, ".version .text") == ["3 + 4 = 8 = 7"] * 2
+
+
+def test_search_by_keyboard(driver, pages):
+  browser.look(driver, pages["one"])
+  count = one_of(driver, "#count")
+  assert count.text == "6 problems"
+  press(driver, "/")
+  press(driver, "not KNOW")
+  assert count.text == "1 of 6 problems"
+  assert one_of(driver, "#detail .prompt").text == "Question 1"
+  # No keys of the page while somebody writes.
+  press(driver, "jk")
+  assert count.text == "0 of 6 problems"
+  assert (
+    "No completion has all of these words" in one_of(driver, "#detail").text
+  )
+  press(driver, Keys.BACKSPACE, Keys.BACKSPACE, Keys.ENTER)
+  assert count.text == "1 of 6 problems"
+
+
+def test_next_and_previous_by_keyboard(driver, pages):
+  browser.look(driver, pages["one"])
+  asked = [one_of(driver, "#detail .prompt").text]
+  for key in "jjk":
+    press(driver, key)
+    asked.append(one_of(driver, "#detail .prompt").text)
+  assert asked == ["Question 0", "Question 1", "Question 2", "Question 1"]
+  all_of(driver, "#list button")[0].click()
+  press(driver, Keys.ARROW_DOWN)
+  assert one_of(driver, "#detail .prompt").text == "Question 1"
+  current = one_of(driver, "#list button[aria-current=true]")
+  assert "Question 1" in current.text
+  assert driver.switch_to.active_element == current
+
+
+def test_kinds_and_orders(driver, pages):
+  browser.look(driver, pages["one"])
+  one_of(driver, "#order option[value=worst]").click()
+  assert "not graded, step 5" in texts(driver, "#list button")[0]
+  one_of(driver, "#source option[value=training]").click()
+  assert len(all_of(driver, "#list button")) == 1
+  assert "✗ 0.4" in texts(driver, "#list button")[0]
+
+
+def test_tables_are_sorted_by_click_and_keyboard(driver, pages):
+  browser.look(driver, pages["two"])
+
+  def seen():
+    return texts(driver, "#config tbody tr td:first-child")
+
+  assert seen() == ["seed"]
+  one_of(driver, "#only-different").click()
+  keys = seen()
+  assert "rollout.cache" in keys and keys == sorted(keys)
+  head = one_of(driver, "#config th")
+  assert head.get_attribute("aria-sort") == "none"
+  head.find_element(By.TAG_NAME, "button").click()
+  assert head.get_attribute("aria-sort") == "ascending"
+  press(driver, Keys.ENTER)
+  assert head.get_attribute("aria-sort") == "descending"
+  assert seen() == keys[::-1]
+  # Numbers by size and not by their letters; what has none comes last.
+  name, steps = all_of(driver, "#runs th")[0], all_of(driver, "#runs th")[4]
+  steps.find_element(By.TAG_NAME, "button").click()
+  assert name.get_attribute("aria-sort") == "none"
+  one_of(driver, "#find-setting").send_keys("clip_norm")
+  assert seen() == ["optimizer.clip_norm"]
+
+
+def test_runs_answer_the_same_prompts_side_by_side(driver, pages):
+  browser.look(driver, pages["two"])
+  one_of(driver, "#source option[value='held out']").click()
+  assert one_of(driver, "#count").text == "4 of 8 problems"
+  chosen = [
+    found.get_attribute("textContent")
+    for found in all_of(driver, ".version select option:checked")
+  ]
+  assert chosen == ["run, step 60", "another run of a longer name, step 60"]
+
+
+def test_charts_are_read_by_keyboard_at_one_step(driver, pages):
+  browser.look(driver, pages["one"])
+  chart = one_of(driver, ".chart svg[aria-label^='Reward']")
+  assert "from 0.2 to 0.79" in chart.get_attribute("aria-label")
+  driver.execute_script("arguments[0].focus()", chart)
+  press(driver, Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+  assert {*texts(driver, ".chart .where")} == {"step 2"}
+  assert texts(driver, ".chart .readout")[0] == "0.21"
+  press(driver, Keys.ESCAPE)
+  assert "step 2" not in texts(driver, ".chart .where")
+  assert texts(driver, ".chart .readout")[0] == "0.79"
+
+
+def test_hostile_text_stays_text(driver, pages):
+  browser.look(driver, pages["one"])
+  assert driver.title == "run"
+  assert not all_of(driver, "img")
+  one_of(driver, "#order option[value=worst]").click()
+  assert one_of(driver, ".version .text").text == HOSTILE
+  assert f"raised ValueError: {HOSTILE}" in one_of(driver, "#grading").text
+
+
+def test_light_and_dark_by_the_system_or_by_hand(driver, pages):
+  def ground():
+    return driver.execute_script(
+      "return getComputedStyle(document.body).backgroundColor"
+    )
+
+  browser.look(driver, pages["one"], is_dark=True)
+  dark = ground()
+  browser.look(driver, pages["one"])
+  light = ground()
+  assert light != dark
+  button = one_of(driver, "#theme")
+  button.click()
+  assert ground() == light
+  button.click()
+  assert ground() == dark and "dark" in button.get_attribute("aria-label")
+  driver.refresh()
+  assert ground() == dark
+  one_of(driver, "#theme").click()
+  assert ground() == light
+
+
+def test_a_page_that_is_rewritten_reads_itself_again(driver, tmp_path):
+  file = tmp_path / "live.html"
+  file.write_text(page.render([going()], seconds=0.3), "utf-8")
+  browser.look(driver, file)
+  assert "reads itself again" in one_of(driver, "#overview").text
+  # As somebody left it; what they are touching is not taken from them.
+  driver.execute_script(
+    "const s = document.getElementById('search'); s.value = 'know';"
+    "s.dispatchEvent(new Event('input'));"
+    "document.querySelector('details').open = true; scrollTo(0, 700);"
+  )
+  file.write_text(page.render([going(num_steps=61)], seconds=0.3), "utf-8")
+  wait(driver, lambda: "Train step 61" in one_of(driver, "#overview").text)
+  assert one_of(driver, "#search").get_attribute("value") == "know"
+  assert one_of(driver, "#count").text == "1 of 6 problems"
+  assert one_of(driver, "details").get_attribute("open")
+  assert driver.execute_script("return scrollY") == 700
+  done = json.loads(json.dumps(run_logs.CONFIG))
+  done["train"]["num_steps"] = 2
+  last = run_logs.log(2, config=done, reward=0.5)
+  file.write_text(page.render([last], seconds=0.3), "utf-8")
+  wait(driver, lambda: "is done" in one_of(driver, "#overview").text)
+  assert not all_of(driver, "#live")
