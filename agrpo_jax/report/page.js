@@ -194,13 +194,23 @@ function tiles(run) {
   return el("div", { class: "tiles" }, made);
 }
 
-function warningList(run) {
-  return run.warnings.map((one) =>
+// One entry per rule, with what it found in each run.
+function warningList() {
+  const rules = new Map();
+  for (const run of runs) {
+    for (const one of run.warnings) {
+      if (!rules.has(one.name)) rules.set(one.name, { ...one, found: [] });
+      rules.get(one.name).found.push(
+        isOne ? one.words : run.name + ": " + one.words);
+    }
+  }
+  return [...rules.values()].sort((a, b) =>
+    (b.level === "stop") - (a.level === "stop")).map((one) =>
     el("li", { class: "warning " + one.level, "data-rule": one.name },
       el("span", { class: "sign", "aria-hidden": "true" },
         one.level === "stop" ? "✕" : "!"),
-      el("p", {}, isOne ? one.words : run.name + ": " + one.words),
-      el("p", { class: "remedy" }, one.remedy)));
+      el("div", {}, one.found.map((words) => el("p", {}, words)),
+        el("p", { class: "remedy" }, one.remedy))));
 }
 
 function runTable() {
@@ -224,12 +234,11 @@ function runTable() {
     column("Chip hours", (run) => run.cost.chip_hours, number),
     column("Cost", (run) => run.cost.price && isNumber(run.cost.chip_hours) ?
       run.cost.price * run.cost.chip_hours : null, number),
-    column("Warnings", (run) => run.warnings.length, number),
   ].filter(Boolean), rows, { id: "runs" });
 }
 
 function overview() {
-  const warned = runs.flatMap(warningList);
+  const warned = warningList();
   const section = byId("overview");
   const live = el("span", { class: "pill", id: "live" },
     "being written: reads itself again");
@@ -240,9 +249,10 @@ function overview() {
   section.append(
     el("p", { class: "status" }, data.seconds > 0 && live, status + ", as of " +
       data.written + " UTC.", !warned.length && " No warnings."),
+    isOne ? "" : runTable(),
     warned.length ? el("ul", { class: "warnings", "aria-label": "Warnings" },
       warned) : "",
-    isOne ? tiles(runs[0]) : runTable());
+    isOne ? tiles(runs[0]) : "");
   const missing = runs.flatMap((run) => run.missing.map((words) =>
     isOne ? words : run.name + ": " + words));
   if (missing.length) {
@@ -445,7 +455,7 @@ function lineChart(chart) {
     high = Math.pow(10, Math.ceil(Math.log10(high)));
     if (low === high) high *= 10;
   } else {
-    if (low >= 0 && (chart.form === "percent" || low < 0.6 * high)) low = 0;
+    if (low >= 0 && (chart.form === "percent" || low < 0.35 * high)) low = 0;
     if (low === high) [low, high] = low ? [low - Math.abs(low) / 2,
       high + Math.abs(high) / 2] : [0, chart.form === "percent" ? 0.1 : 1];
     const step = ticks(low, high, 4);
@@ -464,7 +474,8 @@ function lineChart(chart) {
       (_, i) => low * Math.pow(10, i)).filter((_, i, every) =>
         i % Math.ceil(every.length / 5) === 0) : ticks(low, high, 4);
     axis(one, y, marks, chart.form === "percent" ?
-      (value) => short(100 * value) + "%" : short);
+      (value) => short(100 * value) + "%" : isLog ? (value) =>
+        value.toExponential(0).replace("e+", "e").replace("-", "−") : short);
     for (const line of [...lines].reverse()) {
       const at = (ys) => line.xs.map((x, i) => [one.x(x),
         isNumber(ys[i]) ? y(ys[i]) : null]);
@@ -481,8 +492,12 @@ function lineChart(chart) {
         }
       }
       if (line.mean && isSmooth) {
+        // What one train step had is legible of one run only.
+        if (isOne) {
+          one.picture.append(svg("path", { class: kind + " raw", ...style,
+            d: path(at(line.ys)) }));
+        }
         one.picture.append(
-          svg("path", { class: kind + " raw", ...style, d: path(at(line.ys)) }),
           svg("path", { class: kind, ...style, d: path(at(line.mean)) }));
       } else {
         one.picture.append(
@@ -498,23 +513,29 @@ function lineChart(chart) {
       }
     }
   };
-  const read = (step) => lines.map((line) => {
-    const index = step === null ? line.xs.length - 1 : nearest(line.xs, step);
-    const isOut = step !== null && step > line.run.done;
-    const said = isOne && names.length > 1 ? line.label + " " :
-      line.isSecond ? line.label + " " : "";
-    return el("span", { title: line.run.name + ", " + line.label },
-      lines.length > 1 && el("span", { class: "swatch" +
-        (line.isDashed ? " dash" : ""), "--c": line.colour }),
-      el("span", { class: "soft" }, said),
-      isOut ? "–" : show(line.ys[index]));
-  });
+  const valueAt = (line, step) => {
+    if (step === null) return show(line.ys[line.ys.length - 1]);
+    return step > line.run.done ? "–" : show(line.ys[nearest(line.xs, step)]);
+  };
+  // Of one run a value per line; of several a group of values per run.
+  const groups = isOne ? lines.map((line) => [line]) : runs.map((run) =>
+    lines.filter((line) => line.run === run)).filter((one) => one.length);
+  const read = (step) => groups.map((group) =>
+    el("span", { title: isOne ? null : group[0].run.name },
+      groups.length > 1 && el("span", { class: "swatch",
+        "--c": group[0].colour }),
+      isOne && names.length > 1 && el("span", { class: "soft" },
+        group[0].label + " "),
+      group.map((line) => valueAt(line, step)).join(" / ")));
+  const dashed = !isOne && lines.some((line) => line.isDashed) ?
+    [names.map((name) => chart.lines[name]).join(" / ") + " (dashed)"] : [];
   const described = lines.slice(0, 4).map((line) => {
     const ys = line.ys.filter(isNumber);
     return (isOne ? "" : line.run.name + ", ") + line.label + ": from " +
       show(ys[0]) + " to " + show(ys[ys.length - 1]) + ".";
   }).join(" ");
-  return frame(chart.title, chart.note, described, draw, read,
+  return frame(chart.title, [chart.note, ...dashed].filter(Boolean).join("; "),
+    described, draw, read,
     chart.section === "Learning" ? "large" : "");
 }
 
@@ -1037,8 +1058,8 @@ function grading() {
       "the completions.")),
     rows.length ? table([
       ...(isOne ? [] : [{ title: "Run", value: (row) => row.run }]),
-      { title: "Kept", value: (row) => row.count, number: true },
       { title: "Reason", value: (row) => row.reason, key: true },
+      { title: "Kept", value: (row) => row.count, number: true },
     ], rows, { id: "reasons" }) : "");
 }
 

@@ -92,6 +92,7 @@ def driver(driven):
   driven.get_log("browser")
   yield driven
   assert driven.get_log("browser") == []
+  driven.execute_script("sessionStorage.clear()")  # what was chosen
 
 
 def press(driver, *keys):
@@ -114,6 +115,14 @@ def wait(driver, is_so, seconds=10):
   WebDriverWait(driver, seconds, 0.05).until(lambda _: is_so())
 
 
+def click(driver, element):
+  """Clicks in the middle of the window, where no header is in the way."""
+  driver.execute_script(
+    "arguments[0].scrollIntoView({block: 'center'})", element
+  )
+  element.click()
+
+
 def to_completions(driver):
   driver.execute_script(
     "document.getElementById('completions').scrollIntoView()"
@@ -128,10 +137,8 @@ def test_it_fits_and_loads_nothing(driver, pages, name, width, is_dark):
   driver.execute_script(
     "for (const one of document.querySelectorAll('details')) one.open = true"
   )
-  assert (
-    driver.execute_script("return document.documentElement.scrollWidth")
-    == width
-  )
+  wide = "return document.documentElement.scrollWidth"
+  assert driver.execute_script(wide) <= width
   loaded = "return performance.getEntriesByType('resource').length"
   assert driver.execute_script(loaded) == 0
   assert len(all_of(driver, ".chart svg path.line")) > 10
@@ -278,19 +285,19 @@ def test_tables_are_sorted_by_click_and_keyboard(driver, pages):
     return texts(driver, "#config tbody tr td:first-child")
 
   assert seen() == ["seed"]
-  one_of(driver, "#only-different").click()
+  click(driver, one_of(driver, "#only-different"))
   keys = seen()
   assert "rollout.cache" in keys and keys == sorted(keys)
   head = one_of(driver, "#config th")
   assert head.get_attribute("aria-sort") == "none"
-  head.find_element(By.TAG_NAME, "button").click()
+  click(driver, head.find_element(By.TAG_NAME, "button"))
   assert head.get_attribute("aria-sort") == "ascending"
   press(driver, Keys.ENTER)
   assert head.get_attribute("aria-sort") == "descending"
   assert seen() == keys[::-1]
   # Numbers by size and not by their letters; what has none comes last.
   name, steps = all_of(driver, "#runs th")[0], all_of(driver, "#runs th")[4]
-  steps.find_element(By.TAG_NAME, "button").click()
+  click(driver, steps.find_element(By.TAG_NAME, "button"))
   assert name.get_attribute("aria-sort") == "none"
   one_of(driver, "#find-setting").send_keys("clip_norm")
   assert seen() == ["optimizer.clip_norm"]
