@@ -4,7 +4,8 @@ r"""Reinforcement learning of a tiny model, start to finish, on a laptop.
       --config.seed=0
 
 Trains, evaluates before and after on puzzles whose
-solutions never occur in training, draws the curves and prints a table.
+solutions never occur in training, draws the curves, prints a table and names
+the run's report: a page with everything, each completion playable.
 """
 
 import importlib.util
@@ -56,6 +57,8 @@ def run(s: settings_lib.Rl) -> None:
     f"{time.monotonic() - begin:.0f} s in all\n"
     f"  curves: {picture.resolve()}"
   )
+  if s.report.html:
+    print(f"  report: {picture.resolve().with_name('report.html')}")
 
 
 def percent(result: statistics.Result) -> str:

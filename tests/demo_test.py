@@ -25,6 +25,8 @@ def test_a_shorter_demo_with_its_own_seed_and_work_directory(tmp_path):
   assert "seed 7" in said
   assert f"curves: {folder / 'curves.png'}" in said
   assert (folder / "curves.png").exists()
+  assert said.endswith(f"report: {folder / 'report.html'}\n")
+  assert "<title>mine</title>" in (folder / "report.html").read_text()
   recorded = json.loads((folder / "config.json").read_text())
   assert (recorded["seed"], recorded["workdir"]) == (7, str(folder))
   records = list(metrics.read(folder / "metrics.jsonl"))

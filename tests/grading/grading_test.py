@@ -118,19 +118,19 @@ def test_parts_grades_and_weights_in_order(task_path):
 
 
 @pytest.mark.parametrize(
-  "bad, num_failed, num_timed_out",
+  "bad, num_failed, num_timed_out, reason",
   [
-    ("raise x", 1, 0),
-    ("exit", 1, 0),
-    ("crash", 1, 0),
-    ("nan", 1, 0),
-    ("spin", 0, 1),
-    ("swallow", 0, 1),
-    ("stuck", 0, 1),
+    ("raise x", 1, 0, "raised RuntimeError: x"),
+    ("exit", 1, 0, "raised SystemExit"),
+    ("crash", 1, 0, "crashed its worker"),
+    ("nan", 1, 0, "nan"),
+    ("spin", 0, 1, "took too long"),
+    ("swallow", 0, 1, "took too long"),
+    ("stuck", 0, 1, "took too long"),
   ],
 )
 def test_a_bad_completion_costs_itself_only(
-  task_path, bad, num_failed, num_timed_out
+  task_path, bad, num_failed, num_timed_out, reason
 ):
   completions = ["a"] * 5 + [bad] + ["a"] * 5
   graded = _grade(task_path, completions, num_workers=1)
@@ -138,6 +138,8 @@ def test_a_bad_completion_costs_itself_only(
   assert graded.grade_B.tolist() == [1.0] * 5 + [0.0] + [1.0] * 5
   assert graded.num_failed == num_failed
   assert graded.num_timed_out == num_timed_out
+  assert [*graded.failures] == [5]
+  assert reason in graded.failures[5]
 
 
 def test_reward_outlives_a_grade_that_took_too_long(task_path):

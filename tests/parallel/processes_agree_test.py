@@ -98,6 +98,7 @@ def test_shares_of_rows_come_back_in_their_places(monkeypatch):
       "num_failed": 0,
       "num_timed_out": 1,
       "answers": ["a", "c", "e"],
+      "failures": [[2, "took too long"]],
     },
     {
       "reward": [0.0, 0.0],
@@ -106,6 +107,7 @@ def test_shares_of_rows_come_back_in_their_places(monkeypatch):
       "num_failed": 2,
       "num_timed_out": 0,
       "answers": ["b", ""],
+      "failures": [[0, "raised"], [1, "crashed"]],
     },
   ]
   own = pool.Graded(np.zeros(3), {}, {}, 0, 0, ("",) * 3)
@@ -125,4 +127,7 @@ def test_shares_of_rows_come_back_in_their_places(monkeypatch):
   assert graded.grades["accuracy"].tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
   assert graded.answers == ("a", "b", "c", "", "e")
   assert (graded.num_failed, graded.num_timed_out) == (2, 1)
+  assert graded.failures == {1: "raised", 3: "crashed", 4: "took too long"}
   assert json.dumps(shares_lib._to_json(graded))
+  twice = pool.concatenate([graded, graded])
+  assert [*twice.failures] == [1, 3, 4, 6, 8, 9]

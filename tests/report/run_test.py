@@ -1,0 +1,161 @@
+"""Runs that keep what their report needs, and the command that makes it."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from agrpo_jax.report import logs
+from agrpo_jax.report import page
+from agrpo_jax.runs import checkpoint_read
+from fixtures import commands
+from fixtures import run_logs
+from fixtures import runs
+
+patient = runs.patient
+
+
+def evaluating(tmp_path):
+  c = runs.varied(tmp_path)
+  c.evaluate.every = 2
+  c.report.num_completions = 3
+  return c
+
+
+def test_a_run_keeps_it_and_goes_on_with_the_same(tmp_path, patient):
+  c = evaluating(tmp_path)
+  c.train.keep = c.train.num_steps
+  runs.train(c)
+  folder = pathlib.Path(c.workdir)
+  log = logs.read(c.workdir)
+  by_step = {}
+  for one in log.completions:
+    if one["source"] == "held out":
+      by_step.setdefault(one["train_step"], []).append(one["id"])
+  assert [*by_step] == [-1, 1, 3]
+  assert {tuple(ids) for ids in by_step.values()} == {(0, 1, 2)}
+  # Before the first train step all of them are evaluated, not only the kept.
+  assert log.before.keys() >= {"accuracy", "accuracy_low", "accuracy_high"}
+  assert [step for step, _ in log.evaluations()] == [0, 2, 4]
+  (session,) = log.sessions
+  assert (session["first_step"], session["num_devices"]) == (0, 1)
+  assert session["versions"]["jax"]
+  assert all("unmasking" in one for one in log.completions)
+  assert all(record["prompts/mean_length"] > 100 for record in log.records)
+  assert "MFU" in (folder / "report.html").read_text()
+
+  kept = (folder / "completions.jsonl").read_text()
+  whole = runs.losses(c)
+  for step in checkpoint_read.Reader(c.workdir).steps():
+    if step > 2:
+      shutil.rmtree(folder / "checkpoints" / str(step))
+  runs.train(c)
+  assert runs.losses(c) == whole
+  assert (folder / "completions.jsonl").read_text() == kept
+  starts = [one["first_step"] for one in logs.read(c.workdir).sessions]
+  assert starts == [0, 2]
+
+
+def test_what_is_kept_changes_nothing_of_a_run(tmp_path):
+  c = evaluating(tmp_path)
+  c.train.num_steps = 2
+  runs.train(c)
+  whole = runs.losses(c)
+  shutil.rmtree(c.workdir)
+  c.report.update(before=False, num_completions=0, html=False)
+  runs.train(c)
+  assert runs.losses(c) == whole
+  folder = pathlib.Path(c.workdir)
+  assert not (folder / "report.html").exists()
+  assert not (folder / "before.json").exists()
+  log = logs.read(c.workdir)
+  assert {one["source"] for one in log.completions} == {"training"}
+  # How a run is reported may change while it goes on.
+  c.report.num_completions = 2
+  runs.train(c)
+
+
+def test_a_report_that_fails_costs_the_run_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  def fail(*unused, **unused_too):
+    raise ValueError("no page today")
+
+  monkeypatch.setattr(page, "render", fail)
+  c = runs.varied(tmp_path)
+  c.train.num_steps = 1
+  runs.train(c)
+  said = capsys.readouterr().err
+  assert "could not be written (no page today)" in said
+  assert logs.read(c.workdir).is_finished
+
+
+def command(*words):
+  return [sys.executable, "-m", "agrpo_jax.report", *map(str, words)]
+
+
+def test_the_command_makes_one_page_of_several_runs(tmp_path):
+  workdirs = [
+    run_logs.write(tmp_path / name, run_logs.log(3, reward=0.5))
+    for name in ("first", "second")
+  ]
+  file = tmp_path / "both.html"
+  said = commands.alone("-m", "agrpo_jax.report", *workdirs, f"--html={file}")
+  assert f"Wrote {file}" in said
+  assert "first 3/100, second 3/100" in said
+  assert "<title>first, second</title>" in file.read_text()
+
+
+@pytest.mark.parametrize(
+  "words,part",
+  [
+    ([], "Give the work directory of a run"),
+    (["nowhere"], "'nowhere' is not the work directory of a run"),
+    (["nowhere", "--chip_hour_price=-1"], "--chip_hour_price=-1 must be 0"),
+    (["nowhere", "--watch", "--watch_seconds=0"], "--watch_seconds=0 must be"),
+  ],
+)
+def test_mistakes_are_told(words, part):
+  done = subprocess.run(
+    command(*words),
+    cwd=commands.ROOT,
+    env=commands.environment(1),
+    capture_output=True,
+    text=True,
+    timeout=100,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert part in done.stderr and "Traceback" not in done.stderr
+
+
+def test_watching_a_run_until_it_ends(tmp_path):
+  config = {**run_logs.CONFIG, "train": {"num_steps": 3}}
+  folder = tmp_path / "run"
+  workdir = run_logs.write(folder, run_logs.log(1, config=config, reward=0.5))
+  file = tmp_path / "page.html"
+  watching = subprocess.Popen(
+    command(workdir, f"--html={file}", "--watch", "--watch_seconds=0.1"),
+    cwd=commands.ROOT,
+    env=commands.environment(1),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert "run 1/3" in watching.stdout.readline()
+    assert '"seconds":0.1' in file.read_text()
+    for step in (1, 2):
+      time.sleep(0.3)
+      assert watching.poll() is None
+      with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"train_step": step, "reward": 0.6}) + "\n")
+      assert f"run {step + 1}/3" in watching.stdout.readline()
+    assert watching.wait(30) == 0
+    assert '"seconds":0,' in file.read_text()
+  finally:
+    watching.kill()
+    watching.wait()
