@@ -168,7 +168,8 @@ def missing(log: logs.Log) -> list[str]:
       "page. Chip hours and MFU need them.",
     ),
     (
-      not any("unmasking" in one for one in log.completions),
+      log.setting("kind") == "rl"
+      and not any("unmasking" in one for one in log.completions),
       "No completion has its denoising steps recorded, so none can be played.",
     ),
     (

@@ -774,7 +774,8 @@ function choose(at, isQuiet) {
     .map((version) => ({ version, item }));
   const area = el("div", { class: "versions" });
   detail.replaceChildren(
-    el("div", { class: "prompt", tabindex: 0, "aria-label": "Prompt" },
+    el("div", { class: "prompt", tabindex: 0, role: "group",
+      "aria-label": "Prompt" },
       item.prompt),
     player(), area);
   area.append(...panes.map(pane));
@@ -818,7 +819,7 @@ function pane(one) {
       el("span", {}, nameOf(version));
     one.tokens = [];
     const text = el("div", { class: "text" + (version.play ? "" : " plain"),
-      tabindex: 0, "aria-label": "Completion" });
+      tabindex: 0, role: "group", "aria-label": "Completion" });
     if (version.play) {
       const how = version.play;
       const special = new Set(how.special);

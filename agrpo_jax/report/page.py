@@ -41,8 +41,8 @@ _FOLDER = pathlib.Path(__file__).parent
 # What a page holds at most, of each run.
 MAX_METRICS = 150
 MAX_PROBLEMS = 40
-MAX_VERSIONS = 6  # of the completions of a held-out problem
-MAX_OTHERS = 80  # completions of training, and as many that failed
+MAX_VERSIONS = 6  # of a held-out problem; of several runs' first and last
+MAX_OTHERS = 80  # completions of training, and as many that failed; of all runs
 MAX_CHARS = 6000  # of a prompt or a completion
 MAX_PIECES = 2048  # of a completion that is played
 
@@ -216,7 +216,7 @@ def render(
   title = ", ".join(log.name for log in read)
   style = (_FOLDER / "page.css").read_text("utf-8")
   script = (_FOLDER / "page.js").read_text("utf-8")
-  runs = [_run(log, price) for log in read]
+  runs = [_run(log, price, len(read)) for log in read]
   content = {
     "title": title,
     "written": datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")[
@@ -281,7 +281,7 @@ def _with_names(read: Sequence[logs.Log]) -> list[logs.Log]:
   return found
 
 
-def _run(log: logs.Log, price: float) -> dict[str, Any]:
+def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
   points, num_metrics = _points(log)
   cost = figures.cost(log)
   price = price or log.setting("report.chip_hour_price", 0.0)
@@ -314,7 +314,7 @@ def _run(log: logs.Log, price: float) -> dict[str, Any]:
       }
       for session in log.sessions
     ],
-    **_completions(log),
+    **_completions(log, num_runs),
   }
 
 
@@ -375,7 +375,7 @@ def _flat(config: Any, name: str = "") -> dict[str, str]:
   return {name: text_lib.visible(text)[:MAX_CHARS]}
 
 
-def _completions(log: logs.Log) -> dict[str, Any]:
+def _completions(log: logs.Log, num_runs: int) -> dict[str, Any]:
   """Returns the completions that the page shows, and how many there are."""
   by_source: dict[str, list[Mapping[str, Any]]] = {
     "held out": [],
@@ -387,6 +387,7 @@ def _completions(log: logs.Log) -> dict[str, Any]:
     by_source.setdefault(source or "training", by_source["training"]).append(
       record
     )
+  most = MAX_VERSIONS if num_runs == 1 else 2
   problems: dict[Any, list[Mapping[str, Any]]] = {}
   for record in by_source["held out"]:
     problems.setdefault(record.get("id"), []).append(record)
@@ -394,7 +395,7 @@ def _completions(log: logs.Log) -> dict[str, Any]:
     {
       "source": "held out",
       "prompt": _text(versions[0].get("prompt", "")),
-      "versions": [_version(one) for one in _spread(versions, MAX_VERSIONS)],
+      "versions": [_version(one) for one in _spread(versions, most)],
     }
     for versions in list(problems.values())[:MAX_PROBLEMS]
   ]
@@ -405,7 +406,7 @@ def _completions(log: logs.Log) -> dict[str, Any]:
         "prompt": _text(one.get("prompt", "")),
         "versions": [_version(one)],
       }
-      for one in _spread(by_source[source], MAX_OTHERS)
+      for one in _spread(by_source[source], max(2, MAX_OTHERS // num_runs))
     ]
   reasons = Counter(
     text_lib.visible(str(one["failure"]))[:200] for one in by_source["failed"]

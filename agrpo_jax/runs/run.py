@@ -349,7 +349,7 @@ def _record_session(
 ) -> None:
   """Adds a start of the run to the record of where it ran.
 
-  Those after `first_step` come to nothing: their train steps are done again.
+  Those from `first_step` on came to nothing: their steps are done again.
   """
   before = []
   if file.exists():
