@@ -151,7 +151,13 @@ def train(s: settings_lib.Rl) -> None:
       scalars["prompts/mean_length"] = float(
         np.mean([len(prompt.tokens) for prompt in prompts])
       )
-      kept = keep.of_train_step(
+      kept: list[dict[str, Any]] = []
+      if s.evaluate.every and (train_step + 1) % s.evaluate.every == 0:
+        result, shown = evaluate(state)
+        scalars |= result.scalars("eval/")
+        kept = shown
+        clock.lap("evaluate")
+      kept += keep.of_train_step(
         train_step,
         s.train.num_steps,
         sampled,
@@ -160,11 +166,6 @@ def train(s: settings_lib.Rl) -> None:
         graded,
         tokenizer,
       )
-      if s.evaluate.every and (train_step + 1) % s.evaluate.every == 0:
-        result, shown = evaluate(state)
-        scalars |= result.scalars("eval/")
-        kept += shown
-        clock.lap("evaluate")
       scalars |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
       logged = samples(batch, texts, graded, s.train.log_samples)
       run.finish_step(state, train_step, scalars, logged, kept)

@@ -43,6 +43,7 @@ from agrpo_jax.models import transformer
 from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import mc_steps
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.plan import chips
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -151,9 +152,6 @@ PRESETS = {
     top_p=0.99,
   ),
 }
-
-# Dense peak of one device in FLOP/s, vendors' data sheets, bf16.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5e": 197e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,13 +304,12 @@ class Subject:
     table["state_steps_per_second"] = (
       num_rows * self.sampling.num_denoise_steps / median["rollout"]
     )
-    kind = jax.devices()[0].device_kind
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
+    chip = chips.of_device(jax.devices()[0].device_kind)
     for phase, values in self.flops.items():
       rate = statistics.median(values[1:]) / median[phase]
       table[f"{phase}_model_tflops"] = rate / 1e12
-      if peak:
-        table[f"{phase}_mfu"] = rate / (peak * jax.device_count())
+      if chip:
+        table[f"{phase}_mfu"] = rate / (chip.flops * jax.device_count())
     return table
 
   def times_as_fast(self, first: "Subject") -> dict[str, float]:

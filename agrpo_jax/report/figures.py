@@ -116,20 +116,32 @@ def flops_per_second(log: logs.Log) -> list[tuple[int, float, float | None]]:
     seconds = logs.step_seconds(record) - record.get(_EVALUATE, 0.0)
     if session is None or prompt_length is None or seconds <= 0:
       continue
-    rate = _step_flops(log, record, session, prompt_length) / seconds
+    shape = _shape(session)
+    if shape is None:
+      continue
+    rate = _step_flops(log, record, shape, prompt_length) / seconds
     chip = chips.of_device(session["device_kind"])
     share = rate / (chip.flops * session["num_devices"]) if chip else None
     found.append((int(record["train_step"]) + 1, rate, share))
   return found
 
 
+def _shape(session: Mapping[str, Any]) -> base.Shape | None:
+  """Returns the network's shape; None if another version wrote others."""
+  names = {field.name for field in dataclasses.fields(base.Shape)}
+  network = session.get("network") or {}
+  try:
+    return base.Shape(**{k: v for k, v in network.items() if k in names})
+  except TypeError:
+    return None
+
+
 def _step_flops(
   log: logs.Log,
   record: Mapping[str, float],
-  session: Mapping[str, Any],
+  shape: base.Shape,
   prompt_length: float,
 ) -> float:
-  shape = base.Shape(**session["network"])
   completion_length = log.setting("rollout.completion_length")
   length = round(prompt_length) + completion_length
   wanted = max(

@@ -1138,7 +1138,8 @@ function machine() {
     el("h2", { id: "machine-title" }, "Machine and cost"),
     el("div", { class: "facts" }, cards),
     el("p", { class: "note absent" }, "Time and cost are those of the train " +
-      "steps in the log: loading, and steps lost to a kill, are not in it. " +
+      "steps in the log: loading, the evaluation before the first, and steps " +
+      "lost to a kill are not in it. " +
       (runs.some((run) => run.cost.price) ? "" : "Prices are nobody's but " +
       "yours: --chip_hour_price makes money of chip hours.")));
 }

@@ -215,8 +215,8 @@ def _open_at(path: pathlib.Path, resume_step: int) -> Any:
 
 def _is_before(line: bytes, resume_step: int) -> bool:
   try:
-    # What was logged before the first train step is so again, from the start.
-    return 0 < resume_step > json.loads(line)["train_step"]
+    # From the start, what was logged before the first train step goes too.
+    return resume_step > 0 and json.loads(line)["train_step"] < resume_step
   except (ValueError, KeyError, TypeError):
     return False
 

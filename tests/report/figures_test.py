@@ -116,6 +116,21 @@ def test_model_flops_with_a_cache_by_hand():
   )
 
 
+def test_a_network_of_another_version():
+  more = {**NETWORK, "later": 1}
+  metrics = dict(prompts__mean_length=12.0, seconds__update=1.0)
+  log = run_logs.log(1, sessions=[session(network={"width": 3})], **metrics)
+  assert figures.flops_per_second(log) == []
+  metrics |= {
+    "completions__mean_denoise_steps": 8.0,
+    "completions__mean_whole_passes": 8.0,
+    "draws__units": 1.0,
+    "draws__visits": 1.0,
+  }
+  log = run_logs.log(1, sessions=[session(network=more)], **metrics)
+  assert len(figures.flops_per_second(log)) == 1
+
+
 def test_no_mfu_of_an_unknown_device():
   ((_, rate, share),) = speed(device_kind="cpu")
   assert rate > 0 and share is None

@@ -154,7 +154,8 @@ def test_bfloat16_rounds_more():
 
 def test_what_stops_learning_comes_first():
   log = run_logs.log(
-    40, frac_reward_zero_std=1.0, slot_occupancy=0.1, grad_norm=0.0
+    40, frac_reward_zero_std=0.9, policy_ratio__max_deviation=0.3
   )
-  levels = [one.level for one in rules.find(log)]
-  assert levels == ["stop", "stop", "look"]
+  found = rules.find(log)
+  assert [one.name for one in found] == ["ratios_off", "little_spread"]
+  assert [one.level for one in found] == ["stop", "look"]
