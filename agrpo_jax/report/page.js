@@ -1204,14 +1204,13 @@ function reloading() {
   }
   setInterval(() => {
     if (view.timer || Date.now() - touched < 5000) return;
-    keep({ scroll: scrollY, open: [...document.querySelectorAll("details")]
-      .map((one) => one.open) });
+    keep({ open: [...document.querySelectorAll("details")]
+      .map((one) => one.open) });  // browsers keep the place themselves
     location.reload();
   }, 1000 * data.seconds);
   document.querySelectorAll("details").forEach((one, index) => {
     one.open = Boolean(kept.open && kept.open[index]);
   });
-  if (kept.scroll) scrollTo({ top: kept.scroll, behavior: "instant" });
 }
 
 theme();
