@@ -59,7 +59,11 @@ class Actor:
     )
     for index, chunk in enumerate(chunks):
       rows = batch[index * size : (index + 1) * size]
-      yield chunk, shares.submit(chunk, rows, self.tokenizer, self.grader)
+      drawn_BxC = self.sampler.drawn(chunk)
+      yield (
+        chunk,
+        shares.submit(drawn_BxC, rows, self.tokenizer, self.grader),
+      )
 
   def values(
     self,

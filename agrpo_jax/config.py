@@ -225,6 +225,7 @@ def _sampling(sub: ConfigDict) -> None:
   sub.confidence = "policy"  # policy or model: what `confidence` ranks by
   # Keys and values that the steps of a block share: none, prefix (of what is
   # before the block), dual (of all but the block).
+  sub.eos_per_block = "all"  # how much of a block must be EOS: all, any (SDAR)
   sub.cache = "none"
   sub.cache_refresh = 0  # steps until they are computed anew; 0: once a block
   sub.batch_size = 32  # completions drawn by one call

@@ -60,7 +60,7 @@ def masked_logits(
 
   found = []
   for batch in range(num_batches):
-    tokens_BxP, length_B, completion_BxC = demonstrations.batch(batch)
+    tokens_BxP, length_B, completion_BxC, _ = demonstrations.batch(batch)
     key = jax.random.fold_in(jax.random.key(s.seed), batch)
     is_masked_BxC, _ = sft.noise(key, *completion_BxC.shape)
     partial = jnp.where(is_masked_BxC, model.tokenizer.mask_id, completion_BxC)

@@ -9,6 +9,8 @@ reinforcement learning teaching the task from nothing.
 
 `configs/sudoku_tiny.py:blocks` draws completions in two blocks, and `:dual`
 with Fast-dLLM's dual cache besides, scored through the cache at every step.
+`:sdar` and `:a2d` train tiny models of other families, which
+`configs/sft_sudoku.py` makes; SDAR's with its exact cache in blocks of four.
 """
 
 import pathlib
@@ -19,7 +21,7 @@ from agrpo_jax import config as config_lib
 _ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
 
 
-_VARIANTS = ("", "blocks", "dual")
+_VARIANTS = ("", "blocks", "dual", "sdar", "a2d")
 
 
 def get_config(variant: str = "") -> config_lib.ConfigDict:
@@ -58,10 +60,20 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
   c.evaluate.num_denoise_steps = 16
   c.evaluate.unmask_rule = "confidence"
 
-  if variant:
+  if variant in ("blocks", "dual"):
     c.rollout.block_length = c.evaluate.block_length = 8
   if variant == "dual":
     c.rollout.cache = c.evaluate.cache = "dual"
     c.objective.step_rule = "all"
     c.objective.microbatch = 64  # blocks, of four steps each
+  if variant in ("sdar", "a2d"):
+    c.model.path = f"runs/tiny_sudoku_{variant}"
+  if variant == "sdar":
+    # Of 20 tokens up to 3 are the prompt's.
+    for draw in (c.rollout, c.evaluate):
+      draw.update(completion_length=20, block_length=4, cache="block")
+    c.rollout.num_denoise_steps = 10
+    c.evaluate.num_denoise_steps = 20
+    c.objective.step_rule = "all"
+    c.objective.microbatch = 64  # completions, of ten steps each
   return c

@@ -74,6 +74,9 @@ class Sampler:
       num_steps = 6 - 2 * start.block[row]
       yield rollout_of(completion, start.unmask_step[row], num_steps)
 
+  def drawn(self, rollout):
+    return rollout.completion
+
 
 def rollout_of(completion, unmask_step, num_steps):
   zeros = np.zeros(completion.shape)
@@ -93,8 +96,6 @@ def rollout_of(completion, unmask_step, num_steps):
 
 
 class Tokenizer:
-  eos_id = 0
-
   def decode_batch(self, completion_BxC):
     return [json.dumps(row) for row in completion_BxC.tolist()]
 

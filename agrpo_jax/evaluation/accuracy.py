@@ -93,7 +93,7 @@ def evaluate(
     # The last batch repeats its last row; those are not counted.
     batch = work[first : first + sampler.batch_size]
     first += len(batch)
-    pending = shares.submit(rollout, batch, tokenizer, grader)
+    pending = shares.submit(sampler.drawn(rollout), batch, tokenizer, grader)
     look(rollout)
     if ahead is not None:
       keep(*ahead)

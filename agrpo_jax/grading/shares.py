@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from agrpo_jax import data
-from agrpo_jax import types
 from agrpo_jax.grading import pool
 from agrpo_jax.models import tokens
 from agrpo_jax.parallel import processes
-from agrpo_jax.samplers import host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Pending:
   """A batch whose grading is under way.
 
   Attributes:
-    completion_BxC: int32 [B, C], what was drawn (`host.drawn`).
+    completion_BxC: int32 [B, C], see `host.Sampler.drawn`.
     texts: the B completions.
     own: grades of this process's rows, when they are done.
   """
@@ -32,22 +30,21 @@ class Pending:
 
 
 def submit(
-  rollout: types.Rollout,
+  drawn_BxC: np.ndarray,
   batch: data.Batch,
   tokenizer: tokens.Tokenizer,
   grader: pool.Grader,
 ) -> Pending:
-  """Waits for a rollout and starts grading it.
+  """Starts grading completions.
 
   Args:
-    rollout: on the mesh.
-    batch: its first rows; the others are repetitions that fill it up, and are
-      dropped.
+    drawn_BxC: int32, on the host, see `host.Sampler.drawn`.
+    batch: of its first rows; the others are repetitions that fill it up, and
+      are dropped.
     tokenizer: ids -> text.
     grader: of the task.
   """
-  completion_BxC = host.drawn(rollout, processes.to_host, tokenizer.eos_id)
-  completion_BxC = completion_BxC[: len(batch)]
+  completion_BxC = drawn_BxC[: len(batch)]
   fields = batch.fields
   texts = tokenizer.decode_batch(completion_BxC)
   own = processes.own_rows(len(texts)).tolist()

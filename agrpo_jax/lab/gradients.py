@@ -166,7 +166,9 @@ def draw(s: settings_lib.Rl) -> Batch:
     batch.id_Bx2,
   )
   with s.start_grader() as grader:
-    graded = shares.submit(rollout, batch, model.tokenizer, grader)
+    graded = shares.submit(
+      sampler.drawn(rollout), batch, model.tokenizer, grader
+    )
     reward_B = shares.collect([graded]).reward_B
   if not np.ptp(reward_B.reshape(-1, s.rollout.group_size), axis=1).any():
     raise errors.UserError(

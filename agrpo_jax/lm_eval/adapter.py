@@ -31,7 +31,6 @@ from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import progress
-from agrpo_jax.samplers import host
 
 # Marks a context that `apply_chat_template` made.
 _CHAT = "\x02chat\x03"
@@ -183,8 +182,7 @@ class Adapter:
         row_id_Bx2[group],
       )
       rows = itertools.chain.from_iterable(
-        host.drawn(rollout, processes.to_host, self._tokenizer.eos_id).tolist()
-        for rollout in drawn
+        self._sampler.drawn(rollout).tolist() for rollout in drawn
       )
       # The last batch is filled up with repetitions.
       for at, ids in zip(group, rows, strict=False):

@@ -1,7 +1,6 @@
 """Rollouts from the host's side: prompts in, batches of completions out."""
 
 import dataclasses
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +10,7 @@ import numpy as np
 
 from agrpo_jax import types
 from agrpo_jax.parallel import mesh as mesh_lib
+from agrpo_jax.parallel import processes
 from agrpo_jax.policies import base as policies
 from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import cached
@@ -187,6 +187,33 @@ class Sampler:
     if ahead is not None:
       yield ahead
 
+  def drawn(self, rollout: types.Rollout) -> np.ndarray:
+    """Returns completions without what is not theirs, on the host.
+
+    Args:
+      rollout: B completions that this sampler drew.
+
+    Returns:
+      int32 [B, C]: without those tokens of the prompt that share a block with
+      the completion, and without what stands behind the first EOS of a block
+      that it ended; filled up with EOS.
+    """
+    completion_BxC = processes.to_host(rollout.completion)
+    s, num_tokens = self._sampling, completion_BxC.shape[1]
+    if self._prompt_multiple > 1:
+      given_B = (processes.to_host(rollout.unmask_step) < 0).sum(axis=1)
+      place_BxC = np.arange(num_tokens) + given_B[:, None]
+      padded = np.pad(
+        completion_BxC,
+        ((0, 0), (0, self._prompt_multiple)),
+        constant_values=s.eos_id,
+      )
+      completion_BxC = np.take_along_axis(padded, place_BxC, axis=1)
+    if s.stop_at_eos and s.eos_per_block == "any":
+      is_over_BxC = np.isin(completion_BxC, s.eos_ids).cumsum(axis=1) > 0
+      completion_BxC = np.where(is_over_BxC, s.eos_id, completion_BxC)
+    return completion_BxC
+
 
 def _begun(
   ends: Sequence[Sequence[int]], sampling: sampling_lib.Sampling
@@ -200,28 +227,3 @@ def _begun(
     unmask_step_BxC[row, : len(end)] = -1
   block_B = np.zeros(len(ends), np.int32)
   return types.Start(completion_BxC, unmask_step_BxC, block_B)
-
-
-def drawn(
-  rollout: types.Rollout,
-  to_host: Callable[[jax.Array], np.ndarray],
-  eos_id: int,
-) -> np.ndarray:
-  """Returns completions without what the prompt has of them, int32 [B, C].
-
-  Args:
-    rollout: B completions.
-    to_host: reads an array that may be spread over processes.
-    eos_id: fills up what becomes free at the end.
-  """
-  completion_BxC = to_host(rollout.completion)
-  num_given_B = (to_host(rollout.unmask_step) < 0).sum(axis=1)
-  if not num_given_B.any():
-    return completion_BxC
-  place_BxC = np.arange(completion_BxC.shape[1]) + num_given_B[:, None]
-  padded = np.pad(
-    completion_BxC,
-    ((0, 0), (0, int(num_given_B.max()))),
-    constant_values=eos_id,
-  )
-  return np.take_along_axis(padded, place_BxC, axis=1)

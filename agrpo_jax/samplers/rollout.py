@@ -7,8 +7,8 @@ One denoising step of one row:
    logits are needed at U positions only; else at the T positions of the block.
 3. The policy gives the logits at those positions.
 4. A token is drawn at each; the unmask rule says which of them stay.
-5. When the block is full and all EOS, the completion ends: what follows is EOS
-   and carries no step.
+5. When the block is full and EOS, the completion ends: what follows is EOS and
+   carries no step.
 
 Each row has its own block and step counter. What the steps of a block share is
 opened for all rows at once, in *rounds*: a row that has ended its block before
@@ -464,7 +464,14 @@ def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   )
   is_last = row.block == sampling.num_blocks - 1
   if sampling.stop_at_eos:
-    is_last |= jnp.isin(completion_T, jnp.array(sampling.eos_ids)).all()
+    is_eos_T = jnp.isin(completion_T, jnp.array(sampling.eos_ids))
+    # The prompt's tokens neither end a completion nor carry it on.
+    is_drawn_T = step_T >= 0
+    is_last |= (
+      (is_eos_T & is_drawn_T).any()
+      if sampling.eos_per_block == "any"
+      else (is_eos_T | ~is_drawn_T).all()
+    )
   # A block that needed fewer steps than it may have leaves indices out, so that
   # a step's index says its block.
   next_block_step = (row.block + 1) * sampling.steps_per_block

@@ -17,6 +17,7 @@ SCHEDULES = ("equal", "dream", "mdlm")
 TRUNCATIONS = ("top_k", "top_p")
 TOP_P_RULES = ("keep", "drop")
 CONFIDENCES = ("policy", "model")
+EOS_PER_BLOCK = ("all", "any")
 CACHES = ("none", "prefix", "dual", "block")
 
 
@@ -57,8 +58,10 @@ class Sampling:
       before the block, which block-causal models have once for all.
     cache_refresh: denoising steps of a block until they are computed anew; 0:
       only where a block begins.
-    stop_at_eos: a block that comes out all EOS, of whichever id, ends the
+    stop_at_eos: a block that comes out EOS, of whichever id, ends the
       completion.
+    eos_per_block: how much of the block must be: `all` of it, or `any` token
+      (SDAR), behind which nothing counts as text.
     redraw_mask: evaluation only, as LLaDA's and Fast-dLLM's samplers were
       released: a position whose drawn token is [MASK] itself stays masked. It
       is drawn again in later steps, those of later blocks included, which then
@@ -88,6 +91,7 @@ class Sampling:
   cache: str = "none"
   cache_refresh: int = 0
   stop_at_eos: bool = True
+  eos_per_block: str = "all"
   redraw_mask: bool = False
   stop_ids: tuple[int, ...] = ()
 
@@ -199,6 +203,7 @@ def problems(sampling: Sampling) -> list[str]:
     ("schedule", s.schedule, SCHEDULES),
     ("truncate_first", s.truncate_first, TRUNCATIONS),
     ("top_p_rule", s.top_p_rule, TOP_P_RULES),
+    ("eos_per_block", s.eos_per_block, EOS_PER_BLOCK),
     ("confidence", s.confidence, CONFIDENCES),
   ):
     check(value in known, f"{name}={value!r} is not one of {', '.join(known)}")

@@ -47,6 +47,7 @@ RELEASED = (
   "dynamic_greedy_dare",
   "dynamic_noise_t1",
   "dynamic_steps2_greedy_dare",
+  "dynamic_stop_greedy_dare",
 )
 
 
@@ -193,7 +194,8 @@ def sdar_sampling(meta, num_tokens, cache):
     top_k=0 if is_greedy else s.get("top_k", 0),
     top_p=s.get("top_p", 1.0),
     cache=cache,
-    stop_at_eos=False,
+    stop_at_eos="stopping_criteria_idx" in s,
+    eos_per_block="any",
   )
 
 
@@ -238,9 +240,9 @@ def test_sdar_token_for_token(case, cache):
   )(prompt)
   for row, start in enumerate(whole):
     canvas = arrays["final_ids"][row]
-    own = canvas[
-      start : len(canvas) if canvas[-1] >= 0 else (canvas < 0).argmax()
-    ]
+    own = canvas[start : start + (canvas[start:] >= 0).sum()]
+    # The released code leaves [MASK] where it has stopped.
+    own = np.where(own == sampling.mask_id, sampling.eos_id, own)
     found = rollout.completion[row, : len(own)]
     np.testing.assert_array_equal(found, own)
     np.testing.assert_array_equal(
@@ -380,7 +382,7 @@ def model_of(blocks_from):
 
 
 def sample(blocks_from, rule="threshold", cache="block", num_slots=0):
-  """(settings, rollout); prompts are of all lengths from 2 to 13."""
+  """(settings, prompts, rollout, what is text of it)."""
   shape = toy(blocks_from)[0]
   sampling = sampling_lib.Sampling(
     mask_id=shape.mask_id,
@@ -396,19 +398,20 @@ def sample(blocks_from, rule="threshold", cache="block", num_slots=0):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 30, 2 + row).tolist() for row in range(B)]
   model = model_of(blocks_from)
-  (rollout,) = model.sampler(draw, 1).sample(
+  sampler = model.sampler(draw, 1)
+  (rollout,) = sampler.sample(
     model.params, None, prompts, jax.random.key(1), ROW_ID
   )
-  return sampling, prompts, rollout
+  return sampling, prompts, rollout, sampler.drawn(rollout)
 
 
 @pytest.mark.parametrize("blocks_from", ["start", "end"])
 def test_the_cache_is_exact_and_slots_change_nothing(blocks_from):
-  _, prompts, whole = sample(blocks_from, cache="none")
+  _, prompts, whole, text = sample(blocks_from, cache="none")
   num = np.asarray(whole.num_executed_steps)
   assert len({*num.tolist()}) > 2
   for num_slots in (0, 1, 3):
-    _, _, found = sample(blocks_from, num_slots=num_slots)
+    _, _, found, _ = sample(blocks_from, num_slots=num_slots)
     for name in ("completion", "unmask_step", "num_executed_steps"):
       np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
     np.testing.assert_allclose(found.logprob, whole.logprob, atol=1e-4)
@@ -416,7 +419,6 @@ def test_the_cache_is_exact_and_slots_change_nothing(blocks_from):
   # What the prompt has of the first block is not drawn, nor decoded.
   given = [len(p) % 4 if blocks_from == "start" else 0 for p in prompts]
   np.testing.assert_array_equal((whole.unmask_step < 0).sum(axis=1), given)
-  text = host.drawn(whole, np.asarray, eos_id=35)
   for row, num_given in enumerate(given):
     completion = np.asarray(whole.completion[row])
     assert (
@@ -435,7 +437,7 @@ def test_the_cache_is_exact_and_slots_change_nothing(blocks_from):
 )
 def test_the_first_policy_ratio_is_one(blocks_from, rule, step_rule):
   """And the gradient is that of whole passes, step by step."""
-  sampling, _, rollout = sample(blocks_from, rule)
+  sampling, _, rollout, _ = sample(blocks_from, rule)
   shape, params = toy(blocks_from)
   gradients = []
   for policy in (draw_of(sampling).policy_for(shape), plain.PLAIN):
@@ -491,3 +493,56 @@ def test_what_does_not_fit_the_model_is_refused(changes, settings, words):
   )
   with pytest.raises(errors.UserError, match=words):
     model_lib.check_draw(shape, 8, draw_of(sampling))
+
+
+@pytest.mark.parametrize("eos_per_block", ["all", "any"])
+def test_what_ends_a_completion_and_what_is_text(eos_per_block):
+  """A stop id in a block ends it behind the block, or one full of them does."""
+  shape, params = toy("start")
+  # Most tokens end something, and all are about as likely.
+  stop_ids = tuple(range(10, 35))
+  sampling = sampling_lib.Sampling(
+    mask_id=36,
+    eos_id=35,
+    stop_ids=stop_ids,
+    completion_length=16,
+    block_length=4,
+    num_denoise_steps=16,
+    cache="block",
+    temperature=50.0,
+    eos_per_block=eos_per_block,
+  )
+  rng = np.random.default_rng(0)
+  # The prompts are full of ends, as chats are.
+  prompts = [rng.integers(30, 36, 3 + row).tolist() for row in range(B)]
+  model = dataclasses.replace(
+    model_of("start"),
+    tokenizer=dataclasses.replace(shape, stop_ids=stop_ids),
+  )
+  draw = host.Draw(sampling, 0.0, batch_size=B, num_slots=0)
+  sampler = model.sampler(draw, 1)
+  (rollout,) = sampler.sample(params, None, prompts, jax.random.key(1), ROW_ID)
+  text = sampler.drawn(rollout)
+  ended = 0
+  for row in range(B):
+    steps = np.asarray(rollout.unmask_step[row]).reshape(4, 4)
+    is_end = np.isin(
+      np.asarray(rollout.completion[row]), (*stop_ids, 35)
+    ).reshape(4, 4)
+    is_end_drawn = is_end & (steps >= 0)
+    ends = (
+      is_end_drawn.any(axis=1)
+      if eos_per_block == "any"
+      else (is_end | (steps < 0)).all(axis=1)
+    )
+    last = ends.argmax() if ends.any() else 3
+    ended += bool(ends[:3].any())
+    assert (steps[: last + 1] < 16).all()
+    assert (steps[last + 1 :] == 16).all()
+    num_given = int((steps < 0).sum())
+    own = np.asarray(rollout.completion[row])[num_given:].tolist()
+    if eos_per_block == "any" and ends.any():
+      first = next(i for i, token in enumerate(own) if token in (*stop_ids, 35))
+      own[first:] = [35] * (len(own) - first)
+    assert text[row].tolist() == own + [35] * num_given
+  assert 0 < ended
