@@ -547,7 +547,8 @@ function phaseChart(run) {
   // The first train step compiles; it would flatten all others.
   const others = total.length > 3 ? total.slice(1) : total;
   const highest = Math.max(...others);
-  const limit = total[0] > 2 * highest ? 1.1 * highest : Math.max(...total);
+  const limit = (total[0] > 2 * highest ? 1.1 * highest :
+    Math.max(...total)) || 1;
   const marks = ticks(0, limit, 4);
   const index = (step) => {
     const found = last.findIndex((one) => one >= step);

@@ -148,6 +148,35 @@ def test_it_fits_and_loads_nothing(driver, pages, name, width, is_dark):
   assert len(all_of(driver, ".chart svg path.line")) > 10
 
 
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_run_of_any_kind_makes_a_page(driver, tmp_path, width):
+  nan = float("nan")
+  read = [
+    run_logs.log(
+      50,
+      name="sft",
+      config={"kind": "sft", "train": {"num_steps": 50}},
+      loss=[1 / (step + 1) for step in range(50)],
+      seconds__update=0.4,
+    ),
+    run_logs.log(0, name="not begun", sessions=()),
+    run_logs.log(
+      3,
+      name="broken",
+      reward=nan,
+      policy_ratio__max_deviation=0.0,
+      seconds__update=nan,
+    ),
+  ]
+  for index, shown in enumerate([*([one] for one in read), read]):
+    file = tmp_path / f"{index}.html"
+    file.write_text(page.render(shown), "utf-8")
+    browser.look(driver, file, width)
+    said = one_of(driver, "body").text
+    assert "NaN" not in said and "undefined" not in said
+    assert "Machine and cost" in said
+
+
 CONTRAST = """
 const shade = (text) => {
   const canvas = document.createElement("canvas").getContext("2d");
