@@ -173,6 +173,7 @@ class Asked:
     c.train.checkpoint_every = math.ceil(num_steps / 4)
     c.train.keep, c.train.keep_best = 1, 0
     c.evaluate.every = math.ceil(num_steps / evaluations) if evaluations else 0
+    c.report.before = False  # it would be the same for all
     c.workdir = str(self.work / folder)
     c.wandb.name = folder
     return settings_lib.rl(c)

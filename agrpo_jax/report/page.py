@@ -224,12 +224,7 @@ def render(
     ],
     "version": agrpo_jax.__version__,
     "seconds": 0 if all(log.is_finished for log in read) else seconds,
-    # FLOP/s are for those that have no MFU.
-    "charts": [
-      dataclasses.asdict(chart)
-      for chart in CHARTS
-      if FLOPS not in chart.lines or not any(MFU in r["series"] for r in runs)
-    ],
+    "charts": [dataclasses.asdict(chart) for chart in _charts(runs)],
     "absent": _ABSENT,
     "runs": runs,
     "settings": _settings(read),
@@ -249,6 +244,19 @@ def render(
     lambda match: values[match.group(1)],
     (_FOLDER / "page.html").read_text("utf-8"),
   )
+
+
+def _charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
+  """Returns the charts that runs like these have."""
+  there = {name for run in runs for name in run["series"]}
+  # FLOP/s are for those that have no MFU.
+  left_out = {FLOPS} if MFU in there else set()
+  if any(run["kind"] == "rl" for run in runs):
+    return [chart for chart in CHARTS if not left_out & chart.lines.keys()]
+  # Fine-tuning has a few of them, and its loss is what it is about.
+  loss = Chart("Loss", {"loss": "loss"}, "Learning", "mean of a train step")
+  others = [chart for chart in CHARTS if chart.lines.keys() & there]
+  return [loss, *(chart for chart in others if "loss" not in chart.lines)]
 
 
 def embed(content: Any) -> str:

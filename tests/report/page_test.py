@@ -158,6 +158,17 @@ def test_failures_of_grading_are_counted_by_reason():
   assert {one["source"] for one in run["completions"]} == {"failed"}
 
 
+def test_charts_are_those_of_the_kind_of_run():
+  def titles(*read):
+    return [chart["title"] for chart in content(*read)["charts"]]
+
+  config = {"kind": "sft", "train": {"num_steps": 2}}
+  sft = run_logs.log(2, config=config, loss=1.0, grad_norm=0.5)
+  assert titles(sft) == ["Loss", "Gradient norm"]
+  both = titles(sft, run_logs.log(2, reward=0.5))
+  assert both[0] == "Reward" and "KL" in both and "Loss" in both
+
+
 def test_a_price_makes_money_of_chip_hours():
   log = run_logs.log(1, seconds__rollout=3600.0)
   assert content(log)["runs"][0]["cost"]["price"] is None
