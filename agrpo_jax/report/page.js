@@ -637,7 +637,7 @@ function curves() {
       absent.join("; ") + "."));
   }
   for (const one of charts) one.draw();
-  let width = 0;
+  let width = document.body.clientWidth;
   new ResizeObserver(() => {
     if (document.body.clientWidth === width) return;
     width = document.body.clientWidth;

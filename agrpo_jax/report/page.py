@@ -201,6 +201,7 @@ def at_end(settings: run_lib.Settings) -> Iterator[None]:
     if settings.report.html and has_begun and processes.is_main():
       try:
         write([str(folder)], folder / "report.html")
+        print(f"Wrote {folder / 'report.html'}; open it in a browser.")
       except Exception as error:
         print(
           f"The report of {folder} could not be written ({error}). `python -m "

@@ -26,7 +26,7 @@ def evaluating(tmp_path):
   return c
 
 
-def test_a_run_keeps_it_and_goes_on_with_the_same(tmp_path, patient):
+def test_a_run_keeps_it_and_goes_on_with_the_same(tmp_path, patient, capsys):
   c = evaluating(tmp_path)
   c.train.keep = c.train.num_steps
   runs.train(c)
@@ -47,6 +47,7 @@ def test_a_run_keeps_it_and_goes_on_with_the_same(tmp_path, patient):
   assert all("unmasking" in one for one in log.completions)
   assert all(record["prompts/mean_length"] > 100 for record in log.records)
   assert "MFU" in (folder / "report.html").read_text()
+  assert f"Wrote {folder / 'report.html'}" in capsys.readouterr().out
 
   kept = (folder / "completions.jsonl").read_text()
   whole = runs.losses(c)
