@@ -101,6 +101,9 @@ def train(s: settings_lib.Rl) -> None:
     if held_out and s.report.before and run.first_step == 0:
       result, shown = evaluate(state)
       run.log_before(result.scalars(), shown)
+      print(
+        f"Held-out accuracy before: {100 * result.accuracy:.1f} %.", flush=True
+      )
 
     for train_step in range(run.first_step, s.train.num_steps):
       clock = progress.Clock()
