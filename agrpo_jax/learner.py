@@ -573,6 +573,10 @@ class _Slice(NamedTuple):
   num_states: int
 
 
+# Numbers of states that units are run with, each a program of its own.
+_MAX_SIZES = 5
+
+
 def _sizes(
   num_states: int, sampling: sampling_lib.Sampling, policy: policies.Policy
 ) -> list[int]:
@@ -582,7 +586,7 @@ def _sizes(
   # those it may have, and running the rest would cost more than what is there;
   # and completions have blocks of their own number.
   if sampling.rule.schedule != "exact" or policy.spans:
-    while sizes[-1] > 1:
+    while sizes[-1] > 1 and len(sizes) < _MAX_SIZES:
       # Halves: few programs to compile, and less than twice the states needed.
       sizes.append(-(-sizes[-1] // 2))
   return sizes

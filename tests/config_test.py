@@ -99,11 +99,11 @@ def test_word_problems_with_a_cache():
 
 
 def test_dream_on_one_card():
-  c = recordings.config("gsm8k_dream", "h200")
+  c = recordings.config("dream", "h200")
   check(c)
   assert c.evaluate.schedule == c.rollout.schedule == "dream"
   with pytest.raises(ValueError, match="not of h200"):
-    recordings.config("gsm8k_dream", "t4")
+    recordings.config("dream", "t4")
 
 
 def test_defaults_are_the_exact_estimator():

@@ -68,6 +68,7 @@ _A2D_QWEN3 = base.Shape(
   mask_id=151669,
   eos_id=151645,
   pad_id=151643,
+  blocks_from="end",
 )
 _A2D_QWEN2 = dataclasses.replace(
   _A2D_QWEN3,
@@ -99,6 +100,24 @@ _DREAM_7B = dataclasses.replace(
   mask_id=151666,
   eos_id=151643,
   shift=1,
+  blocks_from="start",
+)
+_SDAR_8B = dataclasses.replace(
+  _A2D_QWEN3,
+  model_type="sdar",
+  num_layers=36,
+  width=4096,
+  num_heads=32,
+  mlp_width=12288,
+  tied_head=False,
+  max_length=32768,
+  eos_id=151643,
+  attention_block=4,
+  blocks_from="start",
+)
+_SDAR_4B = dataclasses.replace(_SDAR_8B, width=2560, mlp_width=9728)
+_SDAR_1_7B = dataclasses.replace(
+  _SDAR_8B, num_layers=28, width=2048, num_heads=16, mlp_width=6144
 )
 KNOWN = {
   "GSAI-ML/LLaDA-8B-Base": _LLADA_8B,
@@ -108,6 +127,12 @@ KNOWN = {
   "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": _A2D_QWEN2,
   "Dream-org/Dream-v0-Base-7B": _DREAM_7B,
   "Dream-org/Dream-v0-Instruct-7B": _DREAM_7B,
+  "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": _A2D_QWEN3,
+  "JetLM/SDAR-8B-Chat": _SDAR_8B,
+  "JetLM/SDAR-4B-Chat": _SDAR_4B,
+  "JetLM/SDAR-1.7B-Chat": _SDAR_1_7B,
+  "Gen-Verse/TraDo-8B-Instruct": _SDAR_8B,
+  "Gen-Verse/TraDo-4B-Instruct": _SDAR_4B,
 }
 
 
@@ -173,8 +198,10 @@ def read_shape(source: base.Source) -> base.Shape:
     UserError: a hub id that is not known here.
   """
   if source.path in KNOWN:
+    shape = KNOWN[source.path]
     return dataclasses.replace(
-      KNOWN[source.path],
+      shape,
+      attention_block=source.attention_block or shape.attention_block,
       **{name: getattr(source, name) for name in base.SWITCHES},
     )
   if pathlib.Path(source.path).expanduser().is_dir():

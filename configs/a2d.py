@@ -1,23 +1,26 @@
 r"""AGRPO on GSM8K with Tiny-A2D, a chat model of 0.6 billion parameters.
 
-    python -m agrpo_jax.main --config=configs/gsm8k_a2d.py \
-      --config.workdir=runs/gsm8k_a2d
+    python -m agrpo_jax.main --config=configs/a2d.py \
+      --config.workdir=runs/a2d
 
 Qwen3-0.6B made bidirectional. Adapters on a frozen bfloat16 base, for one GPU
 of 24 GB; `:t4` is for one that has 16 GB and no bfloat16. What they take is in
 docs/hardware.md: planned, not measured, and what they gain is not known.
+
+`:bd3lm` trains the variant whose attention is block-causal, with its exact
+cache.
 """
 
 from agrpo_jax import config as config_lib
 
-_VARIANTS = ("", "t4")
+_VARIANTS = ("", "t4", "bd3lm")
 
 
 def get_config(variant: str = "") -> config_lib.ConfigDict:
   if variant not in _VARIANTS:
-    raise ValueError(f"gsm8k_a2d.py:{variant} is not of t4")
+    raise ValueError(f"a2d.py:{variant} is not of t4, bd3lm")
   c = config_lib.rl()
-  c.workdir = "runs/gsm8k_a2d"
+  c.workdir = "runs/a2d"
   c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
   c.model.remat = "full"
   c.lora.rank = 32
@@ -48,6 +51,11 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
   c.evaluate.batch_size = 64
   c.evaluate.confidence = "model"
 
+  if variant == "bd3lm":
+    c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
+    c.model.attention_block = 32
+    config_lib.use_cache(c, "block")
+    c.objective.microbatch = 1  # completions, with 64 steps in four blocks
   if variant == "t4":
     c.model.dtype = "float32"
     c.rollout.num_prompts = 4

@@ -1,7 +1,7 @@
 r"""AGRPO on GSM8K with Dream-7B, in the order of its own sampler.
 
-    python -m agrpo_jax.main --config=configs/gsm8k_dream.py \
-      --config.workdir=runs/gsm8k_dream
+    python -m agrpo_jax.main --config=configs/dream.py \
+      --config.workdir=runs/dream
 
 Least entropy first over the whole completion, with Dream's schedule: the order
 does not look at the tokens drawn, so that a step is scored by those that it
@@ -17,9 +17,9 @@ _VARIANTS = ("", "h200")
 
 def get_config(variant: str = "") -> config_lib.ConfigDict:
   if variant not in _VARIANTS:
-    raise ValueError(f"gsm8k_dream.py:{variant} is not of h200")
+    raise ValueError(f"dream.py:{variant} is not of h200")
   c = config_lib.rl()
-  c.workdir = "runs/gsm8k_dream"
+  c.workdir = "runs/dream"
   c.model.path = "Dream-org/Dream-v0-Instruct-7B"
   c.model.remat = "full"
   c.lora.rank = 64
