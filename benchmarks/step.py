@@ -121,6 +121,21 @@ PRESETS = {
     microbatch=8,
     unroll=7,
   ),
+  # A block-causal model of Qwen3's kind, as SDAR is: --variants=none,block.
+  "sdar": Preset(
+    network=network(8, 512, 8, 1536, 8192)
+    | dict(model_type="sdar", qk_norm=True, attention_block=4),
+    dtype="float32",
+    num_prompts=2,
+    group_size=8,
+    prompt_length=64,
+    completion_length=128,
+    block_length=4,
+    num_denoise_steps=64,
+    num_mc_steps=8,
+    microbatch=8,
+    unroll=7,
+  ),
   # The shape of `make demo`.
   "demo": Preset(
     network=network(4, 64, 4, 192, 272),
@@ -264,27 +279,39 @@ class Subject:
     metrics = jax.device_get(metrics)
     self.seconds["update"].append(time.perf_counter() - begin)
     num_steps = int(np.asarray(rollout.num_executed_steps).max())
-    units = float(metrics["draws/pairs"])
-    shares = self.sampling.steps_per_memory
+    units, s = float(metrics["draws/pairs"]), self.sampling
+    shares = s.steps_per_memory
     self.flops["rollout"].append(
       num_rows * self._flops(num_steps, num_steps // shares)
     )
     passes = 2 if self.model.lora is not None else 3
-    num_states = shares if self.visits_blocks else 1
-    self.flops["update"].append(passes * units * self._flops(num_states, 1))
+    if s.cache == "block":  # a unit is a completion beside its windows
+      visits = float(metrics["draws/visits"])
+      total = visits * self._flops(1, 0) + units * self._flops(0, 1, True)
+    else:
+      num_states = shares if self.visits_blocks else 1
+      total = units * self._flops(num_states, 1)
+    self.flops["update"].append(passes * total)
 
-  def _flops(self, num_steps: int, num_opened: int) -> float:
-    """FLOPs of steps of a row that read `num_opened` memories."""
+  def _flops(
+    self, num_steps: int, num_opened: int, is_whole: bool = False
+  ) -> float:
+    """FLOPs of steps of a row that read `num_opened` memories.
+
+    Of an exact cache only the last block is added, unless `is_whole`.
+    """
     s, config = self.sampling, self.model.shape
     length = self.preset.prompt_length + s.completion_length
     wanted = s.tokens_per_step
     if s.cache == "none":
       return num_steps * transformer.forward_flops(config, length, wanted)
     num_tokens = s.block_length
+    opened = transformer.forward_flops(config, length, 0)
+    if s.cache == "block" and not is_whole:
+      opened = transformer.forward_flops(config, length, 0, num_tokens)
     if s.cache == "prefix":  # the mean over blocks: each has its own length
       num_tokens = (s.completion_length + s.block_length) // 2
     windows = transformer.forward_flops(config, length, wanted, num_tokens)
-    opened = transformer.forward_flops(config, length, 0)
     return num_steps * windows + num_opened * opened
 
   def table(self) -> dict[str, float | str]:
