@@ -55,6 +55,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
     c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
     c.model.attention_block = 32
     config_lib.use_cache(c, "block")
+    c.rollout.batch_size = c.evaluate.batch_size = 32
     c.objective.microbatch = 1  # completions, with 64 steps in four blocks
   if variant == "t4":
     c.model.dtype = "float32"

@@ -129,6 +129,8 @@ class Shape:
   unroll: int = 1
 
   def __post_init__(self) -> None:
+    if isinstance(self.stop_ids, list):  # as JSON has it
+      object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     raise_problems("the network's settings", problems(values, {}))
     # A shape is a static argument: with the number filled in, two spellings of
