@@ -139,10 +139,25 @@ def test_a_resumed_run_has_every_train_step_once(tmp_path):
   ]
   assert completions == ["0", "0", "1", "1", "2", "2", "-3", "-4", "-5"]
   assert sorted(path.name for path in tmp_path.iterdir()) == [
+    "completions.jsonl",
     "metrics.jsonl",
     "samples.jsonl",
     "tensorboard",
   ]
+
+
+def test_completions_from_before_the_first_step_are_cut_like_others(tmp_path):
+  def write(resume_step, *train_steps):
+    with metrics.Writer(tmp_path, resume_step=resume_step) as writer:
+      for train_step in train_steps:
+        writer.completions(train_step, [{"at": resume_step}])
+    lines = _lines(tmp_path / "completions.jsonl")
+    return [(line["train_step"], line["at"]) for line in lines]
+
+  assert write(0, -1, 0, 1) == [(-1, 0), (0, 0), (1, 0)]
+  # Killed before a checkpoint, and after one.
+  assert write(0, -1, 0, 1) == [(-1, 0), (0, 0), (1, 0)]
+  assert write(1, 1) == [(-1, 0), (0, 0), (1, 1)]
 
 
 def test_a_line_that_only_lacks_its_end_is_kept(tmp_path):
