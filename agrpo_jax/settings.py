@@ -387,13 +387,6 @@ def _run(c: config_lib.ConfigDict, found: _Problems, num_updates: int) -> dict:
       c.task.name,
       "a task's name, or task.path the file of one",
     )
-  found.want(
-    c.model.quantize == "none" or c.lora.rank != 0,
-    "model.quantize",
-    c.model.quantize,
-    "none where all parameters are trained (lora.rank=0): only a frozen base "
-    "is quantized; train adapters, lora.rank=64 say",
-  )
   found.at_least(1, "train", c.train, "num_steps", "checkpoint_every", "keep")
   found.at_least(0, "train", c.train, "log_samples")
   optimizer = optimizer_lib.Optimizer(

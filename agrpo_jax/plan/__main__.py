@@ -84,10 +84,13 @@ def main(argv: Sequence[str]) -> None:
       print(f"  {choice}")
     s, found = choices[0].s, (choices[0].rollout, choices[0].update)
   planner = make_planner(s)
+  trained = "LoRA" if s.lora else "full fine-tuning"
+  if s.model.quantize != "none":
+    trained += f" on {s.model.quantize}"
   shape = ", ".join(f"{axis} {n}" for axis, n in planner.mesh.shape.items())
   print(
     f"{s.model.path} on {topology.name}: {len(devices)} devices as {shape}; "
-    f"{'LoRA' if s.lora else 'full fine-tuning'}, remat {s.model.remat}, "
+    f"{trained}, remat {s.model.remat}, "
     f"prompts of {planner.prompt_length} tokens.",
     flush=True,
   )

@@ -220,10 +220,22 @@ def _read(program: hlo.Program, fusion: hlo.Instruction, index: int) -> int:
     for one in body
     if one.opcode == "parameter" and one.arguments == str(index)
   )
+  return min(whole, _read_within(program, body, inside, whole))
+
+
+def _read_within(
+  program: hlo.Program,
+  body: Sequence[hlo.Instruction],
+  inside: str,
+  whole: int,
+) -> int:
+  """Returns the bytes that a fusion's body reads of `inside`, one of it."""
   read = 0
   for user in (one for one in body if inside in one.operands):
     if user.opcode in ("dynamic-slice", "slice", "gather"):
       read += sum(shape.bytes for shape in user.shapes)
+    elif user.opcode == "fusion" and _is_view(program, user):
+      read += _read_within(program, body, user.name, whole)
     elif user.opcode == "fusion":
       read += _read(program, user, user.operands.index(inside))
     elif user.opcode in ("tuple", *COLLECTIVES) or (
@@ -232,7 +244,16 @@ def _read(program: hlo.Program, fusion: hlo.Instruction, index: int) -> int:
       continue  # passes by, or is written in place
     else:
       return whole
-  return min(whole, read)
+  return read
+
+
+def _is_view(program: hlo.Program, fusion: hlo.Instruction) -> bool:
+  """Returns whether the result is the operand itself, in other tiles.
+
+  So libtpu looks at int8 before it takes a slice of it.
+  """
+  is_same_memory = "output_to_operand_aliasing" in fusion.attributes
+  return is_same_memory and program.root(fusion.called[0]).opcode == "copy"
 
 
 def _collective(

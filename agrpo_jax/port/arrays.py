@@ -199,16 +199,16 @@ def read_quantized(
   spec = entry.spec
   if entry.stacked:
     spec = parameters.Spec(spec.shape[1:], spec.axes[1:])
-  # Layers are never split over devices: the rest says where one goes.
-  kept = sharding.values
-  whole = jax.sharding.NamedSharding(
-    kept.mesh, jax.sharding.PartitionSpec(*kept.spec[-2:])
+  # Layers are never split over devices: the other axes say where one goes.
+  mesh, axes = sharding.values.mesh, sharding.values.spec
+  of_layer = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(*axes[-2:])
   )
   sums = []
 
   def read(name: str) -> jax.Array:
     one = Entry((name,), spec, stacked=False, transposed=entry.transposed)
-    x = read_onto(tensors, one, whole, dtype, problems)
+    x = read_onto(tensors, one, of_layer, dtype, problems)
     sums.append(
       [
         checkpoint_meta.checksums(x, rounding)[0]
@@ -231,7 +231,9 @@ def read_quantized(
 
     def put(kernel: Any, x: jax.Array, layer: jax.Array) -> Any:
       return jax.tree.map(
-        lambda all, one: all.at[layer].set(one), kernel, quantized.quantize(x)
+        lambda stack, one: stack.at[layer].set(one),
+        kernel,
+        quantized.quantize(x),
       )
 
     place = jax.jit(put, out_shardings=sharding, donate_argnums=0)

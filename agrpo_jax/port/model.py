@@ -214,13 +214,8 @@ def load_model(
     UserError: naming everything that is wrong with the model's folder, the
       mesh, or the adapter, before anything large is read if it shows by then.
   """
-  if source.quantize != "none" and is_trained and lora is None:
-    raise errors.UserError(
-      f"config.model.quantize={source.quantize!r} is for a frozen base, but "
-      "here all parameters are trained, or were. Set it to 'none'; to quantize "
-      "what a run trained write it with `python -m agrpo_jax.port` first, and "
-      "give that folder as config.model.path."
-    )
+  if is_trained:
+    _check_frozen(source.quantize, lora)
   _check_platform(source.attention, mesh)
   shape = load_shape(source)
   _check_attention(shape, mesh)
@@ -274,7 +269,8 @@ def describe_model(
   tokenizer: tokens.Tokenizer,
   quantize: str = "none",
 ) -> Model:
-  """Returns what `load_model` would, as shapes and shardings only."""
+  """Returns what `load_model` would for training, as shapes and shardings."""
+  _check_frozen(quantize, lora)
   _check_platform(shape.attention, mesh)
   _check_attention(shape, mesh)
   dtype = jnp.dtype("float32" if lora is None else shape.dtype)
@@ -385,6 +381,18 @@ def load_shape(source: base.Source) -> base.Shape:
     unroll=source.unroll,
     attention_block=source.attention_block,
   )
+
+
+def _check_frozen(quantize: str, lora: lora_lib.Lora | None) -> None:
+  """Raises UserError where what is trained would be quantized."""
+  if quantize != "none" and lora is None:
+    raise errors.UserError(
+      f"config.model.quantize={quantize!r} is for a frozen base, but "
+      "config.lora.rank=0 trains all parameters, now or in the run that is "
+      "read. Set a rank, 64 say, or quantize='none'; to quantize what a run "
+      "trained write it with `python -m agrpo_jax.port` first, and give that "
+      "folder as config.model.path."
+    )
 
 
 # Implementations of attention that have a platform of their own.

@@ -15,11 +15,13 @@ from agrpo_jax import settings
 from agrpo_jax.models import base
 from agrpo_jax.models import lora
 from agrpo_jax.models import transformer
+from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import __main__ as plan
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import hlo
 from agrpo_jax.plan import programs
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
 from configs import gsm8k
 from fixtures import sudoku
@@ -204,6 +206,37 @@ def test_memory_traffic_counts_slices_and_leaves_out_what_passes_by():
   assert (256, "f32[8,8]", "") in cost.buffers
 
 
+def test_a_slice_of_a_stack_seen_in_other_tiles_is_a_slice():
+  """As libtpu takes a layer of int8 for a product: nothing is copied."""
+  text = """\
+HloModule jit_sample
+
+%view (v0: s8[3,8,8]) -> s8[3,8,8] {
+  %v0 = s8[3,8,8]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy.1 = s8[3,8,8]{2,1,0:T(8,128)(4,1)} copy(%v0)
+}
+
+%sliced (s0: s8[3,8,8], s1: s32[]) -> s8[1,8,8] {
+  %s0 = s8[3,8,8]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %s1 = s32[] parameter(1)
+  %seen = s8[3,8,8]{2,1,0:T(8,128)(4,1)} fusion(%s0), kind=kLoop, \
+output_to_operand_aliasing={{}: (0, {})}, calls=%view
+  ROOT %slice.1 = s8[1,8,8]{2,1,0} dynamic-slice(%seen, %s1), \
+dynamic_slice_sizes={1,8,8}
+}
+
+ENTRY %main (a: s8[3,8,8], i: s32[]) -> s8[1,8,8] {
+  %a = s8[3,8,8]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %layer = s8[1,8,8]{2,1,0} fusion(%a, %i), kind=kLoop, calls=%sliced
+}
+"""
+  assert cost_lib.of(hlo.Program(text), trips=[1]).bytes == 64 + 4 + 64
+  # What is copied is read whole.
+  copied = text.replace("output_to_operand_aliasing={{}: (0, {})}, ", "")
+  assert cost_lib.of(hlo.Program(copied), trips=[1]).bytes == 192 + 4 + 64
+
+
 def test_what_is_moved_on_to_the_chip_is_read_once():
   """Beside other work; slices of an array that stays where it is."""
   program = hlo.Program("""\
@@ -385,6 +418,19 @@ def test_llada_has_its_eight_billion_parameters():
   shape = programs.read_shape(settings.rl(gsm8k.get_config()).model)
   assert lora.count(transformer.abstract_params(shape)) == 8_015_581_184
   assert shape.dtype == "bfloat16"
+
+
+def test_llada_in_int8_by_hand():
+  """Kernels of the layers in a byte each; embedding and head in two."""
+  s = settings.rl(gsm8k.get_config("rtx4090"))
+  model = model_lib.describe_model(
+    programs.read_shape(s.model), s.lora, s.mesh.make(), None, s.model.quantize
+  )
+  kernels = 32 * (4 * 4096 * 4096 + 3 * 4096 * 12288)
+  scales = 32 * (4 * 4096 + 2 * 12288 + 4096)
+  rest = 2 * 126464 * 4096 + 65 * 4096
+  held = mesh_lib.bytes_per_device(model.params)
+  assert held == kernels + 4 * scales + 2 * rest
 
 
 def test_a_model_of_unknown_shape_is_refused():

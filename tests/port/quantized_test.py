@@ -28,6 +28,7 @@ from agrpo_jax.runs import metrics
 from fixtures import recordings
 from fixtures import runs
 
+LORA = lora_lib.Lora(4, 8.0)
 MHA = recordings.GOLDEN / "ckpt" / "tiny_mha"
 
 
@@ -38,10 +39,10 @@ def small(tmp_path):
   return c
 
 
-def load(quantize, dtype="float32", path=MHA, lora=None, is_trained=False):
+def load(quantize, dtype="float32", path=MHA):
   source = base.Source(str(path), "", "bytes", dtype, quantize=quantize)
   mesh = mesh_lib.make()
-  return model_lib.load_model(source, lora, mesh, is_trained=is_trained)
+  return model_lib.load_model(source, None, mesh, is_trained=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,7 +55,7 @@ def test_loaded_are_the_quantized_values_of_the_model(dtype):
   chex.assert_trees_all_equal(int8.params, expected)
   assert int8.base_model == plain.base_model
   described = model_lib.describe_model(
-    int8.shape, None, int8.mesh, int8.tokenizer, "int8"
+    int8.shape, LORA, int8.mesh, int8.tokenizer, "int8"
   )
   chex.assert_trees_all_equal_shapes(int8.params, described.params)
 
@@ -68,7 +69,7 @@ def test_a_layer_at_a_time_is_in_memory(tmp_path, monkeypatch):
   layer = 4 * params["layers"]["up"]["kernel"][0].size
   del params
   mesh = mesh_lib.make()
-  where = model_lib.describe_model(shape, None, mesh, None, "int8").params
+  where = model_lib.describe_model(shape, LORA, mesh, None, "int8").params
   where = jax.tree.map(lambda x: x.sharding, where)
   at_rest = sum(x.nbytes for x in jax.live_arrays())
   read, seen = arrays.read_onto, []
@@ -228,12 +229,30 @@ def test_what_is_exported_are_the_original_weights_and_the_adapter(
 def test_all_parameters_are_not_trained_in_int8(tmp_path):
   c = small(tmp_path)
   c.lora.rank = 0
-  with pytest.raises(errors.UserError, match="quantize='int8' must be none"):
-    settings.rl(c)
-  with pytest.raises(errors.UserError, match="is for a frozen base"):
-    load("int8", is_trained=True)
-  # Nothing is trained where completions are only drawn.
-  assert settings.drawing(c).model.quantize == "int8"
+  c.model.path = "nowhere"  # nothing is looked for before
+  with pytest.raises(errors.UserError, match="int8' is for a frozen base"):
+    runs.train(c)
+  assert not pathlib.Path(c.workdir).exists()
+  shape = model_folder.load_shape(str(MHA))
+  with pytest.raises(errors.UserError, match="int8' is for a frozen base"):
+    model_lib.describe_model(shape, None, mesh_lib.make(), None, "int8")
+
+
+def test_a_model_is_evaluated_in_int8(tmp_path):
+  """Nothing is trained where completions are only drawn."""
+  c = small(tmp_path)
+  c.lora.rank = 0
+  assert len(evaluate.run(settings.rl(c)).records) == 5
+
+
+def test_nor_is_what_a_run_trained_of_all_parameters(tmp_path):
+  c = small(tmp_path)
+  c.lora.rank, c.model.quantize = 0, "none"
+  c.train.num_steps = 1
+  runs.train(c)
+  c.model.quantize = "int8"
+  with pytest.raises(errors.UserError, match=r"agrpo_jax\.port` first"):
+    evaluate.run(settings.rl(c), c.workdir)
 
 
 def test_a_quantization_that_is_unknown(tmp_path):
