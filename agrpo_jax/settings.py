@@ -140,6 +140,17 @@ class Rl(Run):
       **dataclasses.asdict(self.grading),
     )
 
+  def check_network(self, shape: models.Shape) -> None:
+    """Raises UserError where the objective does not fit a network."""
+    if shape.attention_block and not self.objective.replays:
+      raise errors.UserError(
+        f"config.objective.name={self.as_json['objective']['name']!r} masks "
+        "completions by itself, all blocks at once; a block-causal model "
+        f"(model_type {shape.model_type!r}) has whole blocks before the one "
+        "that it fills. Choose an objective that replays recorded steps: "
+        "agrpo, cj_grpo, dipo, vine_ppo."
+      )
+
   def make_learner(
     self, bind: types.BindFn, vocabulary: host.Vocabulary, mesh: mesh_lib.Mesh
   ) -> learner_lib.Learner:

@@ -51,6 +51,7 @@ def train(s: settings_lib.Rl) -> None:
     data.check_size(len(dataset), rollout.num_prompts, dataset.num_skipped)
     sampler = model.sampler(rollout, s.data.bucket)
     actor = actor_lib.Actor(sampler, tokenizer, grader)
+    s.check_network(model.shape)
     for draw in (rollout, s.evaluate):
       model.check_draw(s.data.max_prompt_length, draw)
     held_out: Sequence[data.Prompt] = []

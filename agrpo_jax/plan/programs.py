@@ -230,6 +230,7 @@ class Planner:
     self._model = model_lib.describe_model(
       shape, s.lora, mesh, tokenizer, s.model.quantize
     )
+    s.check_network(self._model.shape)
     self._model.check_draw(prompt_length, s.rollout)
     self.prompt_length = -(-prompt_length // s.data.bucket) * s.data.bucket
 

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import models as tokenizer_models
 
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import models
 from agrpo_jax import types
@@ -253,6 +254,18 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   for record in log:
     if record["grad_norm"]:
       assert record["policy_ratio/max_deviation"] < 1e-4
+
+
+@pytest.mark.parametrize("folder", ["tiny_sdar"], indirect=True)
+def test_an_objective_that_masks_by_itself_is_refused(folder, tmp_path):
+  c = runs.varied(tmp_path)
+  c.model.path = str(folder)
+  c.model.tokenizer = ""
+  c.rollout.cache = "block"
+  config_lib.use_objective(c, "espo")
+  c.objective.microbatch = 4
+  with pytest.raises(errors.UserError, match="'espo' masks completions by"):
+    runs.train(c)
 
 
 def mdlm_noise(meta, arrays, sampling):
