@@ -180,7 +180,8 @@ def use_cache(c: ConfigDict, cache: str) -> None:
 
   Args:
     c: changed in place.
-    cache: of training's rollouts and of evaluation: none, prefix or dual.
+    cache: of training's rollouts and of evaluation: none, prefix or dual; block
+      for block-causal models.
   """
   c.rollout.cache = c.evaluate.cache = cache
   if "step_rule" in c.objective:
@@ -201,8 +202,8 @@ def _sampling(sub: ConfigDict) -> None:
   # these samplers, by a time that goes down evenly.
   sub.schedule = "equal"
   sub.last_time = 1e-3  # under dream, where time ends; it begins at 1
-  # random, origin, confidence, entropy, margin, threshold, dynamic, factor,
-  # entropy_bounded, soft_threshold
+  # random, sequential, origin, confidence, entropy, margin, threshold, dynamic,
+  # factor, entropy_bounded, soft_threshold
   sub.unmask_rule = "confidence"
   # Settings of some of these rules; unset (None) under the others.
   # threshold, dynamic, soft_threshold: probability in (0, 1] of a drawn token
@@ -223,9 +224,11 @@ def _sampling(sub: ConfigDict) -> None:
   sub.truncate_first = "top_k"  # top_k or top_p, where both are set
   sub.top_p_rule = "keep"  # keep or drop the token that crosses top_p
   sub.confidence = "policy"  # policy or model: what `confidence` ranks by
+  # How much of a block must be EOS for it to end a completion: all, any (SDAR).
+  sub.eos_per_block = "all"
   # Keys and values that the steps of a block share: none, prefix (of what is
-  # before the block), dual (of all but the block).
-  sub.eos_per_block = "all"  # how much of a block must be EOS: all, any (SDAR)
+  # before the block), dual (of all but the block); block: of what is before it,
+  # exactly, in block-causal models.
   sub.cache = "none"
   sub.cache_refresh = 0  # steps until they are computed anew; 0: once a block
   sub.batch_size = 32  # completions drawn by one call
@@ -344,6 +347,9 @@ def paper(c: ConfigDict) -> None:
 #   probable than 0.9 is unmasked at once (its published settings for LLaDA).
 # prefix, dual: the same with its caches. A [MASK] that is drawn is a token like
 #   any other then.
+# sdar: SDAR's `generate.py` by its defaults, of block-causal models in blocks of
+#   four; behind a block with an EOS it stops.
+# bd3lm: dllm's sampler of Tiny-A2D's bd3lm, a token a step.
 # dream: Dream's `diffusion_generate` as its example calls it, a token a step on
 #   average. What it counts as a mean over the batch is the row's own here.
 _GREEDY: dict[str, Any] = {
@@ -367,6 +373,7 @@ _GREEDY: dict[str, Any] = {
   "cache_refresh": 0,
   "guidance": 0.0,
   "stop_at_eos": False,
+  "eos_per_block": "all",
   "redraw_mask": False,
 }
 _PARALLEL = {**_GREEDY, "unmask_rule": "threshold", "threshold": 0.9}
@@ -378,6 +385,24 @@ SAMPLERS: dict[str, dict[str, Any]] = {
   "fast_dllm": {**_PARALLEL, "redraw_mask": True},
   "prefix": {**_PARALLEL, "cache": "prefix"},
   "dual": {**_PARALLEL, "cache": "dual"},
+  "sdar": {
+    **_GREEDY,
+    "block_length": 4,
+    "num_denoise_steps": 256,
+    "unmask_rule": "dynamic",
+    "temperature": 1.0,
+    "confidence": "policy",
+    "threshold": 0.85,
+    "cache": "block",
+    "stop_at_eos": True,
+    "eos_per_block": "any",
+  },
+  "bd3lm": {
+    **_GREEDY,
+    "num_denoise_steps": 256,
+    "schedule": "mdlm",
+    "cache": "block",
+  },
   "dream": {
     **_GREEDY,
     "completion_length": 512,
