@@ -202,6 +202,7 @@ def attend(
   seen_BxS: jax.Array,
   implementation: str = "xla",
   rows: mesh_lib.NamedSharding | None = None,
+  mask_SxL: np.ndarray | None = None,
 ) -> jax.Array:
   """softmax(q k / sqrt(Dh)) v over the first `seen` keys of each row.
 
@@ -213,13 +214,18 @@ def attend(
     v_BxLxHxDh: values.
     seen_BxS: int32, how many keys each query sees; [B, 1]: each of a row's.
     implementation: "xla", "cudnn" (GPU only, not float32), or "splash" (TPU
-      only, where all queries of a row see the same).
+      only; where the queries of a row differ it needs `mask`).
     rows: how the rows are split over devices, None for one device.
+    mask_SxL: bool, where it is known beforehand what `seen` says of rows
+      without padding; None where their queries see alike.
   """
   keys, groups = k_BxLxHxDh.shape[1:3]
   is_key_BxSxL = jnp.arange(keys)[None, None] < seen_BxS[..., None]
   if implementation == "splash":
-    return _splash(rows)(q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, is_key_BxSxL[:, 0])
+    # No query sees more than another one that sees the whole row.
+    return _splash(rows, mask_SxL)(
+      q_BxSxHxDh, k_BxLxHxDh, v_BxLxHxDh, is_key_BxSxL.any(axis=1)
+    )
   if implementation == "cudnn":
     kernel = functools.partial(
       jax.nn.dot_product_attention,

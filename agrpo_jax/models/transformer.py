@@ -24,6 +24,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import ad_checkpoint
 
 from agrpo_jax import types
@@ -271,8 +272,20 @@ class Layer(nn.Module):
   def _attend_rows(
     self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
   ) -> jax.Array:
-    how = _attention(self.shape, q.shape[1], self.rows, seen.shape[1] == 1)
-    return ops.attend(q, k, v, seen, how, self.rows)
+    mask_LxL = None
+    if q.shape[1] == k.shape[1]:
+      mask_LxL = _block_mask(self.shape, k.shape[1])
+    is_known = seen.shape[1] == 1 or mask_LxL is not None
+    how = _attention(self.shape, q.shape[1], self.rows, is_known)
+    return ops.attend(q, k, v, seen, how, self.rows, mask_LxL)
+
+
+def _block_mask(shape: base.Shape, length: int) -> np.ndarray | None:
+  """bool [L, L], what the tokens of every row see; None if rows differ."""
+  if not shape.attention_block or shape.blocks_from == "end":
+    return None
+  block_L = np.arange(length) // shape.attention_block
+  return block_L[:, None] >= block_L[None, :]
 
 
 def _split_rows(x: jax.Array, rows: mesh_lib.NamedSharding | None) -> jax.Array:
@@ -286,9 +299,11 @@ def _attention(
   shape: base.Shape,
   num_queries: int,
   rows: mesh_lib.NamedSharding | None,
-  sees_alike: bool = True,
+  is_known: bool = True,
 ) -> str:
-  """Which implementation; whether all queries of a row see the same tells."""
+  """Which implementation; whether a kernel can be told what a query sees."""
+  if shape.attention == "splash" and not is_known:
+    return "xla"
   if shape.attention != "auto":
     return shape.attention
   if shape.dtype != "bfloat16" or num_queries < _FEWEST_KERNEL_QUERIES:
@@ -296,7 +311,7 @@ def _attention(
   # A plan compiles for devices that are not those of the backend.
   platform = mesh_lib.platform(rows.mesh) if rows else jax.default_backend()
   found = ops.splash_problem(shape.num_kv_heads, shape.head_dim, rows)
-  if platform == "tpu" and (found or not sees_alike):
+  if platform == "tpu" and (found or not is_known):
     return "xla"
   return {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
 

@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from agrpo_jax.models import ops
@@ -74,6 +75,46 @@ def test_same_as_xla(queries, keys, heads, kv_heads, lengths):
     rtol=2e-5,
     atol=2e-5,
   )
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_blocks_that_see_those_before_them(size):
+  """Rows of several lengths, attention in blocks: as XLA, gradients too."""
+  q, k, v, target = draw(5, 2, 150, 150, 4, 2)
+  length = jnp.array([150, 61])[:, None]
+  block = np.arange(150) // size
+  seen = jnp.minimum((block + 1)[None] * size, length)
+  mask = block[:, None] >= block[None]
+  # What padding puts out means nothing.
+  is_real = jnp.arange(150)[None] < length
+  target = jnp.where(is_real[..., None, None], target, 0.0)
+
+  def value_and_gradients(*how):
+    def score(q, k, v):
+      return jnp.sum(ops.attend(q, k, v, seen, *how) * target)
+
+    return jax.jit(jax.value_and_grad(score, (0, 1, 2)))(q, k, v)
+
+  chex.assert_trees_all_close(
+    value_and_gradients("splash", None, mask),
+    value_and_gradients("xla"),
+    rtol=2e-5,
+    atol=2e-5,
+  )
+
+
+def test_a_block_causal_network_takes_the_kernel_where_rows_are_alike(
+  monkeypatch,
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  block = shape(dtype="bfloat16", attention_block=4)
+  assert transformer._block_mask(block, 10).sum() == 4 * 4 + 4 * 8 + 2 * 10
+  assert transformer._attention(block, 896, None) == "splash"
+  asked = shape(attention="splash", attention_block=4)
+  for one in (block, asked):
+    assert transformer._attention(one, 896, None, is_known=False) == "xla"
+  end = shape(attention_block=4, blocks_from="end")
+  assert transformer._block_mask(end, 10) is None
 
 
 def test_bfloat16_is_as_near_to_float32_as_xla_is():
