@@ -347,8 +347,8 @@ def paper(c: ConfigDict) -> None:
 #   probable than 0.9 is unmasked at once (its published settings for LLaDA).
 # prefix, dual: the same with its caches. A [MASK] that is drawn is a token like
 #   any other then.
-# sdar: SDAR's `generate.py` by its defaults, of block-causal models whose blocks
-#   have four tokens; behind a block with an EOS it stops.
+# sdar: SDAR's `generate.py` by its defaults, of block-causal models in blocks
+#   of four tokens; behind a block with an EOS it stops.
 # bd3lm: dllm's sampler of Tiny-A2D's bd3lm, a token a step.
 # dream: Dream's `diffusion_generate` as its example calls it, a token a step on
 #   average. What it counts as a mean over the batch is the row's own here.
