@@ -8,17 +8,19 @@ of 24 GB; `:t4` is for one that has 16 GB and no bfloat16. What they take is in
 docs/hardware.md: planned, not measured, and what they gain is not known.
 
 `:bd3lm` trains the variant whose attention is block-causal, with its exact
-cache.
+cache; `:math` trains on MATH in place of GSM8K. They may be combined
+(`a2d.py:math,t4`).
 """
 
 from agrpo_jax import config as config_lib
 
-_VARIANTS = ("", "t4", "bd3lm")
+_VARIANTS = ("t4", "bd3lm", "math")
 
 
-def get_config(variant: str = "") -> config_lib.ConfigDict:
-  if variant not in _VARIANTS:
-    raise ValueError(f"a2d.py:{variant} is not of t4, bd3lm")
+def get_config(variants: str = "") -> config_lib.ConfigDict:
+  asked = {*variants.split(",")} - {""}
+  if not asked <= {*_VARIANTS}:
+    raise ValueError(f"a2d.py:{variants} is not of {', '.join(_VARIANTS)}")
   c = config_lib.rl()
   c.workdir = "runs/a2d"
   c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
@@ -27,7 +29,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
   c.lora.alpha = 32.0
   # All but the head, which is the table of embeddings.
   c.lora.targets = ("q", "k", "v", "attn_out", "gate", "up", "down")
-  config_lib.use_task(c, "gsm8k", protocol="agrpo")
+  config_lib.use_task(c, "math" if "math" in asked else "gsm8k")
   c.data.bucket = 128
 
   c.rollout.num_prompts = 8
@@ -51,13 +53,13 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
   c.evaluate.batch_size = 64
   c.evaluate.confidence = "model"
 
-  if variant == "bd3lm":
+  if "bd3lm" in asked:
     c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
     c.model.attention_block = 32
     config_lib.use_cache(c, "block")
     c.rollout.batch_size = c.evaluate.batch_size = 32
     c.objective.microbatch = 1  # completions, with 64 steps in four blocks
-  if variant == "t4":
+  if "t4" in asked:
     c.model.dtype = "float32"
     c.rollout.num_prompts = 4
     c.rollout.batch_size = c.evaluate.batch_size = 32

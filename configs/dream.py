@@ -6,25 +6,27 @@ r"""AGRPO on GSM8K with Dream-7B, in the order of its own sampler.
 Least entropy first over the whole completion, with Dream's schedule: the order
 does not look at the tokens drawn, so that a step is scored by those that it
 unmasked. Adapters on a frozen bfloat16 base, for 8 GPUs of 80 GB; `:h200` is
-for one of 141 GB. What they take is in docs/hardware.md: planned, not measured,
+for one of 141 GB, `:math` trains on MATH in place of GSM8K, and both may be
+combined. What they take is in docs/hardware.md: planned, not measured,
 and what they gain is not known. Logits are shifted, so there is no cache.
 """
 
 from agrpo_jax import config as config_lib
 
-_VARIANTS = ("", "h200")
+_VARIANTS = ("h200", "math")
 
 
-def get_config(variant: str = "") -> config_lib.ConfigDict:
-  if variant not in _VARIANTS:
-    raise ValueError(f"dream.py:{variant} is not of h200")
+def get_config(variants: str = "") -> config_lib.ConfigDict:
+  asked = {*variants.split(",")} - {""}
+  if not asked <= {*_VARIANTS}:
+    raise ValueError(f"dream.py:{variants} is not of {', '.join(_VARIANTS)}")
   c = config_lib.rl()
   c.workdir = "runs/dream"
   c.model.path = "Dream-org/Dream-v0-Instruct-7B"
   c.model.remat = "full"
   c.lora.rank = 64
   c.lora.alpha = 64.0
-  config_lib.use_task(c, "gsm8k", protocol="agrpo")
+  config_lib.use_task(c, "math" if "math" in asked else "gsm8k")
   c.data.bucket = 128
 
   c.rollout.num_prompts = 16
@@ -48,7 +50,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
   c.evaluate.batch_size = 64
   c.grading.num_workers = 8
 
-  if variant == "h200":
+  if "h200" in asked:
     c.rollout.num_prompts = 8
     c.rollout.batch_size = c.evaluate.batch_size = 16
     c.objective.microbatch = 8

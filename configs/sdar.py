@@ -41,7 +41,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
   c.mesh.data, c.mesh.fsdp = -1, 1
   c.lora.rank = 64
   c.lora.alpha = 64.0
-  config_lib.use_task(c, "gsm8k", protocol="agrpo")
+  config_lib.use_task(c, "gsm8k")
   c.data.bucket = 128
 
   c.rollout.num_prompts = 16

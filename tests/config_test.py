@@ -6,6 +6,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import objectives
 from agrpo_jax import settings
+from agrpo_jax import sft
 from agrpo_jax.objectives import agrpo
 from fixtures import recordings
 
@@ -104,6 +105,42 @@ def test_dream_on_one_card():
   assert c.evaluate.schedule == c.rollout.schedule == "dream"
   with pytest.raises(ValueError, match="not of h200"):
     recordings.config("dream", "t4")
+
+
+@pytest.mark.parametrize(
+  "name, variants, cache, block",
+  [
+    ("a2d", "t4", "dual", 32),
+    ("a2d", "bd3lm,math", "block", 32),
+    ("dream", "h200,math", "none", 256),
+    ("sdar", "4b,math", "block", 4),
+    ("sdar", "trado", "block", 4),
+    ("sudoku_tiny", "sdar", "block", 4),
+  ],
+)
+def test_recipes_of_other_families_hold(name, variants, cache, block):
+  c = recordings.config(name, variants)
+  check(c)
+  assert c.rollout.cache == c.evaluate.cache == cache
+  assert c.rollout.block_length == c.evaluate.block_length == block
+  if name != "sudoku_tiny":
+    assert c.task.name == ("math" if "math" in variants else "gsm8k")
+  with pytest.raises(ValueError, match="is not of"):
+    recordings.config(name, "sudoku")
+
+
+@pytest.mark.parametrize("stage", ["clean", "careless"])
+@pytest.mark.parametrize("family", ["sdar", "a2d"])
+def test_tiny_models_of_other_families_can_be_made(
+  stage, family, tmp_path, monkeypatch
+):
+  c = recordings.config("sft_sudoku", f"{stage}_{family}")
+  make_data(c, tmp_path, monkeypatch)
+  check(c)
+  if stage == "clean":
+    sft.initial_shape(c.model.network)
+  with pytest.raises(ValueError, match="is not clean or careless"):
+    recordings.config("sft_sudoku", f"{stage}_llada")
 
 
 def test_defaults_are_the_exact_estimator():
