@@ -135,6 +135,7 @@ def read(objective, params: dict, rollout, visits):
       prompt[None],
       row.prompt_length[None],
       partial[None, None],
+      visit.block[None, None] * SAMPLING.block_length,
       visit.offset[None, None],
     )[0, 0]
     return objective.score(logits, row, visit, SAMPLING, jax.lax.top_k)
@@ -280,6 +281,7 @@ def any_order_bound(params: dict, row: types.Rollout) -> float:
         row.prompt[None],
         row.prompt_length[None],
         partial[None, None],
+        jnp.array([[0]]),
         jnp.array([[[position]]]),
       )[0, 0, 0]
       total += float(jax.nn.log_softmax(logits)[row.completion[position]])
