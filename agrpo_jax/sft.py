@@ -188,7 +188,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
     UserError: anything that the user has to change.
     FloatingPointError: a loss or gradient that is not finite.
   """
-  with run_lib.claim(s) as claimed, page.at_end(s):
+  with run_lib.claim(s) as claimed, page.at_end(s, claimed):
     source = s.model
     if s.network:
       initial, shape = claimed.folder / "initial", initial_shape(s.network)

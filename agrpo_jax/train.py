@@ -39,7 +39,7 @@ def train(s: settings_lib.Rl) -> None:
   rollout, group_size = s.rollout, s.rollout.group_size
   with (
     run_lib.claim(s) as claimed,
-    page.at_end(s),
+    page.at_end(s, claimed),
     s.start_grader() as grader,
   ):
     # What is cheap comes first: a mistake in it should not cost a download.

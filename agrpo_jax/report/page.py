@@ -188,17 +188,19 @@ def write(
 
 
 @contextlib.contextmanager
-def at_end(settings: run_lib.Settings) -> Iterator[None]:
+def at_end(
+  settings: run_lib.Settings, claimed: run_lib.Claim
+) -> Iterator[None]:
   """Writes `report.html` into the work directory when a run ends, however.
 
-  What goes wrong with it costs the run nothing.
+  A start that is refused leaves the page of the run that is there. What goes
+  wrong with the page costs the run nothing.
   """
   try:
     yield
   finally:
-    folder = pathlib.Path(settings.workdir).expanduser()
-    has_begun = (folder / "metrics.jsonl").exists()
-    if settings.report.html and has_begun and processes.is_main():
+    folder = claimed.folder
+    if settings.report.html and claimed.is_running and processes.is_main():
       try:
         write([str(folder)], folder / "report.html")
         print(f"Wrote {folder / 'report.html'}; open it in a browser.")

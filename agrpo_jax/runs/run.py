@@ -124,6 +124,11 @@ class Claim:
     """True if the directory holds a run, to be continued."""
     return (self.folder / "config.json").exists()
 
+  @property
+  def is_running(self) -> bool:
+    """True once `begin` has returned."""
+    return self._run is not None
+
   def begin(
     self,
     state: types.TrainState,
