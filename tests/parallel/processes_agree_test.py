@@ -1,7 +1,6 @@
 """One program on any mesh: the same tokens, the same parameters."""
 
 import json
-import types as python_types
 
 import numpy as np
 import pytest
@@ -76,14 +75,13 @@ def test_a_process_grades_its_own_rows(monkeypatch):
     def submit(self, completions, fields):
       return completions, fields
 
-  rollout = python_types.SimpleNamespace(completion=np.arange(5)[:, None])
   batch = data.Batch.of(
     [
       data.Prompt(tasks.Example(id, messages=(), fields={"answer": id}), [])
       for id in range(4)
     ]
   )
-  pending = shares_lib.submit(rollout, batch, Fake(), Fake())
+  pending = shares_lib.submit(np.arange(5)[:, None], batch, Fake(), Fake())
   assert pending.texts == [f"text {row}" for row in range(4)]
   assert pending.own == (["text 1", "text 3"], [{"answer": 1}, {"answer": 3}])
 
