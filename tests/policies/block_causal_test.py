@@ -546,3 +546,39 @@ def test_what_ends_a_completion_and_what_is_text(eos_per_block):
       own[first:] = [35] * (len(own) - first)
     assert text[row].tolist() == own + [35] * num_given
   assert 0 < ended
+
+
+@pytest.mark.parametrize("blocks_from", ["start", "end"])
+def test_a_completion_is_taken_up_at_a_block(blocks_from):
+  """As values of states are found; without chance the rest is the same."""
+  shape, params = toy(blocks_from)
+  sampling = sampling_lib.Sampling(
+    mask_id=shape.mask_id,
+    eos_id=shape.eos_id,
+    completion_length=16,
+    block_length=4,
+    num_denoise_steps=16,
+    unmask_rule="confidence",
+    temperature=0.0,
+    cache="block",
+  )
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 30, 2 + row).tolist() for row in range(B)]
+  draw = host.Draw(sampling, 0.0, batch_size=B, num_slots=5)
+  sampler = model_of(blocks_from).sampler(draw, 1)
+  given = params, None, prompts, jax.random.key(1), ROW_ID
+  (whole,) = sampler.sample(*given)
+  for block in (1, 3):
+    start = host.types.Start(
+      completion=np.asarray(whole.completion),
+      unmask_step=np.asarray(whole.unmask_step),
+      block=np.full(B, block, np.int32),
+    )
+    (again,) = sampler.sample(*given, start=start)
+    for name in ("completion", "unmask_step"):
+      np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    own = np.arange(16) >= 4 * block
+    np.testing.assert_allclose(
+      again.logprob[:, own], whole.logprob[:, own], atol=1e-4
+    )
+    assert not np.asarray(again.logprob[:, ~own]).any()
