@@ -15,7 +15,7 @@ draw: `--config.objective.updates_per_batch=24`.
 
 The batches and the recomputation set here fit the machines of
 docs/hardware.md, 8 GPUs of 80 GB among them; `configs/gsm8k.py:v5e` (also v6e,
-v5p) makes more of those TPUs, `:rtx4090` fits one card of 24 GB, its layers in
+v5p, h100) makes more of those machines, `:rtx4090` fits one card of 24 GB, its layers in
 int8; `:exact` takes our exact estimator instead; `:v5e,exact` both. `:prefix`
 and `:dual` draw with Fast-dLLM's caches and score through them, every step of
 half of the blocks; `:threshold` unmasks by confidence, as many tokens at once
@@ -34,6 +34,7 @@ _MACHINES = {
   "v5e": (2, 128, 32, "dots"),  # 32 chips
   "v6e": (1, 64, 32, "dots"),  # 16 chips
   "v5p": (1, 128, 32, "dots"),  # 4 chips
+  "h100": (1, 64, 32, "full"),  # 8 GPUs of 80 GB
   "rtx4090": (1, 16, 2, "full"),  # 1 card, or any of 24 GB
 }
 _CACHES = ("prefix", "dual")

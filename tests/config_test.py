@@ -65,7 +65,7 @@ def test_gsm8k_on_one_card(more):
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("more", ["", "v5e", "debug", "threshold"])
+@pytest.mark.parametrize("more", ["", "v5e", "h100", "debug", "threshold"])
 def test_gsm8k_with_a_cache(cache, more):
   c = recordings.config("gsm8k", f"{cache},{more}")
   check(c)
