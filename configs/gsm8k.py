@@ -15,11 +15,12 @@ draw: `--config.objective.updates_per_batch=24`.
 
 The batches and the recomputation set here fit the machines of
 docs/hardware.md, 8 GPUs of 80 GB among them; `configs/gsm8k.py:v5e` (also v6e,
-v5p, h100) makes more of those machines, `:rtx4090` fits one card of 24 GB, its layers in
-int8; `:exact` takes our exact estimator instead; `:v5e,exact` both. `:prefix`
-and `:dual` draw with Fast-dLLM's caches and score through them, every step of
-half of the blocks; `:threshold` unmasks by confidence, as many tokens at once
-as pass 0.9 (`:dual,threshold` both): our exact estimator in all of these.
+v5p, h100) makes more of those machines, `:rtx4090` fits one card of 24 GB, its
+layers in int8; `:exact` takes our exact estimator instead; `:v5e,exact` both.
+`:prefix` and `:dual` draw with Fast-dLLM's caches and score through them, every
+step of half of the blocks; `:threshold` unmasks by confidence, as many tokens
+at once as pass 0.9 (`:dual,threshold` both): our exact estimator in all of
+these.
 `:debug` shrinks the run to two small train steps that any machine can do, e.g.
 with
 
