@@ -12,12 +12,13 @@ BIN = .venv/bin
 help:
 	@echo "make demo    train a tiny model on Sudoku (minutes, CPU); SEED=$(SEED)"
 	@echo "make test    lint, types and tests; JOBS=$(JOBS) test processes"
+	@echo "make dist    the wheel and the source archive, checked, in dist/"
 	@echo "make bench   seconds and FLOP/s of a train step; PRESET=$(PRESET)"
 	@echo "make tiny-sudoku  make the demo's base model again"
 	@echo "make tiny-reasoning  make that of word problems again"
 	@echo "make format  let ruff format the code and fix what it can"
 	@echo "make env     only make or update .venv"
-	@echo "make clean   remove .venv and caches"
+	@echo "make clean   remove .venv, dist and caches"
 
 env:
 	@PYTHON="$(PYTHON)" sh tools/env.sh
@@ -30,6 +31,15 @@ test: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# With the pinned setuptools of .venv; the wheel is made from the archive.
+dist: env
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements.txt build twine
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation >.venv/dist.log 2>&1 || \
+	  { tail -n 25 .venv/dist.log >&2; exit 1; }
+	@$(BIN)/twine check --strict dist/*
 
 # The bundled base model (CPU, minutes): learn Sudoku, then a bad habit.
 tiny-sudoku: env
@@ -72,7 +82,7 @@ format: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help env demo test tiny-sudoku tiny-reasoning bench format clean
+.PHONY: help env demo test dist tiny-sudoku tiny-reasoning bench format clean

@@ -1,8 +1,10 @@
 """How the commands start and how they end."""
 
+import difflib
 import json
 import logging as python_logging
 import os
+import pathlib
 import sys
 import time
 import traceback
@@ -25,13 +27,65 @@ from agrpo_jax.runs import checkpoint_named
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "A file in configs/, such as configs/gsm8k.py, or FILE:VARIANT. "
+  "A shipped config by name, such as gsm8k, or a file, such as "
+  "configs/gsm8k.py; NAME:VARIANT and FILE:VARIANT change it. "
   "--config.KEY=VALUE changes a key, as in --config.rollout.temperature=0.8; "
   "agrpo_jax/config.py lists the keys with their units and legal values.",
   # What has legal keys is locked by config.py; options of a task are free.
   lock_config=False,
   accept_new_attributes=True,
 )
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Parses --config=FILE[:VARIANT], where FILE may be a shipped one's name.
+
+  Attributes:
+    file: the path that was last parsed, "" before.
+  """
+
+  def __init__(self, by_path: flags.ArgumentParser):
+    self.file = ""
+    self._by_path = by_path
+
+  def parse(self, argument: str) -> Any:
+    name, colon, variant = argument.partition(":")
+    self.file = find_config(name)
+    return self._by_path.parse(self.file + colon + variant)
+
+  def flag_type(self) -> str:
+    return self._by_path.flag_type()
+
+
+def find_config(file: str) -> str:
+  """Returns the path of a config file.
+
+  Args:
+    file: its path, or the name of a shipped one. An existing file wins.
+
+  Raises:
+    UserError: neither is there.
+  """
+  if pathlib.Path(file).is_file():
+    return file
+  # A wheel has them inside of the package, a checkout beside it.
+  package = pathlib.Path(__file__).parent
+  folder = package / "configs"
+  if not folder.is_dir():
+    folder = package.parent / "configs"
+  found = {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+  if file in found:
+    return found[file]
+  close = difflib.get_close_matches(pathlib.Path(file).stem, found, n=1)
+  guess = f" Did you mean {close[0]}?" if close else ""
+  raise errors.UserError(
+    f"There is no file {file!r}, and no shipped config of that name.{guess} "
+    f"Those are {', '.join(found)}."
+  )
+
+
+_PARSER = _ConfigFile(flags.FLAGS["config"].parser)
+flags.FLAGS["config"].parser = _PARSER
 _PROCESSES = {
   "coordinator": "Of a run of several processes: HOST:PORT of process 0.",
   "num_processes": "How many they are.",
@@ -79,12 +133,11 @@ def main(
     except flags.Error as error:
       _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
     except Exception as error:
-      _fail(_config_mistake(error, argv))
-    file = _config_file(argv)
-    if file and CONFIG.value is None:
+      _fail(_config_mistake(error))
+    if _PARSER.file and CONFIG.value is None:
       _fail(
-        f"get_config() of {file} returned nothing; it returns a config, which "
-        "starts from agrpo_jax.config.rl() or sft()."
+        f"get_config() of {_PARSER.file} returned nothing; it returns a "
+        "config, which starts from agrpo_jax.config.rl() or sft()."
       )
     if missing:
       listed = ", ".join(f"--{name}=..." for name in missing)
@@ -135,18 +188,9 @@ def main(
   app.run(guarded, flags_parser=parse)
 
 
-def _config_file(argv: Sequence[str]) -> str:
-  """The file of --config=FILE or --config=FILE:VARIANT, or ""."""
-  for word in argv[1:]:
-    name, _, value = word.lstrip("-").partition("=")
-    if name == "config" and value:
-      return value if os.path.exists(value) else value.rpartition(":")[0]
-  return ""
-
-
-def _config_mistake(error: Exception, argv: Sequence[str]) -> str:
+def _config_mistake(error: Exception) -> str:
   """Says what went wrong while the config file was read and changed."""
-  file = _config_file(argv)
+  file = _PARSER.file
   if isinstance(error, SyntaxError) and error.filename == file:
     return f"{file}, line {error.lineno}, is no Python: {error.msg}."
   frames = traceback.extract_tb(error.__traceback__)
