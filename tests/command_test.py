@@ -8,7 +8,31 @@ import sys
 
 import pytest
 
+from agrpo_jax import __main__ as agrpo
+from agrpo_jax import command
+from agrpo_jax import errors
+
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def shown(*words: str) -> str:
+  done = subprocess.run(
+    [sys.executable, "-m", *words, "--help"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  return done.stdout
+
+
+def docstring(module: str) -> str:
+  source = (ROOT / "agrpo_jax" / module).with_suffix(".py")
+  if not source.exists():
+    source = ROOT / "agrpo_jax" / module / "__main__.py"
+  return ast.get_docstring(ast.parse(source.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -24,30 +48,93 @@ ROOT = pathlib.Path(__file__).parents[1]
 )
 def test_help_teaches(module, parts):
   """The first lines say what the command does, then come its flags."""
-  done = subprocess.run(
-    [sys.executable, "-m", f"agrpo_jax.{module}", "--help"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-  assert (done.returncode, done.stderr) == (0, "")
+  text = shown(f"agrpo_jax.{module}")
   for part in parts:
-    assert part in done.stdout
-  source = (ROOT / "agrpo_jax" / module).with_suffix(".py")
-  if not source.exists():
-    source = ROOT / "agrpo_jax" / module / "__main__.py"
-  taught = ast.get_docstring(ast.parse(source.read_text()))
-  assert done.stdout.startswith(taught)
+    assert part in text
+  assert text.startswith(docstring(module))
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_an_interrupted_evaluation_promises_what_it_keeps(tmp_path, is_kept):
+@pytest.mark.parametrize("word,module", [("train", "main"), ("show", "show")])
+def test_a_word_is_its_module(word, module):
+  assert shown("agrpo_jax", word) == shown(f"agrpo_jax.{module}")
+
+
+def test_every_command_has_a_word():
+  package = ROOT / "agrpo_jax"
+  modules = {
+    path.stem
+    for path in package.glob("*.py")
+    if "__name__ ==" in path.read_text() and path.stem != "__main__"
+  }
+  modules |= {path.parent.name for path in package.glob("*/__main__.py")}
+  assert sorted(agrpo.WORDS) == sorted(modules - {"main"} | {"train"})
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_words_are_listed_at_once(words, run_in_subprocess):
+  """Without importing what they run."""
+  text = run_in_subprocess(f"""
+    import sys
+    from agrpo_jax import __main__ as agrpo
+    sys.argv[1:] = {words!r}
+    agrpo.main()
+    assert "absl" not in sys.modules and "jax" not in sys.modules
+  """)
+  for word in agrpo.WORDS:
+    taught = docstring("main" if word == "train" else word)
+    assert f"  {word:10}  {taught.splitlines()[0]}\n" in text
+
+
+@pytest.mark.parametrize(
+  "word,part", [("trian", "Did you mean train?"), ("--config=x", "--help")]
+)
+def test_an_unknown_word(word, part, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["agrpo", word])
+  with pytest.raises(SystemExit) as end:
+    agrpo.main()
+  assert end.value.code == 2
+  message = capsys.readouterr().err
+  assert word in message and part in message
+
+
+def test_a_file_wins_over_the_config_of_its_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  shipped = str(ROOT / "configs" / "gsm8k.py")
+  assert command.find_config("gsm8k") == shipped
+  (tmp_path / "gsm8k").mkdir()  # where runs of it may lie
+  assert command.find_config("gsm8k") == shipped
+  (tmp_path / "gsm8k.py").touch()
+  assert command.find_config("gsm8k.py") == "gsm8k.py"
+  (tmp_path / "gsm8k").rmdir()
+  (tmp_path / "gsm8k").touch()
+  assert command.find_config("gsm8k") == "gsm8k"
+
+
+def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
+  """Others' may lie beside it: site-packages belongs to everybody."""
+  for folder in ("configs", "agrpo_jax/configs"):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "gsm8k.py").touch()
+  (tmp_path / "configs" / "foreign.py").touch()
+  package = tmp_path / "agrpo_jax"
+  monkeypatch.setattr(command, "__file__", str(package / "command.py"))
+  found = command.find_config("gsm8k")
+  assert found == str(package / "configs" / "gsm8k.py")
+  with pytest.raises(errors.UserError, match=r"Those are gsm8k\.$"):
+    command.find_config("foreign")
+
+
+@pytest.mark.parametrize(
+  "words,is_kept",
+  [(["agrpo_jax.evaluate"], False), (["agrpo_jax", "evaluate"], True)],
+)
+def test_an_interrupted_evaluation_promises_what_it_keeps(
+  tmp_path, words, is_kept
+):
   """Its output is no terminal, and yet it says how far it is."""
   evaluation = subprocess.Popen(
     [
-      *(sys.executable, "-m", "agrpo_jax.evaluate"),
+      *(sys.executable, "-m", *words),
       "--config=configs/sudoku_tiny.py",
       "--config.evaluate.batch_size=8",
       "--config.evaluate.num_examples=400",

@@ -43,7 +43,7 @@ def assert_told(done: subprocess.CompletedProcess, *parts: str) -> None:
 
 def test_several_mistakes_are_reported_at_once_before_anything_is_loaded():
   done = command(
-    "--config=configs/gsm8k.py",
+    "--config=gsm8k",
     "--config.model.path=nowhere/at/all",
     "--config.rollout.block_length=100",
     "--config.rollout.group_size=1",
@@ -68,9 +68,11 @@ def test_several_mistakes_are_reported_at_once_before_anything_is_loaded():
   [
     ([], "--config=..."),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--config", "gsm9k:debug"], "Did you mean gsm8k?"),
     (["--config=configs/gsm8k.py", "--config.rollout.nope=1"], "nope"),
     (["--config=configs/gsm8k.py", "--config.rollout.top_k=many"], "many"),
     (["--config=configs/gsm8k.py:huge"], "huge"),
+    (["--config", "gsm8k:huge"], "huge"),
     (["--config=configs/gsm8k.py", "stray"], "stray"),
     (["--config=configs/gsm8k.py", "--unknown=1"], "unknown"),
   ],
