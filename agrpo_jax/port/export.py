@@ -14,6 +14,7 @@ from agrpo_jax import types
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
+from agrpo_jax.port import card
 from agrpo_jax.port import hub
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
@@ -28,7 +29,7 @@ def merged(
   dtype: str | None = None,
   max_shard_bytes: int = model_folder.MAX_SHARD_BYTES,
 ) -> int:
-  """Writes the trained weights, adapters merged, with tokenizer and config.
+  """Writes the trained weights, adapters merged, tokenizer, config and card.
 
   Args:
     checkpoint: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP.
@@ -50,7 +51,7 @@ def merged(
   dtype = dtype or model_folder.stored_dtype(folder)
   if lora is None:
     shape = model_folder.load_shape(str(folder))
-    params = _read(checkpoint, transformer.abstract_params(shape))
+    params, meta = _read(checkpoint, transformer.abstract_params(shape))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   else:
     # In the run's dtype: the adapter was trained on these very values, or, if
@@ -60,7 +61,7 @@ def merged(
     base_model = checkpoint_meta.describe_base(
       source.path, source.revision, params
     )
-    adapter = _read(checkpoint, _abstract(lora, shape), base_model)
+    adapter, meta = _read(checkpoint, _abstract(lora, shape), base_model)
     params = lora_lib.merge(params, adapter, lora.scale, dtype)
   if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
     raise errors.UserError(
@@ -71,11 +72,12 @@ def merged(
   )
   if source.tokenizer:
     _copy_tokenizer(source, to)
+  card.write(to, checkpoint, meta, source, lora, is_adapter=False)
   return lora_lib.count(params)
 
 
 def adapter(checkpoint: str, to: pathlib.Path) -> int:
-  """Writes the trained adapter in PEFT's layout, with the tokenizer.
+  """Writes the trained adapter in PEFT's layout, with tokenizer and card.
 
   Args:
     checkpoint: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP.
@@ -97,9 +99,10 @@ def adapter(checkpoint: str, to: pathlib.Path) -> int:
   shape = model_folder.load_shape(
     str(_base_folder(checkpoint, source, hub.ALL_BUT_WEIGHTS))
   )
-  tree = _read(checkpoint, _abstract(lora, shape))
+  tree, meta = _read(checkpoint, _abstract(lora, shape))
   peft.save(to, shape, tree, lora, base_model=source.path)
   _copy_tokenizer(source, to)
+  card.write(to, checkpoint, meta, source, lora, is_adapter=True)
   return lora_lib.count(tree)
 
 
@@ -120,16 +123,16 @@ def _read(
   checkpoint: str,
   trainable: types.Tree,
   base_model: checkpoint_meta.BaseModel | None = None,
-) -> types.Tree:
-  """The trained arrays; `trainable` has their shapes and dtypes."""
+) -> tuple[types.Tree, dict[str, Any]]:
+  """The trained arrays, whose shapes and dtypes `trainable` has; the meta."""
   reader, train_step = checkpoint_named.find(checkpoint)
   found = reader.read({"trainable": trainable}, base_model, train_step)
   if found is None:
     raise errors.UserError(
       f"--checkpoint={checkpoint!r} holds no checkpoint any more."
     )
-  items, _ = found
-  return items["trainable"]
+  items, meta = found
+  return items["trainable"], meta
 
 
 def _abstract(settings: lora_lib.Lora, shape: base.Shape) -> types.Tree:

@@ -22,6 +22,12 @@ CHECKPOINT = (*ALL_BUT_WEIGHTS, "*.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+def is_id(path: str) -> bool:
+  """Returns whether `path` is one on the hub, and no folder here."""
+  local = pathlib.Path(path).expanduser()
+  return not local.exists() and bool(_HUB_ID.fullmatch(path))
+
+
 def folder(
   path: str, patterns: Sequence[str], revision: str | None = None
 ) -> pathlib.Path:

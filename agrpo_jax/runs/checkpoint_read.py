@@ -163,13 +163,16 @@ class Reader:
     return self.directory / str(train_step)
 
   def _meta(self, train_step: int) -> dict[str, Any]:
-    """Returns the meta as process 0 reads it, so that all judge it alike."""
+    """Returns the meta as process 0 reads it, so that all judge it alike.
+
+    It gets the `train_step` that it is of.
+    """
     path = self._path(train_step) / "meta"
     handler = ocp.JsonCheckpointHandler()
     own = _on_all(
       lambda: handler.restore(path) if processes.is_main() else None
     )
-    return dict(processes.exchange(own)[0])
+    return {**processes.exchange(own)[0], "train_step": train_step}
 
   def _read(
     self,

@@ -369,11 +369,20 @@ def _record_session(
     "num_processes": jax.process_count(),
     "versions": checkpoint_meta.versions(),
     "network": network,
+    "command": _command(),
   }
   kept = [one for one in before if one["first_step"] < first_step]
   with files.rewrite(file) as opened:
     sessions = [*kept, session][-_MAX_SESSIONS:]
     opened.write(json.dumps({"sessions": sessions}, indent=2).encode())
+
+
+def _command() -> list[str]:
+  """Returns the words that started this process, a module by its name."""
+  spec = sys.modules["__main__"].__spec__
+  if spec is None:
+    return ["python", *sys.argv]
+  return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
 def _check_config(settings: Settings, file: pathlib.Path) -> None:

@@ -103,6 +103,9 @@ def test_weights_have_the_dtype_of_the_base_model(run, tmp_path):
   for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
     source = pathlib.Path(run.model.path) / name
     assert (tmp_path / name).read_bytes() == source.read_bytes()
+  written = (tmp_path / "README.md").read_text()
+  assert f"# {pathlib.Path(run.workdir).name}\n" in written
+  assert f"2 of {NUM_STEPS} train steps" in written
 
 
 def test_the_adapter_is_written_for_peft(run, tmp_path):
@@ -124,6 +127,8 @@ def test_the_adapter_is_written_for_peft(run, tmp_path):
   described = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
   assert described["base_model_name_or_path"] == run.model.path
   assert (tmp_path / "out" / "tokenizer.json").exists()
+  written = (tmp_path / "out" / "README.md").read_text()
+  assert "library_name: peft" in written and "in this folder" in written
 
 
 def test_another_base_model_is_refused(run, tmp_path):

@@ -44,6 +44,7 @@ def test_a_run_keeps_it_and_goes_on_with_the_same(tmp_path, patient, capsys):
   (session,) = log.sessions
   assert (session["first_step"], session["num_devices"]) == (0, 1)
   assert session["versions"]["jax"]
+  assert session["command"][0] == "python"
   assert all("unmasking" in one for one in log.completions)
   assert all(record["prompts/mean_length"] > 100 for record in log.records)
   assert "MFU" in (folder / "report.html").read_text()

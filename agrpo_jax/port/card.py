@@ -1,0 +1,188 @@
+"""The README.md of an export: what a run made of which model, and how well."""
+
+import json
+import pathlib
+import shlex
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+from agrpo_jax import errors
+from agrpo_jax.models import base
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.port import hub
+from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.runs import files
+from agrpo_jax.runs import metrics
+
+_FILE = "README.md"
+# What made the weights; the rest says where, and how it was logged.
+_SETTINGS = (
+  *("seed", "task", "lora", "sft", "rollout", "objective", "optimizer"),
+  "evaluate",
+)
+
+
+def write(
+  to: pathlib.Path,
+  checkpoint: str,
+  meta: Mapping[str, Any],
+  source: base.Source,
+  lora: lora_lib.Lora | None,
+  *,
+  is_adapter: bool,
+) -> None:
+  """Writes the card, unless the folder has one.
+
+  Args:
+    to: the folder of the export.
+    checkpoint: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP, as it was given.
+    meta: of the checkpoint that was read.
+    source: the base model.
+    lora: the adapter that was trained, or None.
+    is_adapter: the folder holds the adapter alone.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  file = to / _FILE
+  if file.exists():
+    return
+  text = "\n".join(_lines(checkpoint, meta, source, lora, is_adapter))
+  try:
+    file.write_text(text + "\n", encoding="utf-8")
+  except OSError as error:
+    raise errors.UserError(
+      f"{file} cannot be written: {error}. Give another folder, or make room."
+    ) from error
+
+
+def _lines(
+  checkpoint: str,
+  meta: Mapping[str, Any],
+  source: base.Source,
+  lora: lora_lib.Lora | None,
+  is_adapter: bool,
+) -> Iterator[str]:
+  config, train_step = meta["config"], meta["train_step"]
+  folder, which = checkpoint_named.split(checkpoint)
+  workdir = pathlib.Path(folder).expanduser()
+  yield "---"
+  is_on_hub = hub.is_id(source.path)
+  if is_on_hub:
+    yield f"base_model: {source.path}"
+  yield f"library_name: {'peft' if is_adapter else 'transformers'}"
+  yield "tags: [masked-diffusion, agrpo_jax]"
+  yield "---"
+  yield ""
+  yield f"# {workdir.resolve().name}"
+  yield ""
+  # Where a folder lies is nobody's business who reads this.
+  name = source.path if is_on_hub else pathlib.PurePath(source.path).name
+  revision = f", revision `{source.revision}`" if source.revision else ""
+  yield f"* Base model: `{name}`{revision}; its licence applies to this one."
+  task = config["task"]
+  task_name = task["name"] or pathlib.PurePath(task["path"]).stem
+  yield f"* Task: {task_name or 'demonstrations of a file'}."
+  yield (
+    f"* Trained: {train_step} of {config['train']['num_steps']} train steps of "
+    f"{_method(config)} by agrpo_jax {meta['versions']['agrpo_jax']}."
+  )
+  if lora is None:
+    yield "* All parameters were trained."
+  else:
+    what = "in this folder" if is_adapter else "merged into these weights"
+    yield (
+      f"* Adapters were trained, of rank {lora.rank} and alpha {lora.alpha:g}, "
+      f"on {', '.join(lora.targets)}; they are {what}."
+    )
+  yield ""
+  yield "## Held-out accuracy"
+  yield ""
+  yield from _accuracy(workdir, config, train_step, is_best=which == "best")
+  yield ""
+  yield "## How it was made"
+  yield ""
+  command = _command(workdir)
+  if command:
+    yield f"    {command}"
+    yield ""
+  yield "```json"
+  kept = {key: config[key] for key in _SETTINGS if key in config}
+  yield json.dumps(kept, indent=1, ensure_ascii=False)
+  yield "```"
+
+
+def _method(config: Mapping[str, Any]) -> str:
+  if config["kind"] == "sft":
+    return "supervised fine-tuning"
+  objective = config["objective"]
+  name = objective["name"]
+  if objective.get("path"):
+    name = pathlib.PurePath(objective["path"]).stem
+  return f"reinforcement learning (objective `{name}`)"
+
+
+def _accuracy(
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  train_step: int,
+  is_best: bool,
+) -> Iterator[str]:
+  found = _evaluated(workdir, train_step)
+  if not found:
+    yield "The run did not evaluate this checkpoint."
+    return
+  e = config["evaluate"]
+  of = f"{e['num_examples']} problems" if e["num_examples"] else "all problems"
+  yield "| | accuracy | 95 % interval |"
+  yield "| --- | --- | --- |"
+  before = workdir / "before.json"
+  if before.exists():
+    yield _row("before", files.read_json(before, "the accuracy before"))
+  yield _row("this checkpoint", found)
+  yield ""
+  yield (
+    f"Of {of} of the `{e['split']}` split, as the run evaluated itself: "
+    f"{e['num_denoise_steps']} denoising steps, unmask rule "
+    f"`{e['unmask_rule']}`, cache `{e['cache']}`, temperature "
+    f"{e['temperature']:g}. The interval is over the choice of problems."
+  )
+  if is_best:
+    yield (
+      "It is the most accurate checkpoint of its run on these very problems, "
+      "which flatters it: on others it may be less accurate."
+    )
+
+
+def _row(name: str, found: Mapping[str, float]) -> str:
+  interval = "not known: a single problem"
+  if "accuracy_low" in found:
+    low, high = 100 * found["accuracy_low"], 100 * found["accuracy_high"]
+    interval = f"{low:.1f} to {high:.1f} %"
+  return f"| {name} | {100 * found['accuracy']:.1f} % | {interval} |"
+
+
+def _evaluated(workdir: pathlib.Path, train_step: int) -> dict[str, float]:
+  """Returns the figures of the evaluation after a train step, if it was one."""
+  prefix = "eval/"
+  try:
+    for record in metrics.read(workdir / "metrics.jsonl"):
+      if record["train_step"] == train_step - 1 and "eval/accuracy" in record:
+        return {
+          name.removeprefix(prefix): value
+          for name, value in record.items()
+          if name.startswith(prefix)
+        }
+  except (OSError, ValueError, KeyError):  # no log, or one that was damaged
+    pass
+  return {}
+
+
+def _command(workdir: pathlib.Path) -> str:
+  """Returns the command that the run was last started with, if it is known."""
+  file = workdir / "environment.json"
+  if not file.exists():
+    return ""
+  sessions = files.read_json(file, "where this run ran")["sessions"]
+  return shlex.join(sessions[-1].get("command", ())) if sessions else ""

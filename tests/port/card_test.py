@@ -1,0 +1,101 @@
+"""The card of an export says what is known of the run, and nothing else."""
+
+import json
+
+import pytest
+
+from agrpo_jax.models import base
+from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.port import card
+from fixtures import recordings
+
+STEP = 4
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A run that evaluated itself before, and after its fourth train step."""
+  folder = tmp_path / "my_run"
+  folder.mkdir()
+  before = {"accuracy": 0.18, "accuracy_low": 0.15, "accuracy_high": 0.213}
+  (folder / "before.json").write_text(json.dumps(before))
+  records = [{"train_step": step, "loss": 0.5} for step in range(6)]
+  records[STEP - 1] |= {
+    "eval/accuracy": 0.5,
+    "eval/accuracy_low": 0.444,
+    "eval/accuracy_high": 0.556,
+  }
+  lines = [json.dumps(record) + "\n" for record in records]
+  (folder / "metrics.jsonl").write_text("".join(lines) + '{"train_st')
+  words = ["python", "-m", "agrpo_jax.main", "--config=gsm8k", "--config.x=a b"]
+  sessions = [{"command": ["earlier"]}, {"command": words}]
+  (folder / "environment.json").write_text(json.dumps({"sessions": sessions}))
+  return folder
+
+
+def written(
+  workdir, to, *, which="", train_step=STEP, path="owner/base"
+) -> str:
+  config = json.loads(recordings.config("gsm8k").to_json())
+  config["workdir"] = config["data"]["path"] = str(workdir)
+  source = base.Source(path, "abc")
+  meta = {
+    "config": config,
+    "train_step": train_step,
+    "versions": {"agrpo_jax": "1.2.3"},
+  }
+  lora = lora_lib.Lora(8, 16.0, ("q", "v"))
+  to.mkdir(exist_ok=True)
+  card.write(to, f"{workdir}{which}", meta, source, lora, is_adapter=True)
+  return (to / "README.md").read_text()
+
+
+def test_what_it_says(workdir, tmp_path):
+  text = written(workdir, tmp_path / "out")
+  for part in (
+    "base_model: owner/base\nlibrary_name: peft\n",
+    "# my_run\n",
+    "`owner/base`, revision `abc`; its licence applies to this one.",
+    "Task: gsm8k.",
+    "4 of 2335 train steps",
+    "objective `agrpo`) by agrpo_jax 1.2.3.",
+    "rank 8 and alpha 16, on q, v; they are in this folder.",
+    "| before | 18.0 % | 15.0 to 21.3 % |",
+    "| this checkpoint | 50.0 % | 44.4 to 55.6 % |",
+    "    python -m agrpo_jax.main --config=gsm8k '--config.x=a b'\n",
+  ):
+    assert part in text
+  assert "flatters" not in text
+  kept = json.loads(text.split("```json\n")[1].split("```")[0])
+  assert kept["rollout"]["group_size"] == 8
+
+
+def test_the_best_of_a_run_is_called_so(workdir, tmp_path):
+  assert "flatters" in written(workdir, tmp_path / "out", which=":best")
+
+
+def test_accuracy_is_that_of_the_checkpoint_or_none(workdir, tmp_path):
+  text = written(workdir, tmp_path / "out", train_step=STEP + 1)
+  assert "did not evaluate this checkpoint" in text
+  assert "50.0 %" not in text
+
+
+def test_what_is_not_recorded_is_left_out(workdir, tmp_path):
+  for file in workdir.iterdir():
+    file.unlink()
+  text = written(workdir, tmp_path / "out")
+  assert "did not evaluate this checkpoint" in text
+  assert "python" not in text
+
+
+def test_folders_of_this_machine_are_not_told(workdir, tmp_path):
+  path = tmp_path / "owner" / "local"
+  text = written(workdir, tmp_path / "out", path=str(path))
+  assert "Base model: `local`" in text
+  assert "base_model:" not in text
+  assert str(tmp_path) not in text
+
+
+def test_a_card_that_is_there_stays(workdir, tmp_path):
+  (tmp_path / "README.md").write_text("mine")
+  assert written(workdir, tmp_path) == "mine"
