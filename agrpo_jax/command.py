@@ -24,11 +24,22 @@ from agrpo_jax import errors
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint_named
 
+
+def _shipped() -> dict[str, str]:
+  """Returns the paths of the configs that come with the package, by name."""
+  # A wheel has them inside of the package, a checkout beside it.
+  package = pathlib.Path(__file__).parent
+  folder = package / "configs"
+  if not folder.is_dir():
+    folder = package.parent / "configs"
+  return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+
+
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "A shipped config by name, such as gsm8k, or a file, such as "
-  "configs/gsm8k.py; NAME:VARIANT and FILE:VARIANT change it. "
+  f"A config by name, of {', '.join(_shipped())}, or a file; NAME:VARIANT and "
+  "FILE:VARIANT change it. "
   "--config.KEY=VALUE changes a key, as in --config.rollout.temperature=0.8; "
   "agrpo_jax/config.py lists the keys with their units and legal values.",
   # What has legal keys is locked by config.py; options of a task are free.
@@ -68,12 +79,7 @@ def find_config(file: str) -> str:
   """
   if pathlib.Path(file).is_file():
     return file
-  # A wheel has them inside of the package, a checkout beside it.
-  package = pathlib.Path(__file__).parent
-  folder = package / "configs"
-  if not folder.is_dir():
-    folder = package.parent / "configs"
-  found = {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+  found = _shipped()
   if file in found:
     return found[file]
   close = difflib.get_close_matches(pathlib.Path(file).stem, found, n=1)

@@ -1,7 +1,6 @@
-r"""Reinforcement learning of a tiny model, start to finish, on a laptop.
+"""Reinforcement learning of a tiny model, start to finish, on a laptop.
 
-    python -m agrpo_jax.demo --config=configs/sudoku_tiny.py \
-      --config.seed=0
+    python -m agrpo_jax.demo --config=sudoku_tiny --config.seed=0
 
 Trains, evaluates before and after on puzzles whose
 solutions never occur in training, draws the curves, prints a table and names

@@ -1,11 +1,14 @@
 r"""Trains a masked diffusion language model by AGRPO.
 
-    python -m agrpo_jax.main --config=configs/gsm8k.py \
-      --config.workdir=runs/gsm8k
+    python -m agrpo_jax.main --config=gsm8k --config.workdir=runs/gsm8k \
+      [--config.model.path=FOLDER_OR_HUB_ID] [--config.data.path=FOLDER] \
+      [--config.train.num_steps=N] [--config.seed=N]
 
-Any key of the config can be changed: `--config.rollout.temperature=0.8`. The
-files in configs/ name hardware, hours and variants; agrpo_jax/config.py lists
-every key. The same command in the same work directory goes on where it stopped.
+--config is a file, or the name of one in configs/, which say what hardware and
+hours they take and which variants there are: gsm8k:dual. `sudoku_tiny` needs a
+laptop and minutes. Any key can be changed, as in
+`--config.rollout.temperature=0.8`; agrpo_jax/config.py lists them all. The same
+command in the same work directory goes on where it stopped.
 """
 
 from collections.abc import Sequence

@@ -38,9 +38,9 @@ def docstring(module: str) -> str:
 @pytest.mark.parametrize(
   "module,parts",
   [
-    ("main", ["configs/gsm8k.py", "--config:", "agrpo_jax/config.py"]),
+    ("main", ["--config=gsm8k", "--config:", "agrpo_jax/config.py"]),
     ("evaluate", ["--checkpoint:", "--config:", "--num_samples:"]),
-    ("sweep", ["--output:", "--config:"]),
+    ("sweep", ["--output:", "--config:", "sft_sudoku, sudoku_tiny"]),
     ("show", ["--html:", "--config:"]),
     ("port", ["--from:", "--to:", "--process_id:"]),
     ("tasks", ["python -m agrpo_jax.tasks"]),

@@ -11,7 +11,9 @@ copied, never run.
       --to=<folder> [--dtype=float32 | --adapter]
 
 writes what a run trained: weights with the adapter merged into them, in the
-dtype of the base model's files, or with `--adapter` a folder for PEFT.
+dtype of the base model's files, or with `--adapter` a folder for PEFT; and a
+README.md, unless there is one. Read it before you publish it: it holds the
+run's settings and command.
 """
 
 import pathlib

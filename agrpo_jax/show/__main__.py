@@ -2,7 +2,7 @@
 
     python -m agrpo_jax.show --model=FOLDER "What is 3 + 4?" --html=seven.html
 
-With --config=configs/X.py the model and the sampling settings are those of its
+With --config=X the model and the sampling settings are those of its
 evaluation, and --example=N asks the N-th held-out problem instead of a prompt
 of your own. Other flags change single settings. The page needs no network and
 no other file.
