@@ -19,6 +19,7 @@ EOS, as in training.
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -26,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from agrpo_jax import types
-from agrpo_jax.models import base
 from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import row
 from agrpo_jax.samplers import rules
@@ -62,11 +62,22 @@ class Pairs:
     )
 
 
+class Asked(Protocol):
+  """What is to be known of a network: the part of its shape."""
+
+  @property
+  def prompt_multiple(self) -> int: ...
+  @property
+  def attention_block(self) -> int: ...
+  @property
+  def eos_id(self) -> int: ...
+
+
 def pack(
   prompts: Sequence[Sequence[int]],
   completions: Sequence[Sequence[int]],
   bucket: int,
-  shape: base.Shape,
+  network: Asked,
 ) -> Pairs:
   """Puts token ids into arrays of the host.
 
@@ -74,17 +85,17 @@ def pack(
     prompts: of each pair.
     completions: of each pair.
     bucket: both sides are padded to a multiple of this many tokens.
-    shape: of the network that is asked.
+    network: the shape of the one that is asked.
   """
-  cut, ends = row.cut(prompts, shape.prompt_multiple)
+  cut, ends = row.cut(prompts, network.prompt_multiple)
   filled = [[*end, *one] for end, one in zip(ends, completions, strict=True)]
   prompt_BxP, prompt_length_B = row.pack(cut, bucket)
   completion_BxC, length_B = row.pack(
-    filled, math.lcm(bucket, max(1, shape.attention_block)), shape.eos_id
+    filled, math.lcm(bucket, max(1, network.attention_block)), network.eos_id
   )
   arrays = prompt_BxP, prompt_length_B, completion_BxC, length_B
   num_given_B = np.array([len(end) for end in ends], np.int32)
-  return Pairs(*arrays, num_given_B, shape.attention_block)  # type: ignore
+  return Pairs(*arrays, num_given_B, network.attention_block)  # type: ignore
 
 
 def partial_logits(
