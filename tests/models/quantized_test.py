@@ -119,7 +119,7 @@ def loss_and_gradient(shape, params, lora):
       [
         network.logits(TOKENS, LENGTH, POSITIONS),
         network.window_logits(
-          shared, LENGTH, windows, jnp.full(3, 4), at
+          shared, LENGTH, windows, jnp.full((3, 1), 4), at
         ).squeeze(1),
       ],
       axis=1,

@@ -95,7 +95,7 @@ def expected_gradient(toy, rule, advantage_BxN):
   records, prob, _ = cached_gradients.enumerated(toy, rule)
   with jax.enable_x64(True):
     found, _ = cached_gradients.gradient_of(
-      s, "exact", cached_gradients.policy_of(s), "all"
+      toy, s, "exact", cached_gradients.policy_of(s), "all"
     )(
       jax.tree.map(jnp.asarray, attention.parameters()),
       jax.tree.map(jnp.asarray, records),
