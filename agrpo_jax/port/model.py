@@ -179,6 +179,12 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
       f"block_length={draw.sampling.block_length}: the model's attention is "
       f"block-causal in blocks of {size}; use block_length={size}."
     )
+  if draw.guidance and shape.prompt_multiple > 1:
+    raise errors.UserError(
+      f"guidance={draw.guidance}: of this model (model_type "
+      f"{shape.model_type!r}) the end of a prompt shares a block with the "
+      "completion, where guidance would not mask it; use guidance=0."
+    )
   completion_length = draw.sampling.completion_length
   longest = prompt_length + completion_length
   if longest > shape.max_length:

@@ -495,6 +495,21 @@ def test_what_does_not_fit_the_model_is_refused(changes, settings, words):
     model_lib.check_draw(shape, 8, draw_of(sampling))
 
 
+def test_guidance_is_refused_where_prompts_share_a_block():
+  """Of the two kinds only one has prompts that do."""
+  sampling = sampling_lib.Sampling(
+    mask_id=36,
+    eos_id=35,
+    completion_length=16,
+    block_length=4,
+    num_denoise_steps=16,
+  )
+  draw = dataclasses.replace(draw_of(sampling), guidance=1.0)
+  with pytest.raises(errors.UserError, match="use guidance=0"):
+    model_lib.check_draw(toy("start")[0], 8, draw)
+  model_lib.check_draw(toy("end")[0], 8, draw)
+
+
 @pytest.mark.parametrize("eos_per_block", ["all", "any"])
 def test_what_ends_a_completion_and_what_is_text(eos_per_block):
   """A stop id in a block ends it behind the block, or one full of them does."""
