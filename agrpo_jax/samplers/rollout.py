@@ -7,8 +7,8 @@ One denoising step of one row:
    logits are needed at U positions only; else at the T positions of the block.
 3. The policy gives the logits at those positions.
 4. A token is drawn at each; the unmask rule says which of them stay.
-5. When the block is full and EOS, the completion ends: what follows is EOS and
-   carries no step.
+5. When the block is full and all of it is EOS, or any (`eos_per_block`), the
+   completion ends: what follows is EOS and carries no step.
 
 Each row has its own block and step counter. What the steps of a block share is
 opened for all rows at once, in *rounds*: a row that has ended its block before
