@@ -190,6 +190,7 @@ def main(
     lambda record: "orbax" not in record.pathname
   )
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  python_logging.getLogger("asyncio").addFilter(_is_of_no_save)
   sys.unraisablehook = _show_unraisable
   app.run(guarded, flags_parser=parse)
 
@@ -226,6 +227,15 @@ def _show_unraisable(unraisable: Any) -> None:
   """
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
+
+
+def _is_of_no_save(record: python_logging.LogRecord) -> bool:
+  """Drops what the event loop says of arrays that failed after the first.
+
+  The save raises the error of the first. A second one that fails before the
+  loop ends was "never retrieved", and would be a traceback of its own.
+  """
+  return "orbax" not in record.getMessage()
 
 
 _SHARED = {

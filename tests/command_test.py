@@ -1,6 +1,9 @@
 """How commands start and end: help, signals, and what they say then."""
 
 import ast
+import asyncio
+import gc
+import logging
 import pathlib
 import signal
 import subprocess
@@ -163,3 +166,27 @@ def test_an_interrupted_evaluation_promises_what_it_keeps(
     f"Stopped. {len(lines)} completions are kept in {tmp_path}; the same "
     "command goes on from there."
   )
+
+
+@pytest.mark.parametrize(
+  "path,is_shown", [("orbax/serialization.py", False), ("grader.py", True)]
+)
+def test_a_save_that_fails_leaves_no_task_to_report(path, is_shown, caplog):
+  """Of several arrays the loop may end before the second error is seen."""
+  source = "async def write():\n  raise ValueError('File too large')\n"
+  namespace: dict = {}
+  exec(compile(source, path, "exec"), namespace)
+
+  async def save():
+    asyncio.create_task(namespace["write"]())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+  logger = logging.getLogger("asyncio")
+  logger.addFilter(command._is_of_no_save)
+  try:
+    asyncio.run(save())
+    gc.collect()
+  finally:
+    logger.removeFilter(command._is_of_no_save)
+  assert ("never retrieved" in caplog.text) == is_shown
