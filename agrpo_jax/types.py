@@ -44,7 +44,8 @@ float32 [B, S, W, V]: logits of S states of each row, each with a window of Q
 positions from its `start` on ([B, 1]: all of a row from the same). Keys and
 values of the positions outside it are `shared`: a `KeysValuesFn` returned them,
 or they are those of the tokens [B, L] that stand there, computed layer by layer
-beside the windows. The positions are those of the row.
+beside the windows. The positions are those of the row, as in `LogitsFn`; what
+tells of them comes out within the windows (`Network.shift`).
 """
 
 ExtendFn = Callable[[Tree, jax.Array, jax.Array, jax.Array], Tree]
@@ -76,6 +77,8 @@ class Network(NamedTuple):
       windows.
     window_logits: see `WindowLogitsFn`; likewise.
     extend: see `ExtendFn`; likewise.
+    shift: how many positions before a token its logits come out, 0 or 1; a
+      window that is to tell of a token begins that much before it.
   """
 
   logits: LogitsFn
@@ -83,6 +86,7 @@ class Network(NamedTuple):
   keys_values: KeysValuesFn = _no_windows
   window_logits: WindowLogitsFn = _no_windows
   extend: ExtendFn = _no_windows
+  shift: int = 0
 
 
 BindFn = Callable[[Tree, Tree | None], Network]

@@ -6,14 +6,14 @@ r"""AGRPO on GSM8K with Dream-7B, in the order of its own sampler.
 Least entropy first over the whole completion, with Dream's schedule: the order
 does not look at the tokens drawn, so that a step is scored by those that it
 unmasked. Adapters on a frozen bfloat16 base, for 8 GPUs of 80 GB; `:h200` is
-for one of 141 GB, `:math` trains on MATH in place of GSM8K, and both may be
-combined. What they take is in docs/hardware.md: planned, not measured,
-and what they gain is not known. Logits are shifted, so there is no cache.
+for one of 141 GB, `:math` trains on MATH in place of GSM8K, `:dual` draws in
+blocks of 32 with Fast-dLLM's cache; they may be combined. What they take is in
+docs/hardware.md: planned, not measured, and what they gain is not known.
 """
 
 from agrpo_jax import config as config_lib
 
-_VARIANTS = ("h200", "math")
+_VARIANTS = ("h200", "math", "dual")
 
 
 def get_config(variants: str = "") -> config_lib.ConfigDict:
@@ -50,8 +50,13 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
   c.evaluate.batch_size = 64
   c.grading.num_workers = 8
 
+  if "dual" in asked:
+    config_lib.use_cache(c, "dual")
+    c.rollout.block_length = c.evaluate.block_length = 32
+    c.objective.num_mc_blocks = 4  # of eight
+    c.objective.microbatch = 8  # blocks, of 16 steps each
   if "h200" in asked:
     c.rollout.num_prompts = 8
     c.rollout.batch_size = c.evaluate.batch_size = 16
-    c.objective.microbatch = 8
+    c.objective.microbatch = 1 if "dual" in asked else 8
   return c

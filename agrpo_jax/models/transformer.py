@@ -383,10 +383,8 @@ class Transformer(nn.Module):
       positions_BxS: int32, the positions to predict; may repeat.
     """
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
-    if self.shape.shift:
-      positions_BxS = jnp.maximum(positions_BxS - self.shape.shift, 0)
     of = self._row_pass(tokens_BxL, length_B)
-    return self._run(tokens_BxL, None, of, positions_BxS)[0]
+    return self._run(tokens_BxL, None, of, self._source(positions_BxS))[0]
 
   def keys_values(
     self, tokens_BxL: jax.Array, length_B: jax.Array
@@ -457,7 +455,8 @@ class Transformer(nn.Module):
       tokens_BxSxQ: int, the windows; what is at or behind `length` is padding.
       start_BxS: int32, the position at which each window begins; [B, 1]: all
         windows of a row. Where attention is block-causal a window is a block.
-      positions_BxSxW: int32, positions of the rows, within the windows.
+      positions_BxSxW: int32, positions of the rows to predict, which come out
+        within the windows.
 
     Returns:
       [B, S, W, D].
@@ -469,7 +468,7 @@ class Transformer(nn.Module):
     )
     # Where the positions are among the N tokens: the row, if it is part of the
     # pass, then its windows side by side.
-    wanted_BxSxW = positions_BxSxW - start_BxS[:, :, None]
+    wanted_BxSxW = self._source(positions_BxSxW) - start_BxS[:, :, None]
     size = tokens_BxSxQ.shape[2]
     wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
     wanted_BxSxW += of.num_row_tokens
@@ -480,6 +479,12 @@ class Transformer(nn.Module):
       wanted_BxSxW.reshape(-1, num_states * num_positions),
     )
     return hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
+
+  def _source(self, positions: jax.Array) -> jax.Array:
+    """Returns at which positions those come out that predict `positions`."""
+    if not self.shape.shift:
+      return positions
+    return jnp.maximum(positions - self.shape.shift, 0)
 
   def _window_pass(
     self,
@@ -687,10 +692,9 @@ def bind(
   ) -> types.Tree:
     return run(Transformer.extend, shared, length_B, tokens_BxQ, start_B)
 
-  if shape.shift:
-    # The logits of a window's first position come from before the window.
-    return types.Network(logits, top_k)
-  return types.Network(logits, top_k, keys_values, window_logits, extend)
+  return types.Network(
+    logits, top_k, keys_values, window_logits, extend, shape.shift
+  )
 
 
 def forward_flops(

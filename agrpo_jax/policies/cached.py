@@ -72,20 +72,25 @@ class Cached:
     offset_BxSxW: jax.Array,
   ) -> jax.Array:
     """Runs B * S windows; see `base.Policy.logits`."""
-    # Nothing of the prompt is run again: the memory tells of it.
-    del prompt_BxP
     num_tokens = partial_BxSxC.shape[2]
-    # All states of a row are of one block.
-    start_Bx1 = block_start_BxS[:, :1]
+    # Where logits are shifted, those of a window's first position are what
+    # comes out one before it.
+    start_BxS = prompt_length_B[:, None] + block_start_BxS - network.shift
+    start_BxS = jnp.maximum(start_BxS, 0)
+    tokens_BxSxL = jax.vmap(jax.vmap(row.join, (None, None, 0)))(
+      prompt_BxP, prompt_length_B, partial_BxSxC
+    )
 
     def run(size: int) -> jax.Array:
+      size += network.shift
       # A window that reaches beyond the completion ends in padding.
-      padded_BxSxC = jnp.pad(partial_BxSxC, ((0, 0), (0, 0), (0, size)))
+      padded_BxSxL = jnp.pad(tokens_BxSxL, ((0, 0), (0, 0), (0, size)))
       return network.window_logits(
         memory,
         prompt_length_B + num_tokens,
-        row.windows(padded_BxSxC, block_start_BxS, size),
-        prompt_length_B[:, None] + start_Bx1,
+        row.windows(padded_BxSxL, start_BxS, size),
+        # All states of a row are of one block.
+        start_BxS[:, :1],
         prompt_length_B[:, None, None] + offset_BxSxW,
       )
 
@@ -93,7 +98,7 @@ class Cached:
       return run(self.block_length)
     sizes = _lengths(num_tokens, self.block_length)
     # The earliest block of the batch needs the longest window.
-    needed = num_tokens - start_Bx1.min()
+    needed = num_tokens - block_start_BxS[:, 0].min()
     branch = jnp.searchsorted(jnp.asarray(sizes), needed)
     return jax.lax.switch(branch, [lambda s=s: run(s) for s in sizes])
 

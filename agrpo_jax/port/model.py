@@ -156,16 +156,11 @@ class Model:
 def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
   """Raises UserError where a network of this shape cannot draw like that.
 
-  Prompt and completion may be too long together, or its logits shifted: then
-  those of a window's first position come from before the window, and there is
-  no cache.
+  Prompt and completion may be too long together, or the cache not be one of its
+  kind of attention. Where that is block-causal and logits are shifted, those of
+  a block's first position come from the block before, and there is no cache.
   """
   cache = draw.sampling.cache
-  if cache != "none" and shape.shift:
-    raise errors.UserError(
-      f"cache={cache!r} is not for a model whose logits are shifted "
-      f"(model_type {shape.model_type!r}); use cache='none'."
-    )
   size = shape.attention_block
   fitting = ("none", "block") if size else ("none", "prefix", "dual")
   if cache not in fitting:
@@ -173,6 +168,11 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
     raise errors.UserError(
       f"cache={cache!r} is not for a model whose attention is {kind} "
       f"(model_type {shape.model_type!r}); use cache={fitting[-1]!r} or 'none'."
+    )
+  if cache == "block" and shape.shift:
+    raise errors.UserError(
+      f"cache={cache!r} is not for a model whose logits are shifted "
+      f"(model_type {shape.model_type!r}); use cache='none'."
     )
   if size and draw.sampling.block_length != size:
     raise errors.UserError(

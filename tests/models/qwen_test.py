@@ -232,6 +232,12 @@ def test_heads_are_normalised_one_by_one():
     ("tiny_dream", 4, {}),
     ("tiny_dream", 4, dict(schedule="dream", unmask_rule="entropy")),
     ("tiny_dream", 4, dict(schedule="dream", unmask_rule="origin")),
+    ("tiny_dream", 4, dict(cache="dual")),
+    (
+      "tiny_dream",
+      0,
+      dict(cache="prefix", unmask_rule="threshold", threshold=0.1),
+    ),
     ("tiny_sdar", 4, dict(cache="block", num_slots=1)),
     ("tiny_sdar", 0, dict(cache="block", unmask_rule="dynamic", threshold=0.1)),
     ("tiny_sdar", 0, dict(unmask_rule="confidence")),
@@ -256,12 +262,22 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
       assert record["policy_ratio/max_deviation"] < 1e-4
 
 
-@pytest.mark.parametrize("folder", ["tiny_sdar"], indirect=True)
-def test_an_objective_that_masks_by_itself_is_refused(folder, tmp_path):
+@pytest.mark.parametrize("folder", ["tiny_dream"], indirect=True)
+def test_the_cache_of_blocks_is_not_for_shifted_logits(folder, tmp_path):
   c = runs.varied(tmp_path)
   c.model.path = str(folder)
   c.model.tokenizer = ""
+  c.model.attention_block = c.rollout.block_length
   c.rollout.cache = "block"
+  with pytest.raises(errors.UserError, match="logits are shifted"):
+    runs.train(c)
+
+
+@pytest.mark.parametrize("folder", ["tiny_sdar"], indirect=True)
+def test_an_objective_that_masks_by_itself_wants_the_cache(folder, tmp_path):
+  c = runs.varied(tmp_path)
+  c.model.path = str(folder)
+  c.model.tokenizer = ""
   config_lib.use_objective(c, "espo")
   c.objective.microbatch = 4
   with pytest.raises(errors.UserError, match="'espo' masks completions by"):

@@ -1,5 +1,6 @@
 """Windows: states of a row that share the keys and values of one state."""
 
+import dataclasses
 import functools
 
 import jax
@@ -256,3 +257,17 @@ def test_an_adapter_acts_on_windows_and_on_what_they_share():
     )
   )
   np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_where_logits_are_shifted_they_come_out_one_position_before(keeps):
+  shape, params, tokens, windows = toy()
+  shifted = bind(dataclasses.replace(shape, shift=1), params)
+  found = shifted.window_logits(
+    shifted.keys_values(tokens, LENGTH) if keeps else jnp.asarray(tokens),
+    LENGTH,
+    windows,
+    START[:, None],
+    positions() + 1,
+  )
+  np.testing.assert_allclose(found, window_logits(params, keeps), atol=2e-4)

@@ -39,7 +39,13 @@ def test_the_estimator_is_the_enumerated_gradient(rule):
 
 
 @pytest.mark.parametrize(
-  "toy,rule", [("prefix", "random"), ("refreshed", "soft_threshold")]
+  "toy,rule",
+  [
+    ("prefix", "random"),
+    ("refreshed", "soft_threshold"),
+    ("shifted_prefix", "threshold"),
+    ("shifted_dual", "confidence"),
+  ],
 )
 def test_all_steps_under_other_caches(toy, rule):
   found, deviation = estimate(toy, rule, "all")
