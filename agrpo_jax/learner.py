@@ -24,6 +24,7 @@ from agrpo_jax.objectives import base
 from agrpo_jax.objectives import objective as objective_lib
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.policies import base as policies
+from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import plain
 from agrpo_jax.samplers import noise as noise_lib
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -233,6 +234,15 @@ class Learner:
     )
 
   @property
+  def _reader(self) -> policies.Policy:
+    """How the logits of a visit are computed."""
+    if self.objective.replays:
+      return self.policy
+    if isinstance(self.policy, block_causal.BlockCausal):
+      return block_causal.OfMasks(self.policy)
+    return plain.PLAIN
+
+  @property
   def restarts(self) -> base.Restarts | None:
     """Which states get a value; None: the objective asks for none."""
     if isinstance(self.objective, objective_lib.Valued):
@@ -419,7 +429,7 @@ class Learner:
     self, network: types.Network, rows: types.Rollout, unit: base.Visits
   ) -> base.Factors:
     """Factors [P, S, F] of the visits [P, S, ...] of P rows."""
-    policy = self.policy if self.objective.replays else plain.PLAIN
+    policy = self._reader
     mask_id = self.sampling.mask_id
     prompt = rows.prompt
     if unit.is_prompt_masked is not None:

@@ -142,13 +142,13 @@ class Rl(Run):
 
   def check_network(self, shape: models.Shape) -> None:
     """Raises UserError where the objective does not fit a network."""
-    if shape.attention_block and not self.objective.replays:
+    cache = self.rollout.sampling_for(shape).cache
+    if shape.attention_block and not self.objective.replays and cache == "none":
       raise errors.UserError(
         f"config.objective.name={self.as_json['objective']['name']!r} masks "
-        "completions by itself, all blocks at once; a block-causal model "
-        f"(model_type {shape.model_type!r}) has whole blocks before the one "
-        "that it fills. Choose an objective that replays recorded steps: "
-        "agrpo, cj_grpo, dipo, vine_ppo."
+        "completions by itself, in all blocks at once; a block-causal model "
+        f"(model_type {shape.model_type!r}) predicts a block from whole ones "
+        "before it, which only its cache tells: use config.rollout.cache=block."
       )
 
   def make_learner(

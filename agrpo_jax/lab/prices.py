@@ -23,10 +23,12 @@ class Prices:
   Attributes:
     memory: of what the states of a unit share.
     state: of a state.
+    mask: of a visit with a mask of the objective's own.
   """
 
   memory: float
   state: float
+  mask: float = 1.0
 
 
 WHOLE_ROWS = Prices(memory=0.0, state=1.0)
@@ -36,6 +38,8 @@ def of_policy(
   sampling: sampling_lib.Sampling, shape: models.Shape, prompt_length: int
 ) -> Prices:
   """Returns the prices of the policy that draws the rollouts.
+
+  The pass that adds a finished block to an exact cache is not counted.
 
   Args:
     sampling: how they are drawn.
@@ -47,15 +51,21 @@ def of_policy(
   length = prompt_length + sampling.completion_length
   # Of the prefix cache's windows, which shrink, the longest is taken.
   window = (
-    sampling.block_length
-    if sampling.cache == "dual"
-    else sampling.completion_length
+    sampling.completion_length
+    if sampling.cache == "prefix"
+    else sampling.block_length
   )
   wanted = sampling.tokens_per_step
   row = transformer.forward_flops(shape, length, wanted)
+  memory = transformer.forward_flops(shape, length, 0) / row
+  mask = 1.0
+  if sampling.cache == "block":  # the completion, and all of its blocks beside
+    num = sampling.completion_length
+    mask = memory + transformer.forward_flops(shape, length, num, num) / row
   return Prices(
-    memory=transformer.forward_flops(shape, length, 0) / row,
+    memory=memory,
     state=transformer.forward_flops(shape, length, wanted, window) / row,
+    mask=mask,
   )
 
 
@@ -91,8 +101,10 @@ def of_updates(
   """
   if not num_units:
     return 0.0
-  prices = policy if objective.replays else WHOLE_ROWS
-  unit = prices.memory + prices.state * num_visits / num_units
+  visits_per_unit = num_visits / num_units
+  unit = policy.mask * visits_per_unit
+  if objective.replays:
+    unit = policy.memory + policy.state * visits_per_unit
   # A loss that is no sum is read before it is differentiated.
   num_reads = int(not objective.is_sum_over_visits)
   num_reads += int(objective.has_reference)

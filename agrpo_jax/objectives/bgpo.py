@@ -65,9 +65,8 @@ class Bgpo(masks.Masks):
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array
     ) -> base.Visits:
-      is_token_C = jnp.ones_like(row.completion, bool)
       is_masked_KxC, scale_K = masks.any_order(
-        jax.random.fold_in(key, update), is_token_C, self.num_masks
+        jax.random.fold_in(key, update), masks.drawn(row), self.num_masks
       )
       # Every mask is an estimate of its own.
       weight = 1.0 / (num_rows * self.num_masks)

@@ -71,7 +71,7 @@ class CoupledGrpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
     """Masks all, a random part, and the rest: visits [U, B, 3, 1]."""
     del advantage_B, batch_key
-    num_tokens = masks.until_eos(rollout.completion, sampling.eos_ids).sum()
+    num_tokens = masks.until_eos(rollout, sampling.eos_ids).sum()
 
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array

@@ -71,9 +71,12 @@ class Diffpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
         jax.random.fold_in(key, update), jnp.where(is_executed_K, 0.0, -jnp.inf)
       )
       is_late_C = row.unmask_step >= denoise_step
-      num_unmasked = jnp.maximum((row.unmask_step < num_steps).sum(), 1)
+      is_early_C = masks.drawn(row) & ~is_late_C
+      num_unmasked = jnp.maximum(
+        (masks.drawn(row) & (row.unmask_step < num_steps)).sum(), 1
+      )
       # Without an early token there is nothing to score from the prompt alone.
-      weight_2 = jnp.stack([(~is_late_C).any(), jnp.bool_(True)])
+      weight_2 = jnp.stack([is_early_C.any(), jnp.bool_(True)])
       visits = masks.visits(
         jnp.stack([jnp.ones_like(is_late_C), is_late_C]),
         weight_2 / (num_rows * num_unmasked),
@@ -93,7 +96,7 @@ class Diffpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   ) -> base.Factors:
     """Returns a factor per unmasked token that this visit is to score."""
     factors = super().score(logits_WxV, row, visit, sampling, top_k)
-    is_early_C = row.unmask_step < visit.denoise_step
+    is_early_C = masks.drawn(row) & (row.unmask_step < visit.denoise_step)
     # Early tokens are masked in the first visit only, and are scored there.
     is_mine_C = jnp.where(
       (visit.is_masked & is_early_C).any(), is_early_C, ~is_early_C

@@ -95,5 +95,5 @@ class DiffuGrpo(advantage_lib.Baseline, clip_lib.Clip, MeanField):
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
     """Masks all of every completion, weighted for a mean over tokens."""
     del advantage_B, batch_key
-    num_tokens = masks.until_eos(rollout.completion, sampling.eos_ids).sum()
+    num_tokens = masks.until_eos(rollout, sampling.eos_ids).sum()
     return self.visits_of(rollout, key_B, 1.0 / num_tokens), {}

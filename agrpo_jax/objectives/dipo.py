@@ -2,9 +2,9 @@
 
 Every denoising step is scored in the state that it acted on, token by token,
 and the loss is the mean over a completion's tokens. Published for block-causal
-models, where one pass over two copies of the row scores a step of every block
-at once; this is its plain form, a pass for each step. What the choice of
-positions adds to the likelihood is left out as published.
+models: with their cache the learner scores all steps beside one pass over the
+completion, as published; other models get a pass for each step. What the choice
+of positions adds to the likelihood is left out as published.
 """
 
 import dataclasses

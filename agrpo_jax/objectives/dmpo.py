@@ -101,26 +101,27 @@ class Dmpo(masks.Masks):
     del advantage_B, batch_key, sampling
     num_rows, num_tokens = rollout.completion.shape
 
-    def pairs(key: jax.Array, num: int) -> jax.Array:
+    def pairs(key: jax.Array, num: int, is_token_C: jax.Array) -> jax.Array:
       ratio_key, mask_key = jax.random.split(key)
       ratio = jax.random.uniform(
         ratio_key, (num // 2, 1), minval=self.min_ratio, maxval=1.0
       )
       is_masked = jax.random.bernoulli(mask_key, ratio, (num // 2, num_tokens))
-      return jnp.concatenate([is_masked, ~is_masked])
+      return jnp.concatenate([is_masked, ~is_masked]) & is_token_C[None]
 
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array
     ) -> base.Visits:
-      del row
+      is_token_C = masks.drawn(row)
       # The same in all updates, whose keys have the numbers below U.
       bound_key = jax.random.fold_in(key, self.updates_per_batch)
-      bound_QxC = pairs(bound_key, self.num_bound_masks)
-      own_QxC = pairs(jax.random.fold_in(key, update), self.num_masks)
+      bound_QxC = pairs(bound_key, self.num_bound_masks, is_token_C)
+      own_key = jax.random.fold_in(key, update)
+      own_QxC = pairs(own_key, self.num_masks, is_token_C)
       is_masked_QxC = jnp.concatenate([bound_QxC, own_QxC])
       scale_Q = jnp.concatenate(
         [
-          jnp.full(len(bound_QxC), num_tokens / len(bound_QxC)),
+          jnp.full(len(bound_QxC), is_token_C.sum() / len(bound_QxC)),
           jnp.full(len(own_QxC), 1 / len(own_QxC)),
         ]
       ) / jnp.maximum(is_masked_QxC.sum(axis=1), 1)

@@ -70,18 +70,19 @@ class Espo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
     """Masks and complements, [U, B, 2 M, 1]."""
     del advantage_B, batch_key, sampling
-    num_rows, num_tokens = rollout.completion.shape
+    num_rows, max_tokens = rollout.completion.shape
 
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array
     ) -> base.Visits:
-      del row
+      is_token_C = masks.drawn(row)
+      num_tokens = is_token_C.sum()
       count_key, noise_key = jax.random.split(jax.random.fold_in(key, update))
       uniform_M = base.stratified(count_key, self.num_masks)
       count_M = jnp.floor(uniform_M * (num_tokens + 1))
-      noise_MxC = jax.random.uniform(noise_key, (self.num_masks, num_tokens))
+      noise_MxC = jax.random.uniform(noise_key, (self.num_masks, max_tokens))
       is_masked_MxC = jax.vmap(masks.exactly, (0, None, 0))(
-        noise_MxC, jnp.ones((num_tokens,), bool), count_M
+        noise_MxC, is_token_C, count_M
       )
       is_masked_QxC = jnp.concatenate([is_masked_MxC, ~is_masked_MxC])
       count_Q = jnp.concatenate([count_M, num_tokens - count_M])
@@ -101,13 +102,13 @@ class Espo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
     rows: types.Rollout,
   ) -> base.Terms:
     """Returns the clipped surrogate of every completion, with the penalty."""
-    num_tokens = rows.completion.shape[1]
+    num_tokens_G = masks.drawn(rows).sum(axis=1)
     weight_G = masks.row_weight(visits)
     value_G = masks.value(policy, visits)
     behaviour_G = masks.value(policy.replace(logprob=behaviour), visits)
     terms = clip_lib.surrogates(
-      masks.one_factor(value_G / num_tokens),
-      behaviour_G[:, None] / num_tokens,
+      masks.one_factor(value_G / num_tokens_G),
+      (behaviour_G / num_tokens_G)[:, None],
       None,
       advantage_G,
       weight_G,
@@ -116,7 +117,7 @@ class Espo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
     if reference is None:
       return terms
     reference_G = masks.value(policy.replace(logprob=reference), visits)
-    penalty_G = (value_G - reference_G) ** 2 / (2 * num_tokens)
+    penalty_G = (value_G - reference_G) ** 2 / (2 * num_tokens_G)
     return terms.replace(
       loss=terms.loss + self.kl_coef * (weight_G * penalty_G).sum(),
       kl=penalty_G.sum(),

@@ -69,19 +69,20 @@ class Gdpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
     """A mask per node, [U, B, nodes, 1]."""
     del advantage_B, batch_key, sampling
-    num_rows, num_tokens = rollout.completion.shape
+    num_rows, max_tokens = rollout.completion.shape
     ratio_Q, node_weight_Q = jnp.asarray(_NODES[self.num_nodes]).T
-    count_Q = jnp.maximum(jnp.round(ratio_Q * num_tokens), 1)
 
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array
     ) -> base.Visits:
-      del row
+      is_token_C = masks.drawn(row)
+      num_tokens = is_token_C.sum()
+      count_Q = jnp.maximum(jnp.round(ratio_Q * num_tokens), 1)
       noise_QxC = jax.random.uniform(
-        jax.random.fold_in(key, update), (self.num_nodes, num_tokens)
+        jax.random.fold_in(key, update), (self.num_nodes, max_tokens)
       )
       is_masked_QxC = jax.vmap(masks.exactly, (0, None, 0))(
-        noise_QxC, jnp.ones((num_tokens,), bool), count_Q
+        noise_QxC, is_token_C, count_Q
       )
       scale_Q = node_weight_Q * num_tokens / count_Q
       return masks.visits(is_masked_QxC, 1.0 / num_rows, scale_Q)
@@ -98,10 +99,10 @@ class Gdpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
     rows: types.Rollout,
   ) -> base.Terms:
     """Returns the clipped surrogate of every completion, with the penalty."""
-    num_tokens = rows.completion.shape[1]
+    num_tokens_G = masks.drawn(rows).sum(axis=1)
 
     def per_token(logprob: jax.Array) -> jax.Array:
-      return masks.value(policy.replace(logprob=logprob), visits) / num_tokens
+      return masks.value(policy.replace(logprob=logprob), visits) / num_tokens_G
 
     return clip_lib.surrogates(
       masks.one_factor(per_token(policy.logprob)),

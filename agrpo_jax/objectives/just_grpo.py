@@ -71,9 +71,12 @@ class JustGrpo(masks.Masks):
     ) -> base.Visits:
       del key, update
       # Of equal entropies the first ones.
-      offset_Q = jax.lax.top_k(row.entropy, num_visited)[1]
+      is_drawn_C = masks.drawn(row)
+      entropy_C = jnp.where(is_drawn_C, row.entropy, -1.0)
+      offset_Q = jax.lax.top_k(entropy_C, num_visited)[1]
       is_masked_QxC = jnp.arange(num_tokens)[None] >= offset_Q[:, None]
-      return masks.visits(is_masked_QxC, 1.0 / num_visited).replace(
+      num = jnp.minimum(num_visited, is_drawn_C.sum())
+      return masks.visits(is_masked_QxC, is_drawn_C[offset_Q] / num).replace(
         offset=offset_Q[:, None]
       )
 

@@ -61,7 +61,7 @@ class Masks:
     del top_k
     is_scored_C = visit.is_masked
     if not self.scores_padding:
-      is_scored_C &= until_eos(row.completion, sampling.eos_ids)
+      is_scored_C &= until_eos(row, sampling.eos_ids)
     return base.Factors(
       logprob=token_logprob(logits_WxV, row, visit),
       is_factor=is_scored_C[visit.offset],
@@ -83,7 +83,7 @@ def each(
   Args:
     one: draws the Q visits of a completion for an update, an int32. The key is
       the completion's, the same in all updates: `fold_in` the update for what
-      is drawn anew.
+      is drawn anew. Of its masks those count that are of `drawn` tokens.
     key_B: a random key per completion.
     rollout: B completions.
     num_updates: U.
@@ -91,6 +91,8 @@ def each(
   visits = jax.vmap(
     lambda update: jax.vmap(one, (0, 0, None))(key_B, rollout, update)
   )(jnp.arange(num_updates))
+  is_masked_UxBxQxC = visits.is_masked & drawn(rollout)[None, :, None]
+  visits = visits.replace(is_masked=is_masked_UxBxQxC)
   return jax.tree.map(lambda x: x[:, :, :, None], visits)
 
 
@@ -155,11 +157,17 @@ def row_weight(visits: base.Visits) -> jax.Array:
   return visits.weight.max(axis=(1, 2))
 
 
-def until_eos(completion_BxC: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-  """bool [..., C]: the positions up to the first EOS, that one included."""
-  is_eos_BxC = jnp.isin(completion_BxC, jnp.array(eos_ids))
+def drawn(rows: types.Rollout) -> jax.Array:
+  """bool [..., C]: all tokens but those of the prompt (`types.Rollout`)."""
+  return rows.unmask_step >= 0
+
+
+def until_eos(rows: types.Rollout, eos_ids: tuple[int, ...]) -> jax.Array:
+  """bool [..., C]: drawn tokens up to the first EOS, that one included."""
+  is_drawn_BxC = drawn(rows)
+  is_eos_BxC = is_drawn_BxC & jnp.isin(rows.completion, jnp.array(eos_ids))
   num_before_BxC = jnp.cumsum(is_eos_BxC, axis=-1) - is_eos_BxC
-  return num_before_BxC == 0
+  return is_drawn_BxC & (num_before_BxC == 0)
 
 
 def exactly(

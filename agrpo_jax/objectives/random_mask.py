@@ -73,7 +73,7 @@ class RandomMask(trace_rl.TokenMean):
       )
       if self.is_coupled:
         is_drawn_QxC = jnp.concatenate([is_drawn_QxC, ~is_drawn_QxC])
-      is_scored_1xC = self.is_scored(row.completion, sampling.eos_ids)[None]
+      is_scored_1xC = self.is_scored(row, sampling.eos_ids)[None]
       is_target_QxC = is_drawn_QxC & is_scored_1xC
       return masks.visits(
         is_drawn_QxC | ~is_scored_1xC,
@@ -96,5 +96,5 @@ class RandomMask(trace_rl.TokenMean):
   ) -> base.Factors:
     """Returns a factor per masked token that is scored."""
     factors = super().score(logits_WxV, row, visit, sampling, top_k)
-    is_scored_C = self.is_scored(row.completion, sampling.eos_ids)
+    is_scored_C = self.is_scored(row, sampling.eos_ids)
     return factors.replace(is_factor=factors.is_factor & is_scored_C)

@@ -79,7 +79,7 @@ class Spg(masks.Masks):
   ) -> tuple[base.Visits, dict[str, jax.Array]]:
     """K masks, [U, B, K, 1], with scale Le / n."""
     del advantage_B, batch_key
-    is_content_BxC = masks.until_eos(rollout.completion, sampling.eos_ids)
+    is_content_BxC = masks.until_eos(rollout, sampling.eos_ids)
     total = is_content_BxC.sum()
 
     def one(
@@ -87,13 +87,14 @@ class Spg(masks.Masks):
     ) -> base.Visits:
       key = jax.random.fold_in(key, update)
       prompt_key, block_key, mask_key = jax.random.split(key, 3)
-      is_content_C = masks.until_eos(row.completion, sampling.eos_ids)
+      is_content_C = masks.until_eos(row, sampling.eos_ids)
       length = is_content_C.sum()
+      end = jnp.where(is_content_C, 1 + jnp.arange(len(is_content_C)), 0).max()
       is_masked_KxC = jax.vmap(
         lambda key, block: self._mask(key, block, is_content_C, sampling)
       )(
         jax.random.split(mask_key, self.num_masks),
-        self._blocks(block_key, length, sampling),
+        self._blocks(block_key, end, sampling),
       )
       is_prompt_masked_KxP = jax.random.bernoulli(
         prompt_key, self.prompt_mask_ratio, (self.num_masks, len(row.prompt))
@@ -109,10 +110,10 @@ class Spg(masks.Masks):
     return masks.each(one, key_B, rollout, self.updates_per_batch), {}
 
   def _blocks(
-    self, key: jax.Array, length: jax.Array, sampling: sampling_lib.Sampling
+    self, key: jax.Array, end: jax.Array, sampling: sampling_lib.Sampling
   ) -> jax.Array:
     """int32 [K], blocks with tokens, all different while there are so many."""
-    num_blocks = -(-length // sampling.block_length)
+    num_blocks = -(-end // sampling.block_length)
     noise = jax.random.uniform(key, (sampling.num_blocks,))
     has_tokens = jnp.arange(sampling.num_blocks) < num_blocks
     order = jnp.argsort(jnp.where(has_tokens, noise, 2.0))

@@ -62,11 +62,13 @@ class TokenMean(masks.Masks):
     return advantage_lib.standard_score(reward_NxG, 0, 0.0)
 
   def is_scored(
-    self, completion_BxC: jax.Array, eos_ids: tuple[int, ...]
+    self, rows: types.Rollout, eos_ids: tuple[int, ...]
   ) -> jax.Array:
-    """bool [..., C]: all tokens but the EOS that are one too many."""
-    is_eos_BxC = jnp.isin(completion_BxC, jnp.array(eos_ids))
-    return ~is_eos_BxC | (jnp.cumsum(is_eos_BxC, axis=-1) <= self.max_eos)
+    """bool [..., C]: drawn tokens but for the EOS that are one too many."""
+    is_drawn_BxC = masks.drawn(rows)
+    is_eos_BxC = is_drawn_BxC & jnp.isin(rows.completion, jnp.array(eos_ids))
+    is_one_too_many_BxC = jnp.cumsum(is_eos_BxC, axis=-1) > self.max_eos
+    return is_drawn_BxC & ~(is_eos_BxC & is_one_too_many_BxC)
 
   def loss(
     self,
@@ -141,7 +143,7 @@ class TraceRl(TokenMean):
       del key, update
       merged_1xC = self.merged_step(row.unmask_step, num_steps)[None]
       visit_Qx1 = jnp.arange(self._num_visits(num_steps))[:, None]
-      is_scored_1xC = self.is_scored(row.completion, sampling.eos_ids)[None]
+      is_scored_1xC = self.is_scored(row, sampling.eos_ids)[None]
       is_target_QxC = (merged_1xC == visit_Qx1) & is_scored_1xC
       visits = masks.visits(
         merged_1xC >= visit_Qx1, is_target_QxC.any(axis=1).astype(jnp.float32)
@@ -168,5 +170,5 @@ class TraceRl(TokenMean):
     factors = super().score(logits_WxV, row, visit, sampling, top_k)
     merged_C = self.merged_step(row.unmask_step, sampling.max_steps)
     is_target_C = merged_C == visit.denoise_step
-    is_target_C &= self.is_scored(row.completion, sampling.eos_ids)
+    is_target_C &= self.is_scored(row, sampling.eos_ids)
     return factors.replace(is_factor=is_target_C[visit.offset])

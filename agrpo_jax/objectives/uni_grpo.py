@@ -70,7 +70,7 @@ class UniGrpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
       # The same in all updates, whose keys have the numbers below U.
       start_key = jax.random.fold_in(key, self.updates_per_batch)
       start = jax.random.uniform(start_key)
-      is_content_C = masks.until_eos(row.completion, sampling.eos_ids)
+      is_content_C = masks.until_eos(row, sampling.eos_ids)
       num_content = is_content_C.sum()
       ratio = (start + update) / self.updates_per_batch
       num = jnp.clip(jnp.ceil(ratio * num_content), 1, num_content)

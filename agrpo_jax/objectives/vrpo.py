@@ -76,7 +76,7 @@ class Vrpo(masks.Masks):
     def one(
       key: jax.Array, row: types.Rollout, update: jax.Array
     ) -> base.Visits:
-      is_content_C = masks.until_eos(row.completion, sampling.eos_ids)
+      is_content_C = masks.until_eos(row, sampling.eos_ids)
       is_masked_KxC, scale_K = masks.any_order(
         jax.random.fold_in(key, update), is_content_C, self.num_masks
       )
@@ -102,8 +102,8 @@ class Vrpo(masks.Masks):
     num_pairs = jnp.maximum(is_pair_GxG.sum(), 1)
     margin_GxG = self.beta * (gain_G[:, None] - gain_G[None, :])
     preference = -jax.nn.log_sigmoid(margin_GxG)
-    num_tokens = rows.completion.shape[1]
-    sft_Gx1 = -self.sft_weight * value_G[:, None] / num_tokens
+    num_tokens_G = masks.drawn(rows).sum(axis=1)
+    sft_Gx1 = -self.sft_weight * (value_G / num_tokens_G)[:, None]
     loss = jnp.where(is_pair_GxG, preference + sft_Gx1, 0.0).sum() / num_pairs
     # Weights are of rows; a group's mean shall count as one of N.
     group_weight = masks.row_weight(visits)[0] * len(advantage_G)

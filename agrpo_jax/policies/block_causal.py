@@ -10,6 +10,7 @@ it visits (the two copies of arXiv:2503.09573, section 4).
 """
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 
 import jax
@@ -17,45 +18,6 @@ import jax.numpy as jnp
 
 from agrpo_jax import types
 from agrpo_jax.policies import row
-
-
-def partial_logits(
-  network: types.Network,
-  block_length: int,
-  prompt_BxP: jax.Array,
-  prompt_length_B: jax.Array,
-  completion_BxC: jax.Array,
-  partial_BxC: jax.Array,
-) -> jax.Array:
-  """Logits of partial completions whose blocks see whole ones before them.
-
-  Args:
-    network: whose attention is block-causal.
-    block_length: T, a divisor of C.
-    prompt_BxP: int32, padded on the right.
-    prompt_length_B: int32.
-    completion_BxC: int32, what the blocks behind a block see of it.
-    partial_BxC: int32, what it sees of itself.
-
-  Returns:
-    float32 [B, C, V].
-  """
-  num_rows, num_tokens = completion_BxC.shape
-  start_S = jnp.arange(0, num_tokens, block_length, dtype=jnp.int32)
-  start_BxS = jnp.broadcast_to(start_S[None], (num_rows, len(start_S)))
-  offset_BxSxT = start_BxS[..., None] + jnp.arange(block_length)[None, None]
-  policy = BlockCausal(block_length)
-  prompt = prompt_BxP, prompt_length_B
-  memory = policy.open(
-    network, None, *prompt, completion_BxC, start_BxS[:, 0], keeps=False
-  )
-  partial_BxSxC = jnp.broadcast_to(
-    partial_BxC[:, None], (*start_BxS.shape, num_tokens)
-  )
-  logits = policy.logits(
-    network, memory, *prompt, partial_BxSxC, start_BxS, offset_BxSxT
-  )
-  return logits.reshape(num_rows, num_tokens, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,3 +79,105 @@ class BlockCausal:
       prompt_length_B[:, None] + block_start_BxS,
       prompt_length_B[:, None, None] + offset_BxSxW,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OfMasks:
+  """A `base.Policy` of states that are partial in any of their blocks.
+
+  A block sees itself as it stands, and the whole ones before it: what a masked
+  token is predicted from in training (arXiv:2503.09573).
+
+  Attributes:
+    policy: that gives a block's logits.
+  """
+
+  policy: BlockCausal
+
+  refresh: ClassVar[int] = 0
+  spans: ClassVar[bool] = True
+
+  def open(self, *args: Any, **settings: Any) -> types.Tree:
+    """Opens the memory of `policy`, which is of the whole completion."""
+    return self.policy.open(*args, **settings)
+
+  def logits(
+    self,
+    network: types.Network,
+    memory: types.Tree,
+    prompt_BxP: jax.Array,
+    prompt_length_B: jax.Array,
+    partial_BxSxC: jax.Array,
+    block_start_BxS: jax.Array,
+    offset_BxSxW: jax.Array,
+  ) -> jax.Array:
+    """Runs the blocks of the positions asked for, or all if these are fewer."""
+    del block_start_BxS
+    size = self.policy.block_length
+    num_rows, num_states, num_tokens = partial_BxSxC.shape
+    num_wanted, num_blocks = offset_BxSxW.shape[2], num_tokens // size
+    is_each = num_wanted < num_blocks
+    if is_each:
+      wanted = offset_BxSxW[..., None]
+      start_BxSxN = offset_BxSxW - offset_BxSxW % size
+    else:
+      start_N = jnp.arange(0, num_tokens, size, dtype=jnp.int32)
+      start_BxSxN = jnp.broadcast_to(
+        start_N[None, None], (num_rows, num_states, num_blocks)
+      )
+      wanted = start_BxSxN[..., None] + jnp.arange(size)[None, None, None]
+
+    def of_blocks(x: jax.Array) -> jax.Array:
+      return x.reshape(num_rows, -1, *x.shape[3:])
+
+    logits = self.policy.logits(
+      network,
+      memory,
+      prompt_BxP,
+      prompt_length_B,
+      jnp.repeat(partial_BxSxC, start_BxSxN.shape[2], axis=1),
+      of_blocks(start_BxSxN),
+      of_blocks(wanted),
+    )
+    logits = logits.reshape(num_rows, num_states, -1, logits.shape[-1])
+    if is_each:
+      return logits
+    return jnp.take_along_axis(logits, offset_BxSxW[..., None], axis=2)
+
+
+def partial_logits(
+  network: types.Network,
+  block_length: int,
+  prompt_BxP: jax.Array,
+  prompt_length_B: jax.Array,
+  completion_BxC: jax.Array,
+  partial_BxC: jax.Array,
+) -> jax.Array:
+  """Logits of partial completions whose blocks see whole ones before them.
+
+  Args:
+    network: whose attention is block-causal.
+    block_length: T, a divisor of C.
+    prompt_BxP: int32, padded on the right.
+    prompt_length_B: int32.
+    completion_BxC: int32, what the blocks behind a block see of it.
+    partial_BxC: int32, what it sees of itself.
+
+  Returns:
+    float32 [B, C, V].
+  """
+  policy = OfMasks(BlockCausal(block_length))
+  prompt, no_start_B = (prompt_BxP, prompt_length_B), prompt_length_B
+  memory = policy.open(
+    network, None, *prompt, completion_BxC, no_start_B, keeps=False
+  )
+  offset_C = jnp.arange(completion_BxC.shape[1], dtype=jnp.int32)
+  offset_BxC = jnp.broadcast_to(offset_C, completion_BxC.shape)
+  return policy.logits(
+    network,
+    memory,
+    *prompt,
+    partial_BxC[:, None],
+    no_start_B[:, None],
+    offset_BxC[:, None],
+  )[:, 0]

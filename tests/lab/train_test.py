@@ -133,6 +133,13 @@ class TestPrices:
       for cache in ("dual", "prefix")
     )
     assert 0.5 < dual.memory < 1 and dual.memory == prefix.memory
+    shape = dataclasses.replace(shape, attention_block=4)
+    block = prices.of_policy(
+      dataclasses.replace(made, cache="block"), shape, 32
+    )
+    # A mask hides tokens of all blocks, each of which is run beside the row.
+    assert block.state < 0.2 and 1.2 < block.mask < 1.5
+    assert dual.mask == 1.0
     assert dual.state < prefix.state < 1
 
 

@@ -383,7 +383,7 @@ def test_spg_masks_a_block_and_what_follows_it():
   objective = spg.Spg(num_masks=2, prompt_mask_ratio=0.0)
   rollout = drawn_rollout()
   visits, _ = objective.visits(rollout, None, None, keys_of(), SAMPLING)
-  content = np.asarray(masks.until_eos(rollout.completion, (EOS,)))
+  content = np.asarray(masks.until_eos(rollout, (EOS,)))
   for row in range(NUM_ROWS):
     seen = set()
     for mask in np.asarray(visits.is_masked)[0, row, :, 0]:
