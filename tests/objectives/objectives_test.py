@@ -443,7 +443,7 @@ def test_trace_rl_without_merging_scores_what_agrpo_scores():
     used = factors.is_factor & (first.weight > 0)[..., None]
     total[objective] = jnp.where(used, factors.logprob, 0.0).sum(axis=(1, 2, 3))
   # All but the EOS that are one too many, which TraceRL does not score.
-  is_scored = np.asarray(ours.is_scored(rollout.completion, EOS))
+  is_scored = np.asarray(ours.is_scored(rollout, (EOS,)))
   left_out = np.where(is_scored, 0.0, rollout.logprob).sum(axis=1)
   np.testing.assert_allclose(total[ours] + left_out, total[theirs], rtol=1e-5)
 
