@@ -52,6 +52,10 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
 
   if "dual" in asked:
     config_lib.use_cache(c, "dual")
+    # Steps on windows read all weights for few tokens: many rows at once, and
+    # the base whole on every device.
+    c.mesh.data, c.mesh.fsdp = -1, 1
+    c.rollout.batch_size = 128
     c.rollout.block_length = c.evaluate.block_length = 32
     c.objective.num_mc_blocks = 4  # of eight
     c.objective.microbatch = 8  # blocks, of 16 steps each
