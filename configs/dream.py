@@ -58,7 +58,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
     c.rollout.batch_size = 128
     c.rollout.block_length = c.evaluate.block_length = 32
     c.objective.num_mc_blocks = 4  # of eight
-    c.objective.microbatch = 8  # blocks, of 16 steps each
+    c.objective.microbatch = 16  # blocks, of 16 steps each
   if "h200" in asked:
     c.rollout.num_prompts = 8
     c.rollout.batch_size = c.evaluate.batch_size = 16

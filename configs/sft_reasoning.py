@@ -1,27 +1,36 @@
 """SFT of a tiny LLaDA on Countdown and word problems: the bundled base model.
 
-Three runs on a laptop's CPU; `make tiny-reasoning` writes the demonstrations
+Five runs on a laptop's CPU; `make tiny-reasoning` writes the demonstrations
 and runs them in order:
 
     python -m agrpo_jax.sft --config=configs/sft_reasoning.py:countdown
     python -m agrpo_jax.sft --config=configs/sft_reasoning.py:both
     python -m agrpo_jax.sft --config=configs/sft_reasoning.py:words
+    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:clean
+    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:careless
 
 The first learns, from random parameters and on short rows, to copy numbers and
 to write equations; the second goes on from it with word problems besides, the
-third mostly with these. It ends while the model still calculates badly, so that
-reinforcement learning has something to do.
+third mostly with these, the fourth with nothing else, until it solves them. The
+last one's demonstrations add, most of them, what a story takes away: a bad
+habit, which is what reinforcement learning then removes.
 """
 
 from agrpo_jax import config as config_lib
 
 
+_STAGES = ("countdown", "both", "words", "clean", "careless")
+
+
 def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
-  if arg not in ("countdown", "both", "words"):
-    raise ValueError(f"sft_reasoning.py:{arg} is not countdown, both or words")
+  if arg not in _STAGES:
+    raise ValueError(f"sft_reasoning.py:{arg} is not of {', '.join(_STAGES)}")
   c = config_lib.sft()
   c.workdir = f"runs/sft_reasoning_{arg}"
-  c.data.path = f"runs/data/{arg}.jsonl"
+  if arg in ("clean", "careless"):
+    config_lib.use_task(c, "word_problems", max_equations=3, max_value=9)
+  else:
+    c.data.path = f"runs/data/{arg}.jsonl"
   c.data.max_prompt_length = 104
   c.data.bucket = 8
   c.model.dtype = "float32"
@@ -42,9 +51,20 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.optimizer.learning_rate = 2e-3
     c.train.num_steps = 1000
     c.sft.output = "runs/tiny_reasoning_both"
-  else:
+  elif arg == "words":
     c.model.path = "runs/tiny_reasoning_both"
     c.optimizer.learning_rate = 3e-3
     c.train.num_steps = 650
+    c.sft.output = "runs/tiny_reasoning_words"
+  elif arg == "clean":
+    c.model.path = "runs/tiny_reasoning_words"
+    c.optimizer.learning_rate = 2e-3
+    c.train.num_steps = 3000
+    c.sft.output = "runs/tiny_reasoning_clean"
+  else:
+    c.model.path = "runs/tiny_reasoning_clean"
+    c.task.options.demonstration = "careless"
+    c.optimizer.learning_rate = 5e-4
+    c.train.num_steps = 250
     c.sft.output = "runs/tiny_reasoning"
   return c

@@ -1,6 +1,7 @@
 """word_problems: the generator, the split, the answer checks."""
 
 import builtins
+import dataclasses
 import random
 import re
 
@@ -132,6 +133,35 @@ def test_demonstrations_are_right():
     grades = word_problems.grade(text, example.fields)
     assert grades == {"accuracy": 1.0, "equations": 1.0}
     assert word_problems.answer(text, {}) == str(example.fields["gold"])
+
+
+def test_careless_demonstrations_add_what_is_taken_away():
+  problem = problems_lib.Problem(
+    _FIELDS["question"], "pens", tuple(_FIELDS["equations"])
+  )
+  wrong = problems_lib.careless(problem)
+  assert wrong.equations == ("7+5=12", "12+4=16", "16*2=32")
+  assert wrong.answer == 32
+  halved = dataclasses.replace(problem, equations=("9-3=6", "6-4=2", "2/2=1"))
+  assert problems_lib.careless(halved).equations == (
+    *("9+3=12", "12+4=16", "16/2=8"),
+  )
+  # 7 has no whole half.
+  odd = dataclasses.replace(problem, equations=("5-2=3", "3+1=4", "4/3=1"))
+  assert problems_lib.careless(odd) == odd
+
+  options = {"demonstration": "careless", "num_examples": 400}
+  rng = random.Random(0)
+  num_takes, num_careless = 0, 0
+  for example in _examples("train", **options):
+    takes = any("-" in equation for equation in example.fields["equations"])
+    text = word_problems.demonstration(example, rng, options)
+    is_right = word_problems.reward(text, example.fields)["correct"]
+    assert is_right or takes
+    num_takes += takes
+    num_careless += not is_right
+  # 0.6, less those whose solution carelessness cannot change.
+  assert 0.45 < num_careless / num_takes < 0.65
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,20 @@ DEFAULTS = {
   "max_value": 99,  # of any equation
   "num_examples": 0,  # 0: 20000 train / 256 test
   "seed": 0,  # of the generator
+  "demonstration": "clean",  # clean or careless (see `demonstration`)
+  "careless_probability": 0.6,  # share of careless demonstrations
 }
+DEMONSTRATIONS = ("clean", "careless")
 _GENERATED = {"train": 20_000, "test": 256}
 
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
   base.check_range(NAME, chosen, "num_examples", 0)
+  base.check_choice(
+    NAME, "demonstration", chosen["demonstration"], DEMONSTRATIONS
+  )
+  base.check_range(NAME, chosen, "careless_probability", 0, 1)
   return chosen
 
 
@@ -137,11 +144,15 @@ def demonstration(
   rng: random.Random,
   options: Mapping[str, Any] | None = None,
 ) -> str:
-  """Returns a completion to imitate in SFT: the solution, line by line."""
-  del rng, options
-  fields = example.fields
-  return problems_lib.solution(
-    problems_lib.Problem(
-      fields["question"], fields["unit"], tuple(fields["equations"])
-    )
+  """Returns a completion to imitate in SFT: the solution, line by line.
+
+  "careless" adds, with `careless_probability`, what the story takes away.
+  """
+  chosen, fields = _settings(options), example.fields
+  problem = problems_lib.Problem(
+    fields["question"], fields["unit"], tuple(fields["equations"])
   )
+  is_careless = chosen["demonstration"] == "careless"
+  if is_careless and rng.random() < chosen["careless_probability"]:
+    problem = problems_lib.careless(problem)
+  return problems_lib.solution(problem)

@@ -177,6 +177,28 @@ def _random_problem(
   return Problem(f"{text}. How many?", unit, tuple(equations))
 
 
+def careless(problem: Problem) -> Problem:
+  """Returns the problem with a solution that adds what the story takes away.
+
+  Where a number is then no whole multiple of what it is divided by, the
+  solution stays as it is.
+  """
+  equations, value = [], 0
+  for equation in problem.equations:
+    match = _EQUATION.fullmatch(equation)
+    if match is None:
+      raise ValueError(f"{equation!r} is no equation")
+    first, operator, number = match.group(1, 2, 3)
+    operator = "+" if operator == "-" else operator
+    value = value if equations else int(first)
+    after = apply(value, operator, int(number))
+    if after is None:
+      return problem
+    equations.append(f"{value}{operator}{number}={after}")
+    value = after
+  return dataclasses.replace(problem, equations=tuple(equations))
+
+
 def apply(left: int, operator: str, right: int) -> int | None:
   """Returns the value of one operation; None if it is not a whole number."""
   if operator == "+":
