@@ -5,8 +5,8 @@ r"""AGRPO on GSM8K with Dream-7B, in the order of its own sampler.
 
 Least entropy first over the whole completion, with Dream's schedule: the order
 does not look at the tokens drawn, so that a step is scored by those that it
-unmasked. Adapters on a frozen bfloat16 base, for 8 GPUs of 80 GB; `:h200` is
-for one of 141 GB, `:math` trains on MATH in place of GSM8K, `:dual` draws in
+unmasked. Adapters on a frozen bfloat16 base that lies whole on every device, for
+8 GPUs of 80 GB or 16 TPU v6e; `:h200` is for one GPU of 141 GB, `:math` trains on MATH in place of GSM8K, `:dual` draws in
 blocks of 32 with Fast-dLLM's cache; they may be combined. What they take is in
 docs/hardware.md: planned, not measured, and what they gain is not known.
 """
@@ -24,6 +24,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
   c.workdir = "runs/dream"
   c.model.path = "Dream-org/Dream-v0-Instruct-7B"
   c.model.remat = "full"
+  c.mesh.data, c.mesh.fsdp = -1, 1
   c.lora.rank = 64
   c.lora.alpha = 64.0
   config_lib.use_task(c, "math" if "math" in asked else "gsm8k")
@@ -52,9 +53,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
 
   if "dual" in asked:
     config_lib.use_cache(c, "dual")
-    # Steps on windows read all weights for few tokens: many rows at once, and
-    # the base whole on every device.
-    c.mesh.data, c.mesh.fsdp = -1, 1
+    # Steps on windows read all weights for few tokens: many rows at once.
     c.rollout.batch_size = 128
     c.rollout.block_length = c.evaluate.block_length = 32
     c.objective.num_mc_blocks = 4  # of eight
