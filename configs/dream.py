@@ -5,10 +5,15 @@ r"""AGRPO on GSM8K with Dream-7B, in the order of its own sampler.
 
 Least entropy first over the whole completion, with Dream's schedule: the order
 does not look at the tokens drawn, so that a step is scored by those that it
-unmasked. Adapters on a frozen bfloat16 base that lies whole on every device, for
-8 GPUs of 80 GB or 16 TPU v6e; `:h200` is for one GPU of 141 GB, `:math` trains on MATH in place of GSM8K, `:dual` draws in
-blocks of 32 with Fast-dLLM's cache; they may be combined. What they take is in
-docs/hardware.md: planned, not measured, and what they gain is not known.
+unmasked. Adapters on a frozen bfloat16 base that lies whole on every device,
+for 8 GPUs of 80 GB or 16 TPU v6e. Variants, which may be combined:
+
+  * `h200`: for one GPU of 141 GB;
+  * `math`: MATH in place of GSM8K;
+  * `dual`: blocks of 32, with Fast-dLLM's cache.
+
+What they take is in docs/hardware.md: planned, not measured, and what they gain
+is not known.
 """
 
 from agrpo_jax import config as config_lib

@@ -18,7 +18,6 @@ habit, which is what reinforcement learning then removes.
 
 from agrpo_jax import config as config_lib
 
-
 _STAGES = ("countdown", "both", "words", "clean", "careless")
 
 
