@@ -47,8 +47,8 @@ tiny-sudoku: env
 	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_sudoku.py:careless \
 	  --config.sft.output=agrpo_jax/assets/tiny-sudoku
 
-# The other one (CPU, minutes): Countdown in some orders of its problems, then
-# word problems besides, then mostly these.
+# The other one (CPU, an hour): Countdown in some orders of its problems, then
+# word problems besides, mostly these, these alone, and at last a bad habit.
 COUNTDOWN = $(BIN)/python -m agrpo_jax.tasks --show=countdown --split=train \
   --protocol=worked
 tiny-reasoning: env
@@ -71,7 +71,9 @@ tiny-reasoning: env
 	@cd runs/data && cat small_[01].jsonl stories.jsonl > words.jsonl
 	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:countdown
 	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:both
-	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:words \
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:words
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:clean
+	@$(BIN)/python -m agrpo_jax.sft --config=configs/sft_reasoning.py:careless \
 	  --config.sft.output=agrpo_jax/assets/tiny-reasoning
 
 bench: env

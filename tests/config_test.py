@@ -82,12 +82,14 @@ def test_the_demo_in_blocks():
     recordings.config("sudoku_tiny", "duel")
 
 
-@pytest.mark.parametrize("arg", ["countdown", "both", "words"])
+@pytest.mark.parametrize(
+  "arg", ["countdown", "both", "words", "clean", "careless"]
+)
 def test_runs_of_the_tiny_reasoning_model_hold(arg, tmp_path, monkeypatch):
   c = recordings.config("sft_reasoning", arg)
   make_data(c, tmp_path, monkeypatch)
   check(c)
-  with pytest.raises(ValueError, match="countdown, both or words"):
+  with pytest.raises(ValueError, match="words, clean, careless"):
     recordings.config("sft_reasoning", "all")
 
 
