@@ -341,7 +341,8 @@ def _window_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
 def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   """bool [T] (or [C], see `Sampling.window_length`): what can be unmasked.
 
-  Those are the masked positions of the active block and of earlier ones.
+  Those are the masked positions of the active block and of earlier ones, or
+  one of them that leads.
   """
   start = _window_start(row, sampling)
   step_T = jax.lax.dynamic_slice_in_dim(
@@ -351,7 +352,8 @@ def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   if sampling.redraw_mask:
     block_end = _block_start(row, sampling) + sampling.block_length
     is_masked_T &= jnp.arange(sampling.window_length) < block_end
-  return is_masked_T
+  position_T = start + jnp.arange(sampling.window_length)
+  return rules.candidates(is_masked_T, position_T, sampling.lead_every)
 
 
 def _amount(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
