@@ -306,13 +306,17 @@ def _start(
   )
   if start is None:
     return row
-  is_given_C = jnp.arange(num_tokens) < start.block * sampling.block_length
-  is_given_C |= start.unmask_step < 0
+  is_prompt_C = start.unmask_step < 0
+  # In blocks that are all the prompt's there is nothing to draw.
+  block = is_prompt_C.sum(dtype=jnp.int32) // sampling.block_length
+  block = jnp.maximum(start.block, block)
+  is_given_C = jnp.arange(num_tokens) < block * sampling.block_length
+  is_given_C |= is_prompt_C
   return row.replace(
     completion=jnp.where(is_given_C, start.completion, row.completion),
     unmask_step=jnp.where(is_given_C, start.unmask_step, row.unmask_step),
-    block=start.block,
-    denoise_step=start.block * sampling.steps_per_block,
+    block=block,
+    denoise_step=block * sampling.steps_per_block,
   )
 
 

@@ -328,6 +328,8 @@ def test_the_first_policy_ratio_is_one(rule, step_rule):
 def test_a_completion_is_taken_up_amid_a_block_of_the_network():
   settings = dict(unmask_rule="confidence", threshold=None, temperature=0.0)
   _, whole, sampler, given = sample(5, **settings)
+  # What is the prompt's of a first block does not end it.
+  assert (np.asarray(whole.num_executed_steps) > 12).all()
   for block in (1, 2, 5):
     start = types.Start(
       completion=np.asarray(whole.completion),
