@@ -99,9 +99,9 @@ class BlockCausal:
     finished_B = jnp.maximum(
       prompt_length_B + _begin(block_start_B, size) - size, 0
     )
-    finished_BxT = row.windows(
-      tokens_BxL[:, None], finished_B[:, None], size
-    )[:, 0]
+    finished_BxT = row.windows(tokens_BxL[:, None], finished_B[:, None], size)[
+      :, 0
+    ]
 
     def extended() -> types.Tree:
       return network.extend(before, length_B, finished_BxT, finished_B)

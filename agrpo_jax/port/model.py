@@ -178,8 +178,9 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
   if size and (size % s.block_length or s.completion_length % size):
     raise errors.UserError(
       f"block_length={s.block_length} and completion_length="
-      f"{s.completion_length}: the model's attention is block-causal in blocks "
-      f"of {size}; use block_length={size} or a divisor of it, and whole blocks."
+      f"{s.completion_length}: the model's attention is block-causal in "
+      f"blocks of {size}; use block_length={size} or a divisor of it, and a "
+      f"multiple of {size} for completion_length."
     )
   if s.lead_every not in (0, size):
     raise errors.UserError(

@@ -259,6 +259,11 @@ def problems(sampling: Sampling) -> list[str]:
       f"{s.completion_length} and schedule='equal'",
     )
     check(
+      not s.lead_every or s.rule.schedule != "share",
+      f"lead_every={s.lead_every} needs a rule that is sure to unmask a "
+      f"position that leads, not unmask_rule={s.unmask_rule!r}",
+    )
+    check(
       s.schedule == "equal" or s.rule.schedule in ("exact", "share"),
       f"schedule={s.schedule!r} needs a rule that takes as many positions as "
       f"it says, not unmask_rule={s.unmask_rule!r}",

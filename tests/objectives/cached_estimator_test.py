@@ -72,19 +72,15 @@ def test_block_causal_attention_with_its_cache_and_without(rule):
     assert deviation < 1e-9, (toy, step_rule)
 
 
-@pytest.mark.parametrize("toy", ["led", "parts"])
-@pytest.mark.parametrize("rule", ["random", "confidence", "dynamic"])
+@pytest.mark.parametrize(
+  "toy, rule", [("led", "confidence"), ("parts", "dynamic")]
+)
 def test_shifted_logits_in_blocks_with_their_cache_and_without(toy, rule):
   """A block's first position leads; in parts of a block and in whole ones."""
   truth = enumerated(toy, rule)[2]
   uncached = f"{toy}_uncached"
   np.testing.assert_allclose(enumerated(uncached, rule)[2], truth, atol=1e-12)
-  for name, step_rule in (
-    (toy, "uniform"),
-    (toy, "blocks"),
-    (toy, "all"),
-    (uncached, "all"),
-  ):
+  for name, step_rule in ((toy, "blocks"), (toy, "all"), (uncached, "all")):
     found, deviation = estimate(name, rule, step_rule)
     assert error(found, truth) < 1e-9, (name, step_rule)
     assert deviation < 1e-9, (name, step_rule)
@@ -126,9 +122,8 @@ def test_what_others_do_does_not_pass(toy, rule):
     ("refreshed", "confidence"),
     ("shifted", "origin"),
     ("block", "dynamic"),
-    ("led", "dynamic"),
+    ("led", "random"),
     ("parts", "threshold"),
-    ("parts", "random"),
   ],
 )
 def test_rollouts_follow_the_enumerated_law(toy, rule):
