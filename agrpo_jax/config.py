@@ -354,9 +354,9 @@ def paper(c: ConfigDict) -> None:
 #   of four tokens; behind a block with an EOS it stops.
 # bd3lm: dllm's sampler of Tiny-A2D's bd3lm, a token a step.
 # fast_dllm_v2: the `generate` of Fast-dLLM v2 as its card calls it: blocks of
-#   32 in parts of 8, in each every token more probable than 0.9 at once, and the
-#   first of a block alone, from the block before. At a temperature that one is
-#   drawn here as all others are, while there it is the most probable one.
+#   32 in parts of 8, in each every token more probable than 0.9 at once, and
+#   the first of a block alone, from the block before. At a temperature that one
+#   is drawn here as all others are, while there it is the most probable one.
 # dream: Dream's `diffusion_generate` as its example calls it, a token a step on
 #   average. What it counts as a mean over the batch is the row's own here.
 _GREEDY: dict[str, Any] = {
