@@ -12,7 +12,8 @@ block-causal models. Variants, which may be combined (`fast_dllm_v2.py:math`):
   * `1.5b`: the smaller model.
 
 Adapters on a frozen bfloat16 base that lies whole on every device, for 8 GPUs
-of 80 GB. What they gain is not known, and nobody has run it at this size.
+of 80 GB. What they take is in docs/hardware.md: planned, not measured, and what
+they gain is not known.
 """
 
 from agrpo_jax import config as config_lib
