@@ -197,6 +197,9 @@ def task_options(c: ConfigDict) -> dict[str, Any]:
 def _sampling(sub: ConfigDict) -> None:
   sub.completion_length = 256  # C, tokens
   sub.block_length = 32  # T, divides completion_length
+  # Of every so many positions the first is unmasked before the others of its
+  # block, alone (Fast-dLLM v2); a multiple of block_length, 0: none is.
+  sub.lead_every = 0
   sub.num_denoise_steps = 128  # K, a multiple of the number of blocks
   # How a block's tokens are divided over its steps: equal; dream, mdlm: as in
   # these samplers, by a time that goes down evenly.
@@ -350,11 +353,16 @@ def paper(c: ConfigDict) -> None:
 # sdar: SDAR's `generate.py` by its defaults, of block-causal models in blocks
 #   of four tokens; behind a block with an EOS it stops.
 # bd3lm: dllm's sampler of Tiny-A2D's bd3lm, a token a step.
+# fast_dllm_v2: the `generate` of Fast-dLLM v2 as its card calls it: blocks of
+#   32 in parts of 8, in each every token more probable than 0.9 at once, and
+#   the first of a block alone, from the block before. At a temperature that one
+#   is drawn here as all others are, while there it is the most probable one.
 # dream: Dream's `diffusion_generate` as its example calls it, a token a step on
 #   average. What it counts as a mean over the batch is the row's own here.
 _GREEDY: dict[str, Any] = {
   "completion_length": 256,
   "block_length": 32,
+  "lead_every": 0,
   "num_denoise_steps": 128,
   "schedule": "equal",
   "last_time": 1e-3,
@@ -402,6 +410,20 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "num_denoise_steps": 256,
     "schedule": "mdlm",
     "cache": "block",
+  },
+  "fast_dllm_v2": {
+    **_GREEDY,
+    "completion_length": 512,
+    "block_length": 8,
+    "lead_every": 32,
+    "num_denoise_steps": 512,
+    "unmask_rule": "dynamic",
+    "top_p": 0.95,
+    "confidence": "policy",
+    "threshold": 0.9,
+    "cache": "block",
+    "stop_at_eos": True,
+    "eos_per_block": "any",
   },
   "dream": {
     **_GREEDY,

@@ -32,7 +32,9 @@ Of equal values the first come first, as `jax.lax.top_k` has it.
 KeysValuesFn = Callable[[jax.Array, jax.Array], Tree]
 """(tokens_BxL, length_B) -> keys and values of all layers, at all positions.
 
-Arrays [..., B, H, L, Dh].
+Arrays [..., B, H, L, Dh]. Where logits are shifted and attention is
+block-causal, beside them what predicts the first position of each block, which
+stands before any window that begins there: [B, 1, blocks, D].
 """
 
 WindowLogitsFn = Callable[
@@ -77,8 +79,11 @@ class Network(NamedTuple):
       windows.
     window_logits: see `WindowLogitsFn`; likewise.
     extend: see `ExtendFn`; likewise.
-    shift: how many positions before a token its logits come out, 0 or 1; a
-      window that is to tell of a token begins that much before it.
+    attention_block: T of block-causal attention, in whose blocks windows are;
+      0: attention is to whole rows.
+    shift: how many positions before a token its logits come out, 0 or 1. Where
+      attention is to whole rows a window that is to tell of a token begins that
+      much before it.
   """
 
   logits: LogitsFn
@@ -86,6 +91,7 @@ class Network(NamedTuple):
   keys_values: KeysValuesFn = _no_windows
   window_logits: WindowLogitsFn = _no_windows
   extend: ExtendFn = _no_windows
+  attention_block: int = 0
   shift: int = 0
 
 

@@ -117,6 +117,7 @@ def test_dream_on_one_card():
     ("dream", "h200,math", "none", 256),
     ("sdar", "4b,math", "block", 4),
     ("sdar", "trado", "block", 4),
+    ("fast_dllm_v2", "1.5b,math", "block", 8),
     ("sudoku_tiny", "sdar", "block", 4),
   ],
 )

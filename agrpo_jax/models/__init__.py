@@ -51,7 +51,7 @@ def read_shape(
     raw = {**raw, _EOS: eos_ids[0]}
     switches["stop_ids"] = tuple(eos_ids[1:])
   if attention_block:
-    raw = {**raw, base.BLOCK_KEY: attention_block}
+    raw = {**raw, FAMILIES[model_type].block_key: attention_block}
   shape = FAMILIES[model_type].read(raw, switches)
   if attention_block not in (0, shape.attention_block):
     raise errors.UserError(

@@ -17,9 +17,6 @@ BLOCKS_FROM = ("start", "end")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 QUANTIZE = ("none", "int8")
 
-# The key of config.json that tells `Shape.attention_block`.
-BLOCK_KEY = "block_size"
-
 # The fields of `Shape` that say how to compute, not what.
 SWITCHES = ("dtype", "remat", "attention", "unroll")
 
@@ -179,12 +176,14 @@ class Family:
       in the original, e.g. ("layers", "q"), 3 -> "model.layers.3.self_attn.
       q_proj". The layer counts from 0; ("last_layer", ...) has one too.
     end_of_turn: name of the token that ends a turn of a chat.
+    block_key: of config.json, that tells `Shape.attention_block`.
   """
 
   read: Callable[[Mapping[str, Any], Mapping[str, Any]], Shape]
   write: Callable[[Shape], dict[str, Any]]
   module_name: Callable[[tuple[str, ...], int | None], str]
   end_of_turn: str
+  block_key: str = "block_size"
 
 
 # The least value of a whole number; 1 for the others.

@@ -1,16 +1,18 @@
-"""Families made of Qwen: Tiny-A2D (of Qwen3 and of Qwen2.5), SDAR, and Dream.
+"""Families made of Qwen: Tiny-A2D, SDAR, Dream, and Fast-dLLM v2.
 
 They name their tensors alike. Qwen3's queries and keys are normalised head by
 head, Qwen2.5's projections of queries, keys and values have biases. Attention
-sees the whole sequence, or is block-causal: in SDAR, whose blocks are counted
-from position 0, and in the Tiny-A2D that were trained so (bd3lm), whose blocks
-end where the completion begins; their config.json does not tell. Dream's
-outputs predict the next position, as those of the causal model that it was made
-of; that is a key of config.json here (`right_shift_logits`), since other models
-call themselves Dream and do not.
+sees the whole sequence, or is block-causal: in SDAR and Fast-dLLM v2, whose
+blocks are counted from position 0, and in the Tiny-A2D that were trained so
+(bd3lm), whose blocks end where the completion begins; their config.json does
+not tell. The outputs of Dream and of Fast-dLLM v2 predict the next position, as
+those of the causal models that they were made of; that is a key of config.json
+here (`right_shift_logits`), since other models call themselves Dream and do
+not. The first position of a block of Fast-dLLM v2 is predicted by the block
+before, once that is full.
 
 The ids of special tokens stand in config.json, or with the tokenizer
-(`port.model_folder`).
+(`port.model_folder`); the mask of Fast-dLLM v2 in its code alone.
 """
 
 import functools
@@ -33,7 +35,7 @@ _KEYS = {
   "norm_eps": "rms_norm_eps",
   "tied_head": "tie_word_embeddings",
   "max_length": "max_position_embeddings",
-  "attention_block": base.BLOCK_KEY,
+  "attention_block": "block_size",
   "mask_id": "mask_token_id",
   "eos_id": "eos_token_id",
   "pad_id": "pad_token_id",
@@ -74,16 +76,26 @@ _A2D_QWEN2 = dict(qkv_bias=True, qk_norm=False, shift=0, blocks_from="end")
 _A2D_QWEN3 = dict(qkv_bias=False, qk_norm=True, shift=0, blocks_from="end")
 _DREAM = dict(qkv_bias=True, qk_norm=False, shift=1, blocks_from="start")
 _SDAR = dict(qkv_bias=False, qk_norm=True, shift=0, blocks_from="start")
-# What transformers takes for a key that is absent; 0: width / num_heads.
-_HEAD_DIM = {"a2d-qwen2": 0, "a2d-qwen3": 128, "Dream": 0, "sdar": 128}
-# Of SDAR as released; the others attend to the whole row.
-_BLOCK = {"sdar": 4}
+_FAST_DLLM_V2 = dict(qkv_bias=True, qk_norm=False, shift=1, blocks_from="start")
+# What transformers takes for a key that is absent; else 0: width / num_heads.
+_HEAD_DIM = {"a2d-qwen3": 128, "sdar": 128}
+# As released; the others attend to the whole row.
+_BLOCK = {"sdar": 4, "Fast_dLLM_Qwen": 32}
+_BLOCK_KEY = {"Fast_dLLM_Qwen": "bd_size"}
+_MASK_ID = {"Fast_dLLM_Qwen": 151665}
 _ARCHITECTURES = {
   "sdar": "SDARForCausalLM",
   "a2d-qwen2": "A2DQwen2LMHeadModel",
   "a2d-qwen3": "A2DQwen3LMHeadModel",
   "Dream": "DreamModel",
+  "Fast_dLLM_Qwen": "Fast_dLLM_QwenForCausalLM",
 }
+
+
+def _keys(model_type: str) -> dict[str, str]:
+  """Our field -> the key of a family's config.json."""
+  block_key = _BLOCK_KEY.get(model_type, _KEYS["attention_block"])
+  return _KEYS | {"attention_block": block_key}
 
 
 def _read(
@@ -102,7 +114,8 @@ def _read(
     or any(kind != "full_attention" for kind in kinds)
   ):
     found.append(f"layer_types={kinds!r}: only 'full_attention' works")
-  values: dict[str, Any] = {name: raw.get(key) for name, key in _KEYS.items()}
+  keys = _keys(model_type)
+  values: dict[str, Any] = {name: raw.get(key) for name, key in keys.items()}
   # transformers 5 writes it there.
   rope = raw.get("rope_parameters") or {}
   if not isinstance(rope, Mapping):
@@ -113,27 +126,28 @@ def _read(
   if rope.get("rope_type", "default") != "default":
     found.append(f"rope_type={rope['rope_type']!r}: only 'default' works")
   for name, absent in (
-    ("head_dim", _HEAD_DIM[model_type]),
+    ("head_dim", _HEAD_DIM.get(model_type, 0)),
     ("norm_eps", 1e-6),
     ("tied_head", False),
     ("pad_id", values["eos_id"]),
     ("attention_block", _BLOCK.get(model_type, 0)),
+    ("mask_id", _MASK_ID.get(model_type)),
   ):
     if values[name] is None:
       values[name] = absent
   found += [
-    f"{_KEYS[name]} is missing"
+    f"{keys[name]} is missing"
     for name, value in values.items()
     if value is None
   ]
   if model_type in _BLOCK and values["attention_block"] == 0:
-    found.append(f"{base.BLOCK_KEY}=0 is not a number of tokens")
+    found.append(f"{keys['attention_block']}=0 is not a number of tokens")
   shift = raw.get(_SHIFT, bool(usual["shift"]))
   if not isinstance(shift, bool):
     found.append(f"{_SHIFT}={shift!r} is not true or false")
   values |= {**usual, "shift": int(bool(shift)), **switches}
   known = {name: value for name, value in values.items() if value is not None}
-  found += base.problems(known, _KEYS)
+  found += base.problems(known, keys)
   base.raise_problems("config.json", found)
   return base.Shape(
     model_type=model_type, embedding_size=values["vocab_size"], **values
@@ -158,7 +172,8 @@ def _write(usual: Mapping[str, Any], shape: base.Shape) -> dict[str, Any]:
       f"A model of type {shape.model_type!r} cannot have {', '.join(wrong)}. "
       "Write it as another family."
     )
-  raw = {key: getattr(shape, name) for name, key in _KEYS.items()}
+  keys = _keys(shape.model_type)
+  raw = {key: getattr(shape, name) for name, key in keys.items()}
   raw |= {
     "architectures": [_ARCHITECTURES[shape.model_type]],
     "attention_dropout": 0.0,
@@ -173,7 +188,7 @@ def _write(usual: Mapping[str, Any], shape: base.Shape) -> dict[str, Any]:
   if usual["qk_norm"]:
     raw["attention_bias"] = False
   if not shape.attention_block:
-    del raw[base.BLOCK_KEY]
+    del raw[keys["attention_block"]]
   return dict(sorted(raw.items()))
 
 
@@ -189,11 +204,13 @@ FAMILIES = {
     write=functools.partial(_write, usual),
     module_name=_module_name,
     end_of_turn="<|im_end|>",
+    block_key=_keys(model_type)["attention_block"],
   )
   for model_type, usual in (
     ("a2d-qwen2", _A2D_QWEN2),
     ("a2d-qwen3", _A2D_QWEN3),
     ("Dream", _DREAM),
     ("sdar", _SDAR),
+    ("Fast_dLLM_Qwen", _FAST_DLLM_V2),
   )
 }

@@ -128,6 +128,8 @@ class Pass(flax.struct.PyTreeNode):
     num_row_tokens: how many of the N tokens are whole rows; they come first,
       the windows follow.
     num_states: S, windows per row.
+    num_wanted_rows: how many positions of rows are wanted of the last layer,
+      beside those of windows; they come first.
     keeps: whether each layer returns the keys and values that it computed, of
       rows or of windows.
   """
@@ -138,6 +140,7 @@ class Pass(flax.struct.PyTreeNode):
   start_BxS: jax.Array | None = None
   num_row_tokens: int = flax.struct.field(pytree_node=False, default=0)
   num_states: int = flax.struct.field(pytree_node=False, default=0)
+  num_wanted_rows: int = flax.struct.field(pytree_node=False, default=0)
   keeps: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -209,7 +212,7 @@ class Layer(nn.Module):
           seen_BxW = jnp.take_along_axis(of.seen_BxN, wanted_BxW, axis=1)
           of = of.replace(seen_BxN=seen_BxW)
       q = rotated("q", normed, cos, sin)
-      mixed = self._attend(q, k, v, shared, of)
+      mixed = self._attend(q, k, v, shared, of, wanted_BxW is None)
       mixed = mixed.reshape(*mixed.shape[:2], -1)
       x_BxNxD = x_BxNxD + project("attn_out", mixed)
     with jax.named_scope("mlp"):
@@ -229,16 +232,19 @@ class Layer(nn.Module):
     v: jax.Array,
     shared: tuple[jax.Array, jax.Array] | None,
     of: Pass,
+    is_whole: bool,
   ) -> jax.Array:
-    """Attention of the queries of rows, of windows, or of both in turn."""
+    """Attention of the queries of rows, of windows, or of both in turn.
+
+    is_whole: whether all N tokens have a query, and not some wanted ones.
+    """
     size = of.num_row_tokens
     row_k, row_v = k[:, :size], v[:, :size]
     if of.start_BxS is None:
-      return self._attend_rows(q, row_k, row_v, of.seen_BxN)
+      return self._attend_rows(q, row_k, row_v, of.seen_BxN, is_whole)
     if shared is None:
       shared = ops.heads_first(row_k), ops.heads_first(row_v)
-    # The last layer is asked for positions of windows alone.
-    row_queries = size if q.shape[1] == k.shape[1] else 0
+    row_queries = size if is_whole else of.num_wanted_rows
 
     def by_state(x: jax.Array) -> jax.Array:
       return x.reshape(x.shape[0], of.num_states, -1, *x.shape[2:])
@@ -265,15 +271,22 @@ class Layer(nn.Module):
     )
     mixed = mixed.reshape(q.shape[0], -1, *q.shape[2:])
     if row_queries:
-      of_rows = self._attend_rows(q[:, :size], row_k, row_v, row_seen)
+      of_rows = self._attend_rows(
+        q[:, :row_queries], row_k, row_v, row_seen, is_whole
+      )
       mixed = jnp.concatenate([of_rows, mixed], axis=1)
     return mixed
 
   def _attend_rows(
-    self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    is_whole: bool,
   ) -> jax.Array:
     mask_LxL = None
-    if q.shape[1] == k.shape[1]:
+    if is_whole:
       mask_LxL = _block_mask(self.shape, k.shape[1])
     is_known = seen.shape[1] == 1 or mask_LxL is not None
     how = _attention(self.shape, q.shape[1], self.rows, is_known)
@@ -384,24 +397,31 @@ class Transformer(nn.Module):
     """
     chex.assert_rank([tokens_BxL, length_B, positions_BxS], [2, 1, 2])
     of = self._row_pass(tokens_BxL, length_B)
-    return self._run(tokens_BxL, None, of, self._source(positions_BxS))[0]
+    return self._run(tokens_BxL, None, of, self._output(positions_BxS))[0]
 
   def keys_values(
     self, tokens_BxL: jax.Array, length_B: jax.Array
   ) -> types.Tree:
-    """Returns the keys and values of every layer, what `window_hidden` reads.
+    """Returns what `window_hidden` reads: keys and values of every layer.
 
     Args:
       tokens_BxL: as in `hidden`.
       length_B: as in `hidden`.
 
     Returns:
-      (of all layers but the last, of the last), each of them keys and values
-      [layers, B, H, L, Dh] or [B, H, L, Dh].
+      (of all layers but the last, of the last, first), each of the two keys and
+      values [layers, B, H, L, Dh] or [B, H, L, Dh]. Where logits are shifted
+      and attention is block-causal `first` is what predicts the first position
+      of each block, as `hidden` has it, [B, 1, blocks, D]; else None.
     """
     of = self._row_pass(tokens_BxL, length_B).replace(keeps=True)
-    # The last layer's output is thrown away, and so not computed.
-    return self._run(tokens_BxL, None, of, jnp.zeros_like(length_B)[:, None])[1]
+    # The last layer's other output is thrown away, and so not computed.
+    wanted_BxN = jnp.zeros_like(length_B)[:, None]
+    if _is_led(self.shape):
+      begin_N = jnp.arange(0, tokens_BxL.shape[1], self.shape.attention_block)
+      wanted_BxN += self._output(begin_N)[None]
+    hidden_BxNxD, kept = self._run(tokens_BxL, None, of, wanted_BxN)
+    return *kept, hidden_BxNxD[:, None] if _is_led(self.shape) else None
 
   def extend(
     self,
@@ -421,9 +441,11 @@ class Transformer(nn.Module):
     of, tokens_BxN = self._window_pass(
       shared, length_B, tokens_BxQ[:, None], start_B[:, None]
     )
-    # As in `keys_values`, what the last layer puts out is thrown away.
-    wanted_Bx1 = jnp.zeros_like(start_B)[:, None]
-    new = self._run(tokens_BxN, shared, of.replace(keeps=True), wanted_Bx1)[1]
+    # What predicts the block behind; as in `keys_values`, where it is wanted.
+    wanted_Bx1 = jnp.full_like(start_B, tokens_BxQ.shape[1] - 1)[:, None]
+    hidden_Bx1xD, new = self._run(
+      tokens_BxN, shared, of.replace(keeps=True), wanted_Bx1
+    )
 
     def write(old_BxHxLxDh: jax.Array, new_BxHxQxDh: jax.Array) -> jax.Array:
       return jax.vmap(
@@ -432,9 +454,18 @@ class Transformer(nn.Module):
         )
       )(old_BxHxLxDh, new_BxHxQxDh, start_B)
 
+    first = shared[2]
+    if _is_led(self.shape):
+      behind_B = start_B // self.shape.attention_block + 1
+      first = jax.vmap(
+        lambda old_1xNxD, new_1xD, at: old_1xNxD.at[:, at].set(
+          new_1xD, mode="drop"
+        )
+      )(first, hidden_Bx1xD, behind_B)
     return (
       jax.tree.map(jax.vmap(write), shared[0], new[0]),
       jax.tree.map(write, shared[1], new[1]),
+      first,
     )
 
   def window_hidden(
@@ -468,23 +499,40 @@ class Transformer(nn.Module):
     )
     # Where the positions are among the N tokens: the row, if it is part of the
     # pass, then its windows side by side.
-    wanted_BxSxW = self._source(positions_BxSxW) - start_BxS[:, :, None]
     size = tokens_BxSxQ.shape[2]
+    offset_BxSxW = self._output(positions_BxSxW) - start_BxS[:, :, None]
+    wanted_BxSxW = jnp.maximum(offset_BxSxW, 0)
     wanted_BxSxW += size * jnp.arange(num_states)[None, :, None]
     wanted_BxSxW += of.num_row_tokens
+    wanted_BxN = wanted_BxSxW.reshape(-1, num_states * num_positions)
+    is_led = _is_led(self.shape)
+    begin_BxS = jnp.broadcast_to(start_BxS, tokens_BxSxQ.shape[:2])
+    if is_led and has_rows:
+      wanted_BxN = jnp.concatenate(
+        [self._output(begin_BxS), wanted_BxN], axis=1
+      )
+      of = of.replace(num_wanted_rows=num_states)
     hidden, _ = self._run(
-      tokens_BxN,
-      None if has_rows else shared,
-      of,
-      wanted_BxSxW.reshape(-1, num_states * num_positions),
+      tokens_BxN, None if has_rows else shared, of, wanted_BxN
     )
-    return hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
+    first_BxSxD = hidden[:, : of.num_wanted_rows]
+    hidden = hidden[:, of.num_wanted_rows :]
+    hidden = hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
+    if not is_led:
+      return hidden
+    if not has_rows:
+      block_BxS = begin_BxS // self.shape.attention_block
+      first_BxSxD = take_positions(shared[2][:, 0], block_BxS)
+    # What predicts a block's first position is the output before the block.
+    return jnp.where(
+      offset_BxSxW[..., None] < 0, first_BxSxD[:, :, None], hidden
+    )
 
-  def _source(self, positions: jax.Array) -> jax.Array:
-    """Returns at which positions those come out that predict `positions`."""
+  def _output(self, position: jax.Array) -> jax.Array:
+    """Returns at which positions those come out that predict some."""
     if not self.shape.shift:
-      return positions
-    return jnp.maximum(positions - self.shape.shift, 0)
+      return position
+    return jnp.maximum(position - self.shape.shift, 0)
 
   def _window_pass(
     self,
@@ -566,7 +614,7 @@ class Transformer(nn.Module):
     with jax.named_scope("embed"):
       x_BxNxD = self.embed(tokens_BxN).astype(self.shape.dtype)
       x_BxNxD = _split_rows(x_BxNxD, self.rows)
-    shared_layers, shared_last = shared or (None, None)
+    shared_layers, shared_last, _ = shared or (None, None, None)
     kept_layers = None
     if self.shape.num_layers > 1:
       with jax.named_scope("layers"):
@@ -692,9 +740,35 @@ def bind(
   ) -> types.Tree:
     return run(Transformer.extend, shared, length_B, tokens_BxQ, start_B)
 
+  if not has_windows(shape):
+    return types.Network(logits, top_k)
   return types.Network(
-    logits, top_k, keys_values, window_logits, extend, shape.shift
+    logits,
+    top_k,
+    keys_values,
+    window_logits,
+    extend,
+    shape.attention_block,
+    shape.shift,
   )
+
+
+def has_windows(shape: base.Shape) -> bool:
+  """Returns whether a network can be run on windows of a row.
+
+  Where logits are shifted and attention is block-causal, those of a block's
+  first position come from the block before, where all rows' begin alike.
+  """
+  return not _is_led(shape) or shape.blocks_from == "start"
+
+
+def _is_led(shape: base.Shape) -> bool:
+  """Returns whether a block's first position is predicted by the block before.
+
+  Of whole rows a window begins one position earlier instead
+  (`types.Network.shift`).
+  """
+  return bool(shape.shift and shape.attention_block)
 
 
 def forward_flops(

@@ -23,6 +23,7 @@ from agrpo_jax.objectives import base
 from agrpo_jax.objectives import clip as clip_lib
 from agrpo_jax.objectives import mc_steps
 from agrpo_jax.samplers import draw
+from agrpo_jax.samplers import rules
 from agrpo_jax.samplers import sampling as sampling_lib
 
 LIKELIHOODS = ("exact", "product")
@@ -352,6 +353,9 @@ def step_logprob(
       kept._replace(logprob=confidence_of(logits_WxV, kept, sampling)), token_W
     )
     is_masked_W = row.unmask_step[visit.offset] >= visit.denoise_step
+    is_masked_W = rules.candidates(
+      is_masked_W, visit.offset, sampling.lead_every
+    )
     seen = draw.seen(logits_WxV, others, confidence_W, is_masked_W, sampling)
     order = sampling.rule.order_logprob(seen, is_target_W)
   return base.Factors(

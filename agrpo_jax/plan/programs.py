@@ -119,6 +119,24 @@ _SDAR_4B = dataclasses.replace(_SDAR_8B, width=2560, mlp_width=9728)
 _SDAR_1_7B = dataclasses.replace(
   _SDAR_8B, num_layers=28, width=2048, num_heads=16, mlp_width=6144
 )
+_FAST_DLLM_V2_7B = dataclasses.replace(
+  _DREAM_7B,
+  model_type="Fast_dLLM_Qwen",
+  max_length=32768,
+  mask_id=151665,
+  eos_id=151645,
+  attention_block=32,
+)
+_FAST_DLLM_V2_1_5B = dataclasses.replace(
+  _FAST_DLLM_V2_7B,
+  vocab_size=151936,
+  embedding_size=151936,
+  width=1536,
+  num_heads=12,
+  num_kv_heads=2,
+  mlp_width=8960,
+  tied_head=True,
+)
 KNOWN = {
   "GSAI-ML/LLaDA-8B-Base": _LLADA_8B,
   "GSAI-ML/LLaDA-8B-Instruct": _LLADA_8B,
@@ -133,6 +151,8 @@ KNOWN = {
   "JetLM/SDAR-1.7B-Chat": _SDAR_1_7B,
   "Gen-Verse/TraDo-8B-Instruct": _SDAR_8B,
   "Gen-Verse/TraDo-4B-Instruct": _SDAR_4B,
+  "Efficient-Large-Model/Fast_dLLM_v2_7B": _FAST_DLLM_V2_7B,
+  "Efficient-Large-Model/Fast_dLLM_v2_1.5B": _FAST_DLLM_V2_1_5B,
 }
 
 

@@ -4,6 +4,10 @@ So the keys and values of a finished block are what they will always be. The
 steps of a block run the network on that block alone; when it is full, one more
 pass over it adds its keys and values to those of the blocks before it.
 
+The sampler's blocks may be parts of the network's: the steps of a part run the
+network's block, whose later parts are masked yet, and keys and values are added
+where that is full.
+
 A whole completion has one memory: that of its finished blocks serves the steps
 of every block, and a replay runs the completion once beside all the blocks that
 it visits (the two copies of arXiv:2503.09573, section 4).
@@ -25,7 +29,8 @@ class BlockCausal:
   """A `base.Policy` for networks whose attention is block-causal.
 
   Attributes:
-    block_length: T, of the sampler and of the network's attention.
+    block_length: T of the sampler, a divisor of the network's
+      (`types.Network.attention_block`).
   """
 
   block_length: int
@@ -50,15 +55,23 @@ class BlockCausal:
     length_B = prompt_length_B + start_BxC.shape[1]
     if before is None:
       return network.keys_values(tokens_BxL, length_B)
+    size = network.attention_block
     # Of a prompt shorter than a block what follows it is run too: blocks to
     # come, which are run anew before anything sees them.
     finished_B = jnp.maximum(
-      prompt_length_B + block_start_B - self.block_length, 0
+      prompt_length_B + _begin(block_start_B, size) - size, 0
     )
-    finished_BxT = row.windows(
-      tokens_BxL[:, None], finished_B[:, None], self.block_length
-    )[:, 0]
-    return network.extend(before, length_B, finished_BxT, finished_B)
+    finished_BxT = row.windows(tokens_BxL[:, None], finished_B[:, None], size)[
+      :, 0
+    ]
+
+    def extended() -> types.Tree:
+      return network.extend(before, length_B, finished_BxT, finished_B)
+
+    if self.block_length == size:
+      return extended()
+    begins_B = block_start_B == _begin(block_start_B, size)
+    return jax.lax.cond(begins_B.any(), extended, lambda: before)
 
   def logits(
     self,
@@ -72,11 +85,13 @@ class BlockCausal:
   ) -> jax.Array:
     """Runs B * S blocks; see `base.Policy.logits`."""
     del prompt_BxP  # the memory tells of it
+    size = network.attention_block
+    begin_BxS = _begin(block_start_BxS, size)
     return network.window_logits(
       memory,
       prompt_length_B + partial_BxSxC.shape[2],
-      row.windows(partial_BxSxC, block_start_BxS, self.block_length),
-      prompt_length_B[:, None] + block_start_BxS,
+      row.windows(partial_BxSxC, begin_BxS, size),
+      prompt_length_B[:, None] + begin_BxS,
       prompt_length_B[:, None, None] + offset_BxSxW,
     )
 
@@ -113,7 +128,7 @@ class OfMasks:
   ) -> jax.Array:
     """Runs the blocks of the positions asked for, or all if these are fewer."""
     del block_start_BxS
-    size = self.policy.block_length
+    size = network.attention_block
     num_rows, num_states, num_tokens = partial_BxSxC.shape
     num_wanted, num_blocks = offset_BxSxW.shape[2], num_tokens // size
     is_each = num_wanted < num_blocks
@@ -181,3 +196,9 @@ def partial_logits(
     no_start_B[:, None],
     offset_BxC[:, None],
   )[:, 0]
+
+
+def _begin(block_start: jax.Array, size: int) -> jax.Array:
+  """Where the network's block of a sampler's block begins."""
+  # A completion begins where one of its blocks does.
+  return block_start - block_start % size

@@ -156,9 +156,8 @@ class Model:
 def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
   """Raises UserError where a network of this shape cannot draw like that.
 
-  Prompt and completion may be too long together, or the cache not be one of its
-  kind of attention. Where that is block-causal and logits are shifted, those of
-  a block's first position come from the block before, and there is no cache.
+  Prompt and completion may be too long together, its blocks not those of the
+  sampler, or the cache not be one of its kind of attention.
   """
   cache = draw.sampling.cache
   size = shape.attention_block
@@ -169,15 +168,25 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
       f"cache={cache!r} is not for a model whose attention is {kind} "
       f"(model_type {shape.model_type!r}); use cache={fitting[-1]!r} or 'none'."
     )
-  if cache == "block" and shape.shift:
+  if cache == "block" and not transformer.has_windows(shape):
     raise errors.UserError(
-      f"cache={cache!r} is not for a model whose logits are shifted "
-      f"(model_type {shape.model_type!r}); use cache='none'."
+      f"cache={cache!r} is not for a model whose logits are shifted across "
+      "blocks that are counted from the completion (model_type "
+      f"{shape.model_type!r}); use cache='none'."
     )
-  if size and draw.sampling.block_length != size:
+  s = draw.sampling
+  if size and (size % s.block_length or s.completion_length % size):
     raise errors.UserError(
-      f"block_length={draw.sampling.block_length}: the model's attention is "
-      f"block-causal in blocks of {size}; use block_length={size}."
+      f"block_length={s.block_length} and completion_length="
+      f"{s.completion_length}: the model's attention is block-causal in "
+      f"blocks of {size}; use block_length={size} or a divisor of it, and a "
+      f"multiple of {size} for completion_length."
+    )
+  if s.lead_every not in (0, size):
+    raise errors.UserError(
+      f"lead_every={s.lead_every}: the first position of a block leads, and "
+      f"this model's blocks have {size} positions (0: it has none); use "
+      f"lead_every={size} or 0."
     )
   if draw.guidance and shape.prompt_multiple > 1:
     raise errors.UserError(

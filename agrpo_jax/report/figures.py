@@ -159,7 +159,7 @@ def _step_flops(
   if cache == "none":
     return row * (num_steps + passes * visits)
   block_length = log.setting("rollout.block_length")
-  window = block_length
+  window = shape.attention_block or block_length
   if cache == "prefix":  # the mean over blocks: each has its own length
     window = (completion_length + block_length) // 2
   state = transformer.forward_flops(shape, length, wanted, window)

@@ -306,13 +306,17 @@ def _start(
   )
   if start is None:
     return row
-  is_given_C = jnp.arange(num_tokens) < start.block * sampling.block_length
-  is_given_C |= start.unmask_step < 0
+  is_prompt_C = start.unmask_step < 0
+  # In blocks that are all the prompt's there is nothing to draw.
+  block = is_prompt_C.sum(dtype=jnp.int32) // sampling.block_length
+  block = jnp.maximum(start.block, block)
+  is_given_C = jnp.arange(num_tokens) < block * sampling.block_length
+  is_given_C |= is_prompt_C
   return row.replace(
     completion=jnp.where(is_given_C, start.completion, row.completion),
     unmask_step=jnp.where(is_given_C, start.unmask_step, row.unmask_step),
-    block=start.block,
-    denoise_step=start.block * sampling.steps_per_block,
+    block=block,
+    denoise_step=block * sampling.steps_per_block,
   )
 
 
@@ -341,7 +345,8 @@ def _window_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
 def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   """bool [T] (or [C], see `Sampling.window_length`): what can be unmasked.
 
-  Those are the masked positions of the active block and of earlier ones.
+  Those are the masked positions of the active block and of earlier ones, or
+  one of them that leads.
   """
   start = _window_start(row, sampling)
   step_T = jax.lax.dynamic_slice_in_dim(
@@ -351,7 +356,8 @@ def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   if sampling.redraw_mask:
     block_end = _block_start(row, sampling) + sampling.block_length
     is_masked_T &= jnp.arange(sampling.window_length) < block_end
-  return is_masked_T
+  position_T = start + jnp.arange(sampling.window_length)
+  return rules.candidates(is_masked_T, position_T, sampling.lead_every)
 
 
 def _amount(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:

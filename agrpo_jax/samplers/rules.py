@@ -42,7 +42,8 @@ class Seen(NamedTuple):
   """What a denoising step sees of its block.
 
   Attributes:
-    is_masked: bool [T], masked before the step.
+    is_masked: bool [T], masked before the step, and a candidate
+      (`candidates`).
     logprob: float32 [T, S], log pi of the candidates at each position, minus
       infinity where truncation cut them.
     confidence: float32 [T, S], what each candidate ranks by if it is drawn.
@@ -486,6 +487,24 @@ def _logit(logprob: jax.Array) -> jax.Array:
   """The log-odds of log-probabilities, finite."""
   logprob = jnp.clip(logprob, _LEAST, _MOST)
   return logprob - jnp.log(-jnp.expm1(logprob))
+
+
+def candidates(
+  is_masked_T: jax.Array, position_T: jax.Array, lead_every: int
+) -> jax.Array:
+  """Returns bool [T], those masked positions that the next step may unmask.
+
+  All, or those that lead, if any of them does (`Sampling.lead_every`).
+
+  Args:
+    is_masked_T: bool, what is masked.
+    position_T: int32, where it stands in the completion.
+    lead_every: positions from one that leads to the next; 0: none does.
+  """
+  if not lead_every:
+    return is_masked_T
+  leads_T = is_masked_T & (position_T % lead_every == 0)
+  return jnp.where(leads_T.any(), leads_T, is_masked_T)
 
 
 def ranks(score_T: jax.Array, is_masked_T: jax.Array) -> jax.Array:

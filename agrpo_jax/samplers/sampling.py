@@ -32,6 +32,9 @@ class Sampling:
     stop_ids: further ids that end one.
     completion_length: C, a multiple of block_length.
     block_length: T; a block is finished before the next begins.
+    lead_every: a multiple of T: of every so many positions the first is
+      unmasked before the others of its block, alone (Fast-dLLM v2, where its
+      logits come from the block before); 0: none is.
     num_denoise_steps: K, divided equally over the blocks.
     schedule: how many positions of a block each of its steps unmasks, see
       `step_counts`: `equal` shares (LLaDA); what a time that goes down evenly
@@ -75,6 +78,7 @@ class Sampling:
   completion_length: int
   block_length: int
   num_denoise_steps: int
+  lead_every: int = 0
   schedule: str = "equal"
   last_time: float = 1e-3
   unmask_rule: str = "random"
@@ -198,6 +202,11 @@ def problems(sampling: Sampling) -> list[str]:
     f"{num_blocks} blocks (completion_length={s.completion_length}, "
     f"block_length={s.block_length})",
   )
+  check(
+    s.lead_every >= 0 and s.lead_every % s.block_length == 0,
+    f"lead_every={s.lead_every} is not a multiple of block_length="
+    f"{s.block_length}; 0: no position leads",
+  )
   for name, value, known in (
     ("unmask_rule", s.unmask_rule, tuple(RULES)),
     ("schedule", s.schedule, SCHEDULES),
@@ -241,6 +250,19 @@ def problems(sampling: Sampling) -> list[str]:
     )
   if s.unmask_rule in RULES:
     found += _parameter_problems(s)
+    check(
+      not s.lead_every
+      or s.rule.schedule == "none"
+      or (s.schedule == "equal" and s.steps_per_block == s.block_length),
+      f"lead_every={s.lead_every} has steps that unmask one position; under "
+      f"unmask_rule={s.unmask_rule!r} all must: num_denoise_steps="
+      f"{s.completion_length} and schedule='equal'",
+    )
+    check(
+      not s.lead_every or s.rule.schedule != "share",
+      f"lead_every={s.lead_every} needs a rule that is sure to unmask a "
+      f"position that leads, not unmask_rule={s.unmask_rule!r}",
+    )
     check(
       s.schedule == "equal" or s.rule.schedule in ("exact", "share"),
       f"schedule={s.schedule!r} needs a rule that takes as many positions as "

@@ -1,5 +1,6 @@
-"""Tiny-A2D and Dream: the released code's logits, files both ways, training."""
+"""Families made of Qwen: the released code, files both ways, training."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -28,12 +29,16 @@ from fixtures import runs
 
 GOLDEN2 = pathlib.Path(__file__).parents[1] / "testdata" / "golden2"
 WHOLE = ("tiny_a2d_qwen2", "tiny_a2d_qwen3", "tiny_dream")
-NAMES = (*WHOLE, "tiny_sdar")  # whose forward pass: policies/block_causal_test
+# Whose forward passes are compared in policies/block_causal_test and
+# policies/fast_dllm_v2_test.
+BLOCK_CAUSAL = ("tiny_sdar", "tiny_fast_dllm_v2")
+NAMES = (*WHOLE, *BLOCK_CAUSAL)
 MASK = {
   "tiny_a2d_qwen2": 188,
   "tiny_a2d_qwen3": 197,
   "tiny_dream": 190,
   "tiny_sdar": 175,
+  "tiny_fast_dllm_v2": 91,
 }
 
 
@@ -125,11 +130,26 @@ def test_prompts_ask_for_no_thoughts(folder):
   assert ids[-1] == shape.eos_id
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*WHOLE, "tiny_sdar"])
 def test_a_mask_id_that_nobody_tells(name):
   raw = {k: v for k, v in config_json(name).items() if k != "mask_token_id"}
   with pytest.raises(errors.UserError, match="mask_token_id is missing"):
     models.read_shape(raw)
+
+
+def test_what_only_the_code_of_fast_dllm_v2_tells():
+  """Its files name neither the mask nor, in the tokenizer, its token."""
+  raw = config_json("tiny_fast_dllm_v2") | {"vocab_size": 152064}
+  del raw["mask_token_id"], raw["bd_size"]
+  shape = models.read_shape(raw)
+  assert (shape.mask_id, shape.attention_block, shape.shift) == (151665, 32, 1)
+  assert models.read_shape(raw | {"bd_size": 16}).attention_block == 16
+  assert models.read_shape(raw, attention_block=8).attention_block == 8
+  with pytest.raises(errors.UserError, match="bd_size=0 is not a number of"):
+    models.read_shape(raw | {"bd_size": 0})
+  with pytest.raises(errors.UserError, match="blocks_from='end'"):
+    models.write_shape(dataclasses.replace(shape, blocks_from="end"))
+  assert models.write_shape(shape)["bd_size"] == 32
 
 
 @pytest.mark.parametrize(
@@ -225,6 +245,12 @@ def test_heads_are_normalised_one_by_one():
     models.FAMILIES["llada"].write(shape)
 
 
+# Of blocks of the network.
+IN_PARTS = dict(
+  completion_length=32, block_length=8, lead_every=32, num_denoise_steps=32
+)
+
+
 @pytest.mark.parametrize(
   "folder, rank, rollout",
   [
@@ -241,6 +267,8 @@ def test_heads_are_normalised_one_by_one():
     ("tiny_sdar", 4, dict(cache="block", num_slots=1)),
     ("tiny_sdar", 0, dict(cache="block", unmask_rule="dynamic", threshold=0.1)),
     ("tiny_sdar", 0, dict(unmask_rule="confidence")),
+    ("tiny_fast_dllm_v2", 4, IN_PARTS | dict(cache="block")),
+    ("tiny_fast_dllm_v2", 0, IN_PARTS | dict(unmask_rule="random")),
   ],
   indirect=["folder"],
 )
@@ -251,6 +279,8 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   c.lora.rank = rank
   with c.unlocked():
     c.rollout.update(rollout)
+    if folder.name == "tiny_fast_dllm_v2":
+      c.evaluate.update(IN_PARTS)
   if rollout.get("cache"):
     c.objective.step_rule = "blocks"
   c.train.num_steps = 2
@@ -260,17 +290,6 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   for record in log:
     if record["grad_norm"]:
       assert record["policy_ratio/max_deviation"] < 1e-4
-
-
-@pytest.mark.parametrize("folder", ["tiny_dream"], indirect=True)
-def test_the_cache_of_blocks_is_not_for_shifted_logits(folder, tmp_path):
-  c = runs.varied(tmp_path)
-  c.model.path = str(folder)
-  c.model.tokenizer = ""
-  c.model.attention_block = c.rollout.block_length
-  c.rollout.cache = "block"
-  with pytest.raises(errors.UserError, match="logits are shifted"):
-    runs.train(c)
 
 
 @pytest.mark.parametrize("folder", ["tiny_sdar"], indirect=True)

@@ -11,9 +11,19 @@ from agrpo_jax.objectives import mc_steps
 from fixtures import cached_gradients
 from fixtures import enumeration
 
+TOYS = [*cached_gradients.TOYS, *cached_gradients.LED]
 
-@pytest.mark.parametrize("rule", enumeration.RULES)
-@pytest.mark.parametrize("toy", cached_gradients.TOYS)
+
+@pytest.mark.parametrize(
+  "toy, rule",
+  [
+    (toy, rule)
+    for toy in TOYS
+    for rule in enumeration.RULES
+    # Whose steps may leave out a position that leads.
+    if not (toy in cached_gradients.LED and rule == "origin")
+  ],
+)
 def test_every_step_rule_gives_the_enumerated_gradient(toy, rule):
   truth = cached_gradients.enumerated(toy, rule)[2]
   for step_rule in mc_steps.STEP_RULES:

@@ -78,6 +78,20 @@ def test_block_causal_attention_with_its_cache_and_without(rule):
     assert deviation < 1e-9, (toy, step_rule)
 
 
+@pytest.mark.parametrize(
+  "toy, rule", [("led", "confidence"), ("parts", "dynamic")]
+)
+def test_shifted_logits_in_blocks_with_their_cache_and_without(toy, rule):
+  """A block's first position leads; in parts of a block and in whole ones."""
+  truth = enumerated(toy, rule)[2]
+  uncached = f"{toy}_uncached"
+  np.testing.assert_allclose(enumerated(uncached, rule)[2], truth, atol=1e-12)
+  for name, step_rule in ((toy, "blocks"), (toy, "all"), (uncached, "all")):
+    found, deviation = estimate(name, rule, step_rule)
+    assert error(found, truth) < 1e-9, (name, step_rule)
+    assert deviation < 1e-9, (name, step_rule)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stopped(cached.Cached):
   """Its start state's keys and values are numbers, not functions."""
@@ -114,6 +128,8 @@ def test_what_others_do_does_not_pass(toy, rule):
     ("refreshed", "confidence"),
     ("shifted", "origin"),
     ("block", "dynamic"),
+    ("led", "random"),
+    ("parts", "threshold"),
   ],
 )
 def test_rollouts_follow_the_enumerated_law(toy, rule):
@@ -121,10 +137,11 @@ def test_rollouts_follow_the_enumerated_law(toy, rule):
   s = make_sampling(toy, rule)
   records, prob, _ = enumerated(toy, rule)
   num = 20_000
+  prompt = cached_gradients.prompt_of(toy)
   with jax.enable_x64(True):
     prompts = types.Prompts(
-      tokens=jnp.tile(jnp.asarray(PROMPT), (num, 1)),
-      length=jnp.full(num, len(PROMPT), jnp.int32),
+      tokens=jnp.tile(jnp.asarray(prompt), (num, 1)),
+      length=jnp.full(num, len(prompt), jnp.int32),
       key=jax.random.split(jax.random.key(0), num),
     )
     drawn = jax.jit(

@@ -477,8 +477,8 @@ def test_the_first_policy_ratio_is_one(blocks_from, rule, step_rule):
   [
     (dict(attention_block=4), dict(cache="dual"), "is block-causal .*'block'"),
     (dict(), dict(cache="block"), "is not block-causal .*'dual'"),
-    (dict(attention_block=8), dict(cache="block"), "use block_length=8"),
-    (dict(attention_block=8), dict(cache="none"), "use block_length=8"),
+    (dict(attention_block=2), dict(cache="block"), "use block_length=2 or"),
+    (dict(attention_block=2), dict(cache="none"), "use block_length=2 or"),
   ],
 )
 def test_what_does_not_fit_the_model_is_refused(changes, settings, words):

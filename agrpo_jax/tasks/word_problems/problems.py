@@ -183,7 +183,8 @@ def careless(problem: Problem) -> Problem:
   Where a number is then no whole multiple of what it is divided by, the
   solution stays as it is.
   """
-  equations, value = [], 0
+  equations: list[str] = []
+  value = 0
   for equation in problem.equations:
     match = _EQUATION.fullmatch(equation)
     if match is None:
