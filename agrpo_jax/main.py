@@ -1,6 +1,6 @@
 r"""Trains a masked diffusion language model by AGRPO.
 
-    python -m agrpo_jax.main --config=gsm8k --config.workdir=runs/gsm8k \
+    agrpo train --config=gsm8k --config.workdir=runs/gsm8k \
       [--config.model.path=FOLDER_OR_HUB_ID] [--config.data.path=FOLDER] \
       [--config.train.num_steps=N] [--config.seed=N]
 

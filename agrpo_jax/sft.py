@@ -1,6 +1,6 @@
 r"""Supervised fine-tuning of a masked diffusion language model.
 
-    python -m agrpo_jax.sft --config=sft_sudoku \
+    agrpo sft --config=sft_sudoku \
       --config.workdir=runs/sft_sudoku
 
 Demonstrations come from the task's own generator, or from a JSONL file with

@@ -1,6 +1,6 @@
 """AGRPO on word problems with a bundled tiny LLaDA, in eight blocks of eight.
 
-    python -m agrpo_jax.main --config=configs/word_problems_tiny.py:dual
+    agrpo train --config=word_problems_tiny:dual
 
 Two CPU cores, nothing to download. The base model reads the stories and writes
 the solution's form; it calculates badly (configs/sft_reasoning.py). This is a

@@ -46,7 +46,7 @@ def docstring(module: str) -> str:
     ("sweep", ["--output:", "--config:", "sft_sudoku, sudoku_tiny"]),
     ("show", ["--html:", "--config:"]),
     ("port", ["--from:", "--to:", "--process_id:"]),
-    ("tasks", ["python -m agrpo_jax.tasks"]),
+    ("tasks", ["agrpo tasks --show=gsm8k"]),
   ],
 )
 def test_help_teaches(module, parts):

@@ -1,13 +1,13 @@
 r"""Checkpoints in Hugging Face's layout <-> our parameters.
 
-    python -m agrpo_jax.port --from=<folder or hub id> --to=<folder> \
+    agrpo port --from=<folder or hub id> --to=<folder> \
       [--dtype=bfloat16] [--merge_adapter=<PEFT folder>]
 
 copies a checkpoint through our parameters: tensors, shards, `config.json`,
 tokenizer and code files come out as the original code reads them. Code is
 copied, never run.
 
-    python -m agrpo_jax.port --checkpoint=WORKDIR[:best|:TRAIN_STEP] \
+    agrpo port --checkpoint=WORKDIR[:best|:TRAIN_STEP] \
       --to=<folder> [--dtype=float32 | --adapter]
 
 writes what a run trained: weights with the adapter merged into them, in the
