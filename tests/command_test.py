@@ -113,6 +113,14 @@ def test_a_file_wins_over_the_config_of_its_name(tmp_path, monkeypatch):
   assert command.find_config("gsm8k") == "gsm8k"
 
 
+def test_a_config_by_name_for_programs():
+  assert command.load_config("sudoku_tiny").rollout.cache == "none"
+  c = command.load_config(str(ROOT / "configs" / "sudoku_tiny.py") + ":dual")
+  assert c.rollout.cache == "dual"
+  with pytest.raises(errors.UserError, match="Did you mean sudoku_tiny"):
+    command.load_config("sudoku_tinny")
+
+
 def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
   """Others' may lie beside it: site-packages belongs to everybody."""
   for folder in ("configs", "agrpo_jax/configs"):

@@ -1,0 +1,177 @@
+"""What the documents say can be done: every command, up to its work."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+PAGES = [
+  *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+  *sorted((ROOT / "docs").glob("*.md")),
+  *sorted((ROOT / "benchmarks/results").glob("*.md")),
+  *sorted((ROOT / "agrpo_jax/assets").glob("*/README.md")),
+]
+MODULES = [
+  path
+  for folder in ("agrpo_jax", "configs", "benchmarks", "examples", "tools")
+  for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+# What a command begins with. Those of launch/ have their own dry runs, and a
+# command of ours behind " -- ".
+OURS = re.compile(r"(?:\$ )?(agrpo |python |make |pip install |launch/)")
+INLINE = re.compile(r"agrpo [a-z_]+ |python (?:-m agrpo_jax|benchmarks/)|make \w")
+
+# What stands for something of the reader's, where its kind matters.
+STANDS_FOR = [
+  (r"<[^>]*>", "X"),
+  (r"(=\S+) or \S+", r"\1"),  # FOLDER or FILE.jsonl
+  (r"[][]", ""),  # what may be left out is tried
+  (r"--config=(?:FILE|X|NAME|\.\.\.)(?=\s|$)", "--config=sudoku_tiny"),
+  (r"--sampler=NAME", "--sampler=d1"),
+  (r"=N\b", "=1"),
+  (r"=\.\.\.", "=X"),
+  (r" \.\.\.", ""),
+]
+
+
+def in_blocks(text: str) -> Iterator[str]:
+  """Yields the commands of blocks, which are indented or fenced."""
+  is_fenced = False
+  lines = []
+  for line in text.splitlines():
+    if line.lstrip().startswith("```"):
+      is_fenced = not is_fenced
+    elif is_fenced or line.startswith("    "):
+      lines.append(line.strip())
+  joined = "\n".join(lines).replace("\\\n", " ")
+  yield from filter(OURS.match, joined.splitlines())
+
+
+def in_prose(text: str) -> Iterator[str]:
+  """Yields the commands between backticks."""
+  prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+  prose = re.sub(r"^    .*$", "", prose, flags=re.MULTILINE)
+  for code in re.findall(r"`([^`]+)`", prose):
+    found = " ".join(code.split())
+    if INLINE.match(found):
+      yield found
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+  """Yields (where it stands, its words) of every command, each once."""
+  seen = set()
+  texts = [(path, path.read_text("utf-8")) for path in PAGES]
+  for path in MODULES:
+    tree = ast.parse(path.read_text("utf-8"))
+    texts.append((path, ast.get_docstring(tree) or ""))
+  for path, text in texts:
+    found = [*in_blocks(text), *in_prose(text)]
+    for line in found:
+      line = line.removeprefix("$ ")
+      for pattern, word in STANDS_FOR:
+        line = re.sub(pattern, word, line)
+      if line not in seen:
+        seen.add(line)
+        yield str(path.relative_to(ROOT)), shlex.split(line, comments=True)
+
+
+def written(page: str) -> str:
+  """Returns the Python file that a page shows."""
+  text = (ROOT / "docs" / page).read_text("utf-8")
+  return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+
+
+def reader(folder: pathlib.Path) -> pathlib.Path:
+  """Makes a folder with what a reader has who follows the documents."""
+  for name in ("agrpo_jax", "benchmarks", "configs", "examples", "tools"):
+    (folder / name).symlink_to(ROOT / name)
+  (folder / "reverse.py").write_text(written("custom_task.md"))
+  (folder / "reinforce.py").write_text(written("custom_objective.md"))
+  made_before = ["FILE.jsonl", "DIR/train.jsonl", "DIR/test.jsonl"]
+  made_before += [f"runs/data/{x}.jsonl" for x in ("countdown", "both", "words")]
+  for name in made_before:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+  return folder
+
+
+def dry_runs(lines: list[list[str]], folder: pathlib.Path) -> list:
+  """Returns [exit code, what it said] of each command."""
+  done = subprocess.run(
+    [sys.executable, ROOT / "tests/fixtures/dry_run.py"],
+    input=json.dumps(lines),
+    cwd=folder,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def test_every_command_is_right_up_to_its_work(tmp_path):
+  """Words, flags, configs by name, keys and their values."""
+  tried, places = [], []
+  for place, words in commands():
+    if words[0].startswith("launch/") or "launch/local.py" in words:
+      words = words[words.index("--") + 1 :] if "--" in words else []
+    if words[:1] in (["agrpo"], ["python"]) and "--help" not in words:
+      tried.append(words)
+      places.append(place)
+  assert len(tried) > 100
+  ends = dry_runs(tried, reader(tmp_path))
+  wrong = [
+    f"{place}: {shlex.join(words)}\n  {said.strip()[-400:]}"
+    for place, words, (code, said) in zip(places, tried, ends, strict=True)
+    if code
+  ]
+  assert not wrong, "\n".join(wrong)
+
+
+def test_a_wrong_command_is_found(tmp_path):
+  good = ["agrpo", "train", "--config=sudoku_tiny"]
+  ends = dry_runs(
+    [
+      good,
+      ["agrpo", "trian", "--config=sudoku_tiny"],
+      ["agrpo", "train", "--config=sudoku_tinny"],
+      [*good, "--config.rollout.temprature=1"],
+      [*good, "--config.rollout.group_size=1"],
+      ["agrpo", "evaluate", "--config=sudoku_tiny", "--sampler=d2"],
+      ["agrpo", "sweep", "--config=sudoku_tiny"],
+      ["agrpo", "report", "a", "--htlm=b"],
+      ["python", "benchmarks/step.py", "--preset=huge"],
+      ["python", "benchmarks/fault_drill.py", "--kill=1"],
+    ],
+    reader(tmp_path),
+  )
+  assert [code for code, _ in ends] == [0, *[2] * 7, 1, 2], ends
+
+
+def test_what_make_and_pip_are_asked_for_exists():
+  targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  checked = 0
+  for place, words in commands():
+    if words[0] == "make":
+      goals = [word for word in words[1:] if "=" not in word]
+      assert {*goals} <= {*targets}, (place, words)
+    elif words[0] == "pip":
+      asked = re.findall(r"\[([\w,-]+)\]", " ".join(words))
+      extras = {one for names in asked for one in names.split(",")}
+      assert extras <= {*project["optional-dependencies"]}, (place, words)
+    else:
+      continue
+    checked += 1
+  assert checked > 5
