@@ -199,6 +199,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
       source = dataclasses.replace(source, path=str(initial))
     mesh = s.mesh.make()
     mesh_lib.check_rows(mesh, "config.sft.microbatch", s.microbatch)
+    print(f"Loading {source.path}.", flush=True)
     model = model_lib.load_model(source, s.lora, mesh, seed=s.seed)
     demonstrations = load_demonstrations(s, model.tokenizer, model.shape)
     transformation = optimizer.make(s.optimizer)

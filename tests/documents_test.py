@@ -11,6 +11,12 @@ import sys
 import tomllib
 from collections.abc import Iterator
 
+import cells
+import pytest
+import settings_page
+
+from agrpo_jax import config as config_lib
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 PAGES = [
@@ -66,13 +72,28 @@ def in_prose(text: str) -> Iterator[str]:
       yield found
 
 
+def of_cells(path: pathlib.Path) -> str:
+  """Returns an example's text, and the commands that its code runs, as text."""
+  parts = []
+  for cell in cells.read(path):
+    if cell.is_text:
+      parts.append(cell.source)
+      continue
+    for node in ast.walk(ast.parse(cell.source)):
+      if isinstance(node, ast.Constant) and "agrpo " in str(node.value):
+        parts.append(f"    {' '.join(node.value.split())}")
+  return "\n".join(parts)
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
   """Yields (where it stands, its words) of every command, each once."""
   seen = set()
   texts = [(path, path.read_text("utf-8")) for path in PAGES]
   for path in MODULES:
-    tree = ast.parse(path.read_text("utf-8"))
-    texts.append((path, ast.get_docstring(tree) or ""))
+    source = path.read_text("utf-8")
+    texts.append((path, ast.get_docstring(ast.parse(source)) or ""))
+    if path.parent.name == "examples":
+      texts.append((path, of_cells(path)))
   for path, text in texts:
     found = [*in_blocks(text), *in_prose(text)]
     for line in found:
@@ -175,3 +196,37 @@ def test_what_make_and_pip_are_asked_for_exists():
       continue
     checked += 1
   assert checked > 5
+
+
+def test_every_setting_is_on_its_page():
+  page = settings_page.markdown(ROOT / "agrpo_jax/config.py")
+  keys = set()
+  for make in (config_lib.rl, config_lib.sft):
+    flat = make().to_dict()
+    keys |= {
+      f"{group}.{key}" if isinstance(values, dict) else group
+      for group, values in flat.items()
+      for key in (values if isinstance(values, dict) else [""])
+    }
+  drawing = {*config_lib.rl().rollout} & {*config_lib.rl().evaluate}
+  missing = [
+    key
+    for key in keys
+    if f"| `{key}` |" not in page
+    and not (
+      key.startswith(("rollout.", "evaluate."))
+      and key.partition(".")[2] in drawing
+      and f"| `{key.partition('.')[2]}` |" in page
+    )
+  ]
+  assert not missing
+  for name in config_lib.SAMPLERS:
+    assert re.search(rf"^\* \*\*(\w+, )?{name}(, \w+)?\*\*: ", page, re.M)
+
+
+def test_a_setting_without_a_comment_is_refused(tmp_path):
+  source = (ROOT / "agrpo_jax/config.py").read_text()
+  silent = source.replace("c.seed = 0  #", "c.seed = 0\n  x = 0  #")
+  (tmp_path / "config.py").write_text(silent)
+  with pytest.raises(ValueError, match=r"c\.seed, line \d+, has no comment"):
+    settings_page.markdown(tmp_path / "config.py")
