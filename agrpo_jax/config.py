@@ -28,7 +28,7 @@ def _common(kind: str) -> ConfigDict:
   c.accept_changed_config = False
 
   c.model = m = ConfigDict()
-  m.path = ""  # folder of a LLaDA checkpoint, or its hub id
+  m.path = ""  # folder of a model, or its hub id
   m.revision = ""  # of the hub id; "": the newest
   m.tokenizer = ""  # another folder or hub id, "bytes", or "": the model's own
   m.dtype = "bfloat16"  # of activations and a frozen base: float32, bfloat16
@@ -289,7 +289,7 @@ def rl() -> ConfigDict:
   c.evaluate = e = ConfigDict()
   _sampling(e)
   e.every = 0  # train steps between evaluations; 0: never
-  e.split = "test"
+  e.split = "test"  # test or train
   e.num_examples = 256  # the first ones; 0: all
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion

@@ -41,6 +41,8 @@ _AT_THE_TOP = {
   "CONTRIBUTING.md": "contributing.md",
   "CHANGELOG.md": "changelog.md",
 }
+# Files that are shown otherwise: where they are named, there is a link to it.
+_SHOWN = {"agrpo_jax/config.py": "settings.md"}
 _FOLDERS = {"docs": "", "benchmarks/results": "results", "examples": "examples"}
 
 
@@ -65,9 +67,15 @@ def on_config(config: MkDocsConfig) -> None:
     ],
     "Modules": [f"api/{name}.md" for name in ("spine", *_LAYERS)],
   }
-  for section in config.nav or ():
-    for title in made.keys() & section.keys():
-      section[title] = made[title]
+
+  def fill(sections: list[Any]) -> None:
+    for section in sections:
+      if isinstance(section, dict):
+        for title, inside in section.items():
+          section[title] = made.get(title, inside)
+          fill(inside)
+
+  fill(config.nav or [])
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -105,7 +113,8 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
   origin = next((path for path in places if places[path] == here), here)
 
   def to(path: str) -> str:
-    return posixpath.relpath(places[path], posixpath.dirname(here))
+    place = places.get(path) or _SHOWN[path]
+    return posixpath.relpath(place, posixpath.dirname(here))
 
   def linked(match: re.Match[str]) -> str:
     folder = posixpath.dirname(origin)
@@ -115,7 +124,8 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     return f"]({to(path)}{match[2] or ''})"
 
   def named(match: re.Match[str]) -> str:
-    return f"[{match[0]}]({to(match[1])})" if match[1] in places else match[0]
+    is_here = match[1] in places or match[1] in _SHOWN
+    return f"[{match[0]}]({to(match[1])})" if is_here else match[0]
 
   lines = []
   for line, is_code in _lines(markdown):
@@ -139,8 +149,8 @@ def _commands() -> str:
   """Returns what `--help` of every command begins with."""
   parts = [
     "# Commands",
-    "`agrpo WORD --help` lists the flags, of which every command that has "
-    "`--config` also takes `--config.KEY=VALUE` ([settings](settings.md)).",
+    "`agrpo WORD --help` lists the flags. What has `--config` also takes "
+    "`--config.KEY=VALUE`, for the keys of `agrpo_jax/config.py`.",
   ]
   for word in agrpo.WORDS:
     parts += [f"## agrpo {word}", agrpo.docstring(word)]
