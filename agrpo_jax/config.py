@@ -43,8 +43,8 @@ def _common(kind: str) -> ConfigDict:
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters
   lora.alpha = 64.0  # adapters are scaled by alpha / rank
-  # Projections that get an adapter, by default all: q, k, v, attn_out, gate, up,
-  # down, head.
+  # Projections that get an adapter, by default all: q, k, v, attn_out, gate,
+  # up, down, head.
   lora.targets = lora_lib.TARGETS
 
   c.mesh = mesh = ConfigDict()  # devices per axis; -1: what the others leave
@@ -101,10 +101,13 @@ def _free() -> ConfigDict:
 
 
 def _lock(c: ConfigDict) -> ConfigDict:
-  """Locks `c`, so that a misspelt key is an error; free sub-trees stay open."""
+  """Locks `c`, so that a misspelt key is an error; free sub-trees stay open.
+
+  Open is what names its own keys: `settings.py` knows those of an objective.
+  """
   c.lock()
   free = [c.task.options, c.task.defaults, c.task.get("reward_weights")]
-  for sub in (*free, c.model.get("network")):
+  for sub in (*free, c.model.get("network"), c.get("objective")):
     if sub is not None:
       sub.unlock()
   return c

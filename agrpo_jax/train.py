@@ -31,8 +31,8 @@ def train(s: settings_lib.Rl, checkpoint: str = "") -> None:
 
   Args:
     s: the settings of the run.
-    checkpoint: of another run, WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP, with
-      whose weights this one begins, or "". It trains what `s` says it does:
+    checkpoint: of another run, with whose weights this one begins (WORKDIR,
+      WORKDIR:best or WORKDIR:TRAIN_STEP), or "". That trained what `s` says:
       the same adapters on the same base, or all parameters.
 
   Raises:

@@ -1,12 +1,13 @@
-"""First steps: ten minutes on a CPU, as cells; `tools/cells.py` makes a notebook."""
+"""Ten minutes on a CPU, in cells; `tools/cells.py` makes a notebook."""
 
 # %% [markdown]
 # # First steps
 #
-# Ten minutes on a laptop's CPU: what a masked diffusion language model is, how its
-# answers come about, why their score has to be estimated, how a model learns from a
-# reward, and how a reward of your own takes the place of ours. Nothing is downloaded: a
-# tiny LLaDA that has learned 4x4 Sudoku comes with the package.
+# Ten minutes on a laptop's CPU: what a masked diffusion language model is, how
+# its answers come about, why their score has to be estimated, how a model
+# learns from a reward, and how a reward of your own takes the place of ours.
+# Nothing is downloaded: a tiny LLaDA that has learned 4x4 Sudoku comes with the
+# package.
 #
 #     pip install 'agrpo_jax[plot]'
 #
@@ -40,8 +41,8 @@ DRAWS = int(os.environ.get("FIRST_STEPS_DRAWS", "16"))
 # %% [markdown]
 # ## A model that fills in blanks
 #
-# A config says everything about a run; this one is what `make demo` trains. With it come
-# the model and the problems.
+# A config says everything about a run; this one is what `make demo` trains.
+# With it come the model and the problems.
 
 # %%
 c = command.load_config("sudoku_tiny")
@@ -53,9 +54,10 @@ puzzle = held_out[0].example.fields["puzzle"]
 print("\n".join(" ".join(puzzle[i : i + 4]) for i in range(0, 16, 4)))
 
 # %% [markdown]
-# An autoregressive model is asked for the next token. A masked diffusion model is shown
-# the prompt and a completion whose tokens are [MASK], all or some of them, and says for
-# every position at once which token may stand there. So it can begin with what is easy.
+# An autoregressive model is asked for the next token. A masked diffusion model
+# is shown the prompt and a completion whose tokens are [MASK], all or some of
+# them, and says for every position at once which token may stand there. So it
+# can begin with what is easy.
 
 # %%
 prompt = held_out[0].tokens
@@ -76,14 +78,15 @@ axes.set(xticks=[], yticks=[], title="all masked: its best guesses")
 figure.savefig(WORK / "guesses.png")
 
 # %% [markdown]
-# Clues (bold) it copies with certainty (green). Of the blanks it is not sure: it has not
-# seen what it will write into the others.
+# Clues (bold) it copies with certainty (green). Of the blanks it is not sure:
+# it has not seen what it will write into the others.
 #
 # ## Watching one unmask
 #
-# So an answer is drawn in *denoising steps*. Each asks the network once, draws tokens,
-# and unmasks some positions for good; the next sees these. A `Rollout` records for every
-# position at which step it was unmasked, and how probable its token was.
+# So an answer is drawn in *denoising steps*. Each asks the network once, draws
+# tokens, and unmasks some positions for good; the next sees these. A `Rollout`
+# records for every position at which step it was unmasked, and how probable its
+# token was.
 
 # %%
 sampler = model.sampler(s.evaluate, s.data.bucket)
@@ -97,7 +100,9 @@ step = np.asarray(rollout.unmask_step[0])
 shown = (0, 4, 8, 12, 15)
 figure, many = plt.subplots(1, len(shown), figsize=(2 * len(shown), 2.2))
 for axes, last in zip(many, shown, strict=True):
-  axes.imshow(np.where(step <= last, step, np.nan).reshape(4, 4), vmin=0, vmax=15)
+  axes.imshow(
+    np.where(step <= last, step, np.nan).reshape(4, 4), vmin=0, vmax=15
+  )
   for i in np.flatnonzero(step <= last):
     axes.text(i % 4, i // 4, answer[i], ha="center", va="center", color="w")
   axes.set(xticks=[], yticks=[], title=f"after step {last + 1}")
@@ -105,22 +110,23 @@ figure.savefig(WORK / "unmask.png")
 print("gold", held_out[0].example.fields["gold"], "answer", answer)
 
 # %% [markdown]
-# Colours are the order: confident positions came first. Played, with probabilities and
-# entropies of every token, a page shows the same:
+# Colours are the order: confident positions came first. Played, with
+# probabilities and entropies of every token, a page shows the same:
 #
 #     agrpo show --config=sudoku_tiny --example=0 --html=unmask.html
 #
 # ## The score of a completion, and its noise
 #
-# The probability of a completion is a product over denoising steps, so its score is a
-# sum over them:
+# The probability of a completion is a product over denoising steps, so its
+# score is a sum over them:
 #
-#     grad log P(rollout) = sum over steps s of grad log P(what s unmasked | what it saw)
+#     grad log P(rollout) = sum of grad log P(what a step unmasks | its state)
 #
-# Reinforcement learning multiplies that by an advantage. All K steps are K passes of the
-# network, forward and backward; AGRPO draws M of them and weighs them, which has the same
-# expectation. What does it cost in noise? One batch of completions, graded; the exact
-# gradient; and estimates, drawn again and again (`agrpo lab gradients`):
+# Reinforcement learning multiplies that by an advantage. All K steps are K
+# passes of the network, forward and backward; AGRPO draws M of them and weighs
+# them, which has the same expectation. What does it cost in noise? One batch of
+# completions, graded; the exact gradient; and estimates, drawn again and again
+# (`agrpo lab gradients`):
 
 # %%
 c = command.load_config("sudoku_tiny")
@@ -141,17 +147,18 @@ axes.legend(fontsize=6)
 figure.savefig(WORK / "variance.png")
 
 # %% [markdown]
-# Each of AGRPO's estimates is unbiased: twice the steps, half of the variance that is
-# theirs. `diffu_grpo` scores one partial completion that the sampler never was in; its
-# bias does not go away with more draws. [The estimator](../docs/estimator.md) has the
-# mathematics, and what is exact.
+# Each of AGRPO's estimates is unbiased: twice the steps, half of the variance
+# that is theirs. `diffu_grpo` scores one partial completion that the sampler
+# never was in; its bias does not go away with more draws. [The
+# estimator](../docs/estimator.md) has the mathematics, and what is exact.
 #
 # ## A short run
 #
-# The bundled model knows Sudoku under a bad habit: it fills rows in increasing order.
-# The reward is the share of blanks that are right. A train step draws 16 completions of
-# each of 8 puzzles, grades them, and takes one optimizer update; every 10 train steps
-# held-out puzzles are solved. (`make demo` runs 120 train steps, to about 95 %.)
+# The bundled model knows Sudoku under a bad habit: it fills rows in increasing
+# order. The reward is the share of blanks that are right. A train step draws 16
+# completions of each of 8 puzzles, grades them, and takes one optimizer update;
+# every 10 train steps held-out puzzles are solved. (`make demo` runs 120 train
+# steps, to about 95 %.)
 
 # %%
 c = command.load_config("sudoku_tiny")
@@ -167,7 +174,9 @@ log = list(metrics.read(WORK / "run" / "metrics.jsonl"))
 evaluated = [one for one in log if "eval/accuracy" in one]
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="tight")
-left.plot([one["train_step"] + 1 for one in log], [one["reward"] for one in log])
+left.plot(
+  [one["train_step"] + 1 for one in log], [one["reward"] for one in log]
+)
 left.set(xlabel="train step", title="reward")
 right.plot(
   [one["train_step"] + 1 for one in evaluated],
@@ -181,22 +190,23 @@ figure.savefig(WORK / "run.png")
 # ## Its report
 #
 # Every run leaves a page in its work directory: curves, held-out accuracy with
-# intervals, the same problems before and after, each played step by step, and warnings
-# in words with what to change. It is a file without network; open it in a browser.
+# intervals, the same problems before and after, each played step by step, and
+# warnings in words with what to change. It is a file without network; open it
+# in a browser.
 
 # %%
 page.write([str(WORK / "run")], WORK / "report.html")
 print("open", WORK / "report.html")
 
 # %% [markdown]
-# The command is `agrpo report runs/sudoku_tiny --html=report.html`; with more work
-# directories it compares.
+# The command is `agrpo report runs/sudoku_tiny --html=report.html`; with more
+# work directories it compares.
 #
 # ## Your own task
 #
-# A task is one Python file with four functions. This one asks the same puzzles, and
-# grades by the rules alone: it never looks at a solution. What `reward` returns is paid,
-# what `grade` returns is reported.
+# A task is one Python file with four functions. This one asks the same puzzles,
+# and grades by the rules alone: it never looks at a solution. What `reward`
+# returns is paid, what `grade` returns is reported.
 
 # %%
 RULES = '''"""4x4 Sudoku graded by its rules, without solutions."""
@@ -248,11 +258,12 @@ c.evaluate.num_examples = 128
 train.train(settings.rl(c))
 
 # %% [markdown]
-# It learns from the rules as it does from solutions. On the command line that is
+# It learns from the rules as it does from solutions. On the command line that
+# is
 #
 #     agrpo train --config=sudoku_tiny --config.task.path=rules.py \
 #       --config.workdir=runs/rules
 #
-# and with `--config=gsm8k` in its place, and a GPU or a TPU, LLaDA-8B.
-# [A task of your own](../docs/custom_task.md) says what a task file may do, and
-# [the real models](real_models.py) goes on from here.
+# and with `--config=gsm8k` in its place, and a GPU or a TPU, LLaDA-8B. [A task
+# of your own](../docs/custom_task.md) says what a task file may do, and [the
+# real models](real_models.py) goes on from here.

@@ -1,16 +1,18 @@
-"""Real models on a borrowed GPU or TPU, as cells; `tools/cells.py` makes a notebook."""
+"""Real models on a borrowed GPU or TPU, in cells (see `tools/cells.py`)."""
 
 # %% [markdown]
 # # The real models
 #
-# On one borrowed accelerator: a Colab or Kaggle T4, a card of 24 GB, a Kaggle TPU. First
-# what fits, before anything is downloaded; then a short run, its accuracy, its report,
-# and what it trained as a folder for PyTorch. [First steps](first_steps.py) come before.
+# On one borrowed accelerator: a Colab or Kaggle T4, a card of 24 GB, a Kaggle
+# TPU. First what fits, before anything is downloaded; then a short run, its
+# accuracy, its report, and what it trained as a folder for PyTorch. [First
+# steps](first_steps.py) come before.
 #
-# Planned, not measured: nobody has run this page on its hardware yet. What each machine
-# holds is in [hardware.md](../docs/hardware.md).
+# Planned, not measured: nobody has run this page on its hardware yet. What each
+# machine holds is in [hardware.md](../docs/hardware.md).
 #
-# In Colab and Kaggle, in a cell of its own (`tpu` in the place of `cuda` on a TPU):
+# In Colab and Kaggle, in a cell of its own (`tpu` in the place of `cuda` on a
+# TPU):
 #
 #     pip install 'agrpo_jax[cuda,hub,plot]'
 
@@ -35,10 +37,10 @@ print(jax.device_count(), "x", device.device_kind, f"({device.platform})")
 # %% [markdown]
 # ## What fits
 #
-# `agrpo plan` compiles the programs of a train step for a machine that need not be here,
-# and says whether they fit and how long they take at best. Qwen3-0.6B made a diffusion
-# model (Tiny-A2D) with adapters, on a T4 of 16 GB and on a card of 24 GB; LLaDA-8B with
-# its layers in int8, on a card of 24 GB:
+# `agrpo plan` compiles the programs of a train step for a machine that need not
+# be here, and says whether they fit and how long they take at best. Qwen3-0.6B
+# made a diffusion model (Tiny-A2D) with adapters, on a T4 of 16 GB and on a
+# card of 24 GB; LLaDA-8B with its layers in int8, on a card of 24 GB:
 
 # %%
 run("agrpo plan --config=a2d:t4 --topology=t4:1")
@@ -52,10 +54,10 @@ run("agrpo plan --config=gsm8k:rtx4090,dual --topology=rtx4090:1")
 # %% [markdown]
 # ## A short run
 #
-# Ten train steps of GSM8K are twenty minutes on a T4 at the floor of the plan, perhaps
-# forty, and show that all of it works; they teach little. `a2d` without `:t4` is for
-# cards of 24 GB. The same cell goes on where it was stopped, and longer with more
-# `train.num_steps`; the constant learning rate is for that.
+# Ten train steps of GSM8K are twenty minutes on a T4 at the floor of the plan,
+# perhaps forty, and show that all of it works; they teach little. `a2d` without
+# `:t4` is for cards of 24 GB. The same cell goes on where it was stopped, and
+# longer with more `train.num_steps`; the constant learning rate is for that.
 
 # %%
 run("""
@@ -78,7 +80,10 @@ run("""
 run("agrpo report runs/a2d --html=report.html")
 
 # %%
-run("agrpo show --config=a2d:t4 --checkpoint=runs/a2d --example=0 --html=show.html")
+run("""
+  agrpo show --config=a2d:t4 --checkpoint=runs/a2d --example=0
+    --html=show.html
+""")
 
 # %% [markdown]
 # Both pages are files without network: download and open them.
@@ -93,9 +98,9 @@ run("agrpo port --checkpoint=runs/a2d --to=a2d_adapter --adapter")
 # %% [markdown]
 # ## Larger
 #
-# LLaDA-8B on one card of 24 GB is for trying things out (with fewer prompts), on eight
-# GPUs of 80 GB or a TPU slice for training: [from an empty cloud project to a trained
-# model](../docs/cloud.md).
+# LLaDA-8B on one card of 24 GB is for trying things out (with fewer prompts),
+# on eight GPUs of 80 GB or a TPU slice for training: [from an empty cloud
+# project to a trained model](../docs/cloud.md).
 
 # %%
 run("""

@@ -186,9 +186,10 @@ def test_a_save_that_fails_leaves_no_task_to_report(path, is_shown, caplog):
   exec(compile(source, path, "exec"), namespace)
 
   async def save():
-    asyncio.create_task(namespace["write"]())
+    task = asyncio.create_task(namespace["write"]())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
+    del task
 
   logger = logging.getLogger("asyncio")
   logger.addFilter(command._is_of_no_save)

@@ -11,10 +11,11 @@ import sys
 import tomllib
 from collections.abc import Iterator
 
-import cells
 import pytest
-import settings_page
 
+import cells
+import settings_page
+from agrpo_jax import __main__ as agrpo
 from agrpo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,20 +28,23 @@ PAGES = [
 ]
 MODULES = [
   path
-  for folder in ("agrpo_jax", "configs", "benchmarks", "examples", "tools")
+  for folder in ("configs", "benchmarks", "examples", "tools")
   for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
 # What a command begins with. Those of launch/ have their own dry runs, and a
 # command of ours behind " -- ".
 OURS = re.compile(r"(?:\$ )?(agrpo |python |make |pip install |launch/)")
-INLINE = re.compile(r"agrpo [a-z_]+ |python (?:-m agrpo_jax|benchmarks/)|make \w")
+INLINE = re.compile(
+  r"agrpo [a-z_]+ |python (?:-m agrpo_jax|benchmarks/)|make \w"
+)
 
 # What stands for something of the reader's, where its kind matters.
 STANDS_FOR = [
   (r"<[^>]*>", "X"),
   (r"(=\S+) or \S+", r"\1"),  # FOLDER or FILE.jsonl
   (r"[][]", ""),  # what may be left out is tried
+  (r" \| ", " "),
   (r"--config=(?:FILE|X|NAME|\.\.\.)(?=\s|$)", "--config=sudoku_tiny"),
   (r"--sampler=NAME", "--sampler=d1"),
   (r"=N\b", "=1"),
@@ -68,7 +72,8 @@ def in_prose(text: str) -> Iterator[str]:
   prose = re.sub(r"^    .*$", "", prose, flags=re.MULTILINE)
   for code in re.findall(r"`([^`]+)`", prose):
     found = " ".join(code.split())
-    if INLINE.match(found):
+    # Without a flag it is but a name.
+    if INLINE.match(found) and (" --" in found or found.startswith("make")):
       yield found
 
 
@@ -89,6 +94,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
   """Yields (where it stands, its words) of every command, each once."""
   seen = set()
   texts = [(path, path.read_text("utf-8")) for path in PAGES]
+  for word in agrpo.WORDS:
+    texts.append((ROOT / f"agrpo_jax/{word}", agrpo.docstring(word)))
   for path in MODULES:
     source = path.read_text("utf-8")
     texts.append((path, ast.get_docstring(ast.parse(source)) or ""))
@@ -117,8 +124,10 @@ def reader(folder: pathlib.Path) -> pathlib.Path:
     (folder / name).symlink_to(ROOT / name)
   (folder / "reverse.py").write_text(written("custom_task.md"))
   (folder / "reinforce.py").write_text(written("custom_objective.md"))
-  made_before = ["FILE.jsonl", "DIR/train.jsonl", "DIR/test.jsonl"]
-  made_before += [f"runs/data/{x}.jsonl" for x in ("countdown", "both", "words")]
+  made_before = ["FILE.jsonl", "DIR/train.jsonl", "FOLDER/train.jsonl"]
+  made_before += [
+    f"runs/data/{x}.jsonl" for x in ("countdown", "both", "words")
+  ]
   for name in made_before:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
@@ -141,43 +150,56 @@ def dry_runs(lines: list[list[str]], folder: pathlib.Path) -> list:
   return json.loads(done.stdout)
 
 
-def test_every_command_is_right_up_to_its_work(tmp_path):
-  """Words, flags, configs by name, keys and their values."""
-  tried, places = [], []
+TRAIN = ("agrpo", "train", "--config=sudoku_tiny")
+# With the exit code that each has to have.
+WRONG = [
+  (("agrpo", "trian", "--config=sudoku_tiny"), 2),
+  (("agrpo", "train", "--config=sudoku_tinny"), 2),
+  ((*TRAIN, "--config.rollout.temprature=1"), 2),
+  ((*TRAIN, "--config.rollout.group_size=1"), 2),
+  ((*TRAIN, "--config.objective.num_masks=1"), 2),
+  (
+    (*TRAIN, "--config.objective.name=espo", "--config.objective.num_masks=x"),
+    2,
+  ),
+  (("agrpo", "evaluate", "--config=sudoku_tiny", "--sampler=d2"), 2),
+  (("agrpo", "sweep", "--config=sudoku_tiny"), 2),
+  (("agrpo", "report", "a", "--htlm=b"), 2),
+  (("agrpo", "lm_eval", "--model_args", "pth=x"), 1),
+  (("python", "benchmarks/step.py", "--preset=huge"), 1),
+  (("python", "benchmarks/fault_drill.py", "--klls=1"), 2),
+]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> dict:
+  """(place, words) -> [exit code, what it said]; "" for the place of WRONG."""
+  found = [("", words) for words, _ in WRONG]
   for place, words in commands():
     if words[0].startswith("launch/") or "launch/local.py" in words:
       words = words[words.index("--") + 1 :] if "--" in words else []
     if words[:1] in (["agrpo"], ["python"]) and "--help" not in words:
-      tried.append(words)
-      places.append(place)
-  assert len(tried) > 100
-  ends = dry_runs(tried, reader(tmp_path))
+      found.append((place, (*words,)))
+  lines = [[*words] for _, words in found]
+  ends = dry_runs(lines, reader(tmp_path_factory.mktemp("reader")))
+  return dict(zip(found, ends, strict=True))
+
+
+def test_every_command_is_right_up_to_its_work(tried):
+  """Words, flags, configs by name, keys and their values."""
+  documented = {key: end for key, end in tried.items() if key[0]}
+  assert len(documented) > 100
   wrong = [
     f"{place}: {shlex.join(words)}\n  {said.strip()[-400:]}"
-    for place, words, (code, said) in zip(places, tried, ends, strict=True)
+    for (place, words), (code, said) in documented.items()
     if code
   ]
   assert not wrong, "\n".join(wrong)
 
 
-def test_a_wrong_command_is_found(tmp_path):
-  good = ["agrpo", "train", "--config=sudoku_tiny"]
-  ends = dry_runs(
-    [
-      good,
-      ["agrpo", "trian", "--config=sudoku_tiny"],
-      ["agrpo", "train", "--config=sudoku_tinny"],
-      [*good, "--config.rollout.temprature=1"],
-      [*good, "--config.rollout.group_size=1"],
-      ["agrpo", "evaluate", "--config=sudoku_tiny", "--sampler=d2"],
-      ["agrpo", "sweep", "--config=sudoku_tiny"],
-      ["agrpo", "report", "a", "--htlm=b"],
-      ["python", "benchmarks/step.py", "--preset=huge"],
-      ["python", "benchmarks/fault_drill.py", "--kill=1"],
-    ],
-    reader(tmp_path),
-  )
-  assert [code for code, _ in ends] == [0, *[2] * 7, 1, 2], ends
+@pytest.mark.parametrize("words,code", WRONG, ids=lambda x: str(x)[-40:])
+def test_a_wrong_command_is_found(tried, words, code):
+  assert tried["", words][0] == code, tried["", words]
 
 
 def test_what_make_and_pip_are_asked_for_exists():

@@ -1,4 +1,4 @@
-"""The examples as notebooks, and the first one from its first cell to its last."""
+"""The examples as notebooks, and the first one from beginning to end."""
 
 import json
 import os
@@ -6,8 +6,9 @@ import pathlib
 import subprocess
 import sys
 
-import cells
 import pytest
+
+import cells
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))

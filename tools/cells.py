@@ -2,8 +2,8 @@
 
     python tools/cells.py examples/first_steps.py first_steps.ipynb
 
-A cell begins with a line `# %%`; one that begins with `# %% [markdown]` is text,
-each line behind `# `. What stands before the first cell stays out.
+A cell begins with a line `# %%`; one that begins with `# %% [markdown]` is
+text, each line behind `# `. What stands before the first cell stays out.
 """
 
 import dataclasses

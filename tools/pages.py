@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import cells
-import settings_page
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
+import cells
+import settings_page
 from agrpo_jax import __main__ as agrpo
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -8,9 +8,10 @@ import tokenize
 
 _HEAD = """# Settings
 
-Every key of a config, with its default and what `agrpo_jax/config.py` says of it: unit,
-legal values, meaning. Files in `configs/` start from these defaults and change what
-differs; a command line changes both: `--config.rollout.temperature=0.6`."""
+Every key of a config, with its default and what `agrpo_jax/config.py` says of
+it: unit, legal values, meaning. Files in `configs/` start from these defaults
+and change what differs; a command line changes both:
+`--config.rollout.temperature=0.6`."""
 
 # Function of config.py -> heading.
 _FUNCTIONS = {

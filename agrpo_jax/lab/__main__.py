@@ -4,7 +4,7 @@ r"""A laboratory for objectives.
       --output=FOLDER [--draws=32] \
       [--estimators=espo,agrpo/step_rule=blocks/num_mc_blocks=2]
     agrpo lab train --config=sudoku_tiny:blocks \
-      --objectives=agrpo,espo,diffu_grpo/num_masks=4 --seeds=5 \
+      --objectives=agrpo,espo/num_masks=4,diffu_grpo --seeds=5 \
       --budget_passes=900 --work=FOLDER --output=FOLDER \
       [--learning_rates=1e-4,3e-4,1e-3]
 

@@ -36,7 +36,10 @@ def test_a_longer_run_is_the_one_that_was_so_from_the_beginning(tmp_path):
 
 @pytest.mark.parametrize(
   "schedule,part",
-  [("constant", "It was of 1.\n"), ("cosine", "It was of 1: the learning rate")],
+  [
+    ("constant", "It was of 1.\n"),
+    ("cosine", "It was of 1: the learning rate"),
+  ],
 )
 def test_what_a_longer_run_says(tmp_path, capsys, schedule, part):
   c = runs.varied(tmp_path)
@@ -105,7 +108,9 @@ def start(monkeypatch):
     seen = []
     values = python_types.SimpleNamespace(checkpoint=checkpoint)
     monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(command, "CONFIG", python_types.SimpleNamespace(value=c))
+    monkeypatch.setattr(
+      command, "CONFIG", python_types.SimpleNamespace(value=c)
+    )
     monkeypatch.setattr(command, "given_keys", lambda: {*given})
     monkeypatch.setattr(train, "train", lambda *args: seen.append(args))
     main.main([])
