@@ -1,5 +1,7 @@
 """What is written goes to the hub: by a stand-in for its client."""
 
+import types
+
 import huggingface_hub
 import pytest
 from absl import flags
@@ -53,8 +55,7 @@ def main(monkeypatch):
   defaults |= dict(max_shard_bytes=10**9)
 
   def run(**asked):
-    values = flags.FlagValues()
-    monkeypatch.setattr(values, "flag_values_dict", lambda: defaults | asked)
+    values = types.SimpleNamespace(flag_values_dict=lambda: defaults | asked)
     monkeypatch.setattr(flags, "FLAGS", values)
     port.main([])
 
