@@ -103,7 +103,7 @@ for axes, last in zip(many, shown, strict=True):
   axes.imshow(
     np.where(step <= last, step, np.nan).reshape(4, 4), vmin=0, vmax=15
   )
-  for i in np.flatnonzero(step <= last):
+  for i in np.flatnonzero(step <= last).tolist():
     axes.text(i % 4, i // 4, answer[i], ha="center", va="center", color="w")
   axes.set(xticks=[], yticks=[], title=f"after step {last + 1}")
 figure.savefig(WORK / "unmask.png")

@@ -11,6 +11,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _MARK = "# %%"
 _MARKDOWN = "[markdown]"
@@ -43,7 +44,7 @@ def notebook(cells: Sequence[Cell]) -> str:
   """Returns a Jupyter notebook (format 4.5) without outputs."""
   found = []
   for number, cell in enumerate(cells):
-    one = {
+    one: dict[str, Any] = {
       "cell_type": "markdown" if cell.is_text else "code",
       "id": f"cell-{number}",
       "metadata": {},
