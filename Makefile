@@ -38,7 +38,7 @@ test: env
 
 docs: env
 	@$(SITE)
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with its search: .venv/bin/mkdocs serve"
 
 # With the pinned setuptools of .venv; the wheel is made from the archive.
 dist: env

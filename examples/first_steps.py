@@ -78,7 +78,7 @@ axes.set(xticks=[], yticks=[], title="all masked: its best guesses")
 figure.savefig(WORK / "guesses.png")
 
 # %% [markdown]
-# Clues (bold) it copies with certainty (green). Of the blanks it is not sure:
+# Clues (bold) it copies with certainty (green). Of the blanks it is less sure:
 # it has not seen what it will write into the others.
 #
 # ## Watching one unmask
@@ -142,14 +142,15 @@ rows = gradients.measure(batch, estimators, DRAWS)
 figure, axes = plt.subplots(figsize=(6, 3), layout="tight")
 for found in rows:
   axes.plot(found.passes, found.relative_variance, "o", label=found.estimate)
-axes.set(xlabel="passes a completion", ylabel="variance / |gradient|²", ylim=0)
+axes.set(xlabel="passes a completion", ylabel="variance / |gradient|²")
+axes.set_ylim(bottom=0)
 axes.legend(fontsize=6)
 figure.savefig(WORK / "variance.png")
 
 # %% [markdown]
 # Each of AGRPO's estimates is unbiased, and more steps are less noise.
-# `diffu_grpo` scores one partial completion that the sampler never was in: next
-# to no noise, and a bias that does not go away. [The
+# `diffu_grpo` scores one partial completion that the sampler never was in: its
+# mean points elsewhere, and has a bias however often it is drawn. [The
 # estimator](../docs/estimator.md) has the mathematics, and what is exact.
 #
 # ## A short run

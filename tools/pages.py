@@ -136,6 +136,15 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
   return "\n".join(lines)
 
 
+def on_post_page(output: str, page: Page, **kwargs: Any) -> None:
+  """Raises PluginError if a page would fetch something from elsewhere."""
+  del kwargs
+  if re.search(r"<(script|img|iframe)[^>]* src=\W?\w+:", output) or re.search(
+    r"<link[^>]* rel=\W?(stylesheet|preload)[^>]* href=\W?\w+:", output
+  ):
+    raise PluginError(f"{page.file.src_uri} fetches something from elsewhere.")
+
+
 def _lines(markdown: str) -> Iterator[tuple[str, bool]]:
   """Yields lines, and whether they are of a block of code."""
   is_fenced = False
