@@ -8,10 +8,13 @@ PRESET = mid
 # Test processes; 2 suits two cores.
 JOBS = 2
 BIN = .venv/bin
+# Without the advertisement of its makers' next product.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 help:
 	@echo "make demo    train a tiny model on Sudoku (minutes, CPU); SEED=$(SEED)"
 	@echo "make test    lint, types and tests; JOBS=$(JOBS) test processes"
+	@echo "make docs    the documentation as a site, in build/site/"
 	@echo "make dist    the wheel and the source archive, checked, in dist/"
 	@echo "make bench   seconds and FLOP/s of a train step; PRESET=$(PRESET)"
 	@echo "make tiny-sudoku  make the demo's base model again"
@@ -30,7 +33,12 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SITE)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+docs: env
+	@$(SITE)
+	@echo "build/site/index.html; with its search: .venv/bin/mkdocs serve"
 
 # With the pinned setuptools of .venv; the wheel is made from the archive.
 dist: env
@@ -87,4 +95,4 @@ clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help env demo test dist tiny-sudoku tiny-reasoning bench format clean
+.PHONY: help env demo test docs dist tiny-sudoku tiny-reasoning bench format clean

@@ -41,7 +41,8 @@ def _module(word: str) -> str:
 def _listing() -> str:
   """Returns the commands, each with the first line of its module."""
   width = max(map(len, WORDS))
-  lines = [f"  {word:{width}}  {_first_line(word)}" for word in WORDS]
+  first = {word: docstring(word).partition("\n")[0] for word in WORDS}
+  lines = [f"  {word:{width}}  {text}" for word, text in first.items()]
   return "\n".join(
     [
       "agrpo COMMAND [--flag=value ...], where COMMAND is one of",
@@ -53,11 +54,11 @@ def _listing() -> str:
   )
 
 
-def _first_line(word: str) -> str:
+def docstring(word: str) -> str:
+  """Returns what the module of a command says of itself."""
   path = _PACKAGE.joinpath(*_module(word).split(".")[1:])
   file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-  text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
-  return text.partition("\n")[0]
+  return ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
 
 
 def _unknown(word: str) -> str:

@@ -5,6 +5,7 @@ import json
 import logging as python_logging
 import os
 import pathlib
+import runpy
 import sys
 import time
 import traceback
@@ -88,6 +89,20 @@ def find_config(file: str) -> str:
     f"There is no file {file!r}, and no shipped config of that name.{guess} "
     f"Those are {', '.join(found)}."
   )
+
+
+def load_config(name: str) -> config_lib.ConfigDict:
+  """Returns the config that --config=NAME names, for programs and notebooks.
+
+  Args:
+    name: of a shipped config or path of a file, with :VARIANT or without.
+
+  Raises:
+    UserError: there is no such config.
+  """
+  file, _, variant = name.partition(":")
+  get_config = runpy.run_path(find_config(file))["get_config"]
+  return get_config(variant) if variant else get_config()
 
 
 _PARSER = _ConfigFile(flags.FLAGS["config"].parser)

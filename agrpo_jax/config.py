@@ -28,7 +28,7 @@ def _common(kind: str) -> ConfigDict:
   c.accept_changed_config = False
 
   c.model = m = ConfigDict()
-  m.path = ""  # folder of a LLaDA checkpoint, or its hub id
+  m.path = ""  # folder of a model, or its hub id
   m.revision = ""  # of the hub id; "": the newest
   m.tokenizer = ""  # another folder or hub id, "bytes", or "": the model's own
   m.dtype = "bfloat16"  # of activations and a frozen base: float32, bfloat16
@@ -43,7 +43,9 @@ def _common(kind: str) -> ConfigDict:
   c.lora = lora = ConfigDict()
   lora.rank = 0  # R; 0: train all parameters
   lora.alpha = 64.0  # adapters are scaled by alpha / rank
-  lora.targets = lora_lib.TARGETS  # projections that get an adapter
+  # Projections that get an adapter, by default all: q, k, v, attn_out, gate,
+  # up, down, head.
+  lora.targets = lora_lib.TARGETS
 
   c.mesh = mesh = ConfigDict()  # devices per axis; -1: what the others leave
   mesh.data = 1  # copies of the parameters
@@ -65,14 +67,14 @@ def _common(kind: str) -> ConfigDict:
   data.bucket = 64  # prompts are padded to a multiple of this many tokens
 
   c.optimizer = opt = ConfigDict()
-  opt.learning_rate = 1e-5
+  opt.learning_rate = 1e-5  # the highest of the schedule, in (0, 1]
   opt.schedule = "cosine"  # cosine (to zero at the end) or constant
   opt.warmup_steps = 0  # optimizer updates; before a decay at most half of all
-  opt.b1 = 0.9
-  opt.b2 = 0.99
-  opt.eps = 1e-8
-  opt.weight_decay = 0.01
-  opt.clip_norm = 1.0  # global norm
+  opt.b1 = 0.9  # Adam's decay of the mean of gradients, in [0, 1)
+  opt.b2 = 0.99  # and of the mean of their squares
+  opt.eps = 1e-8  # Adam's, in (0, 1]
+  opt.weight_decay = 0.01  # decoupled, times the learning rate; 0: off
+  opt.clip_norm = 1.0  # global norm that gradients are shrunk to; inf: off
 
   c.train = train = ConfigDict()
   train.num_steps = 100  # train steps
@@ -89,7 +91,7 @@ def _common(kind: str) -> ConfigDict:
 
   c.wandb = wandb = ConfigDict()
   wandb.project = ""  # "": not used
-  wandb.name = ""
+  wandb.name = ""  # of the run there; "": one that Weights & Biases makes up
   return c
 
 
@@ -99,10 +101,13 @@ def _free() -> ConfigDict:
 
 
 def _lock(c: ConfigDict) -> ConfigDict:
-  """Locks `c`, so that a misspelt key is an error; free sub-trees stay open."""
+  """Locks `c`, so that a misspelt key is an error; free sub-trees stay open.
+
+  Open is what names its own keys: `settings.py` knows those of an objective.
+  """
   c.lock()
   free = [c.task.options, c.task.defaults, c.task.get("reward_weights")]
-  for sub in (*free, c.model.get("network")):
+  for sub in (*free, c.model.get("network"), c.get("objective")):
     if sub is not None:
       sub.unlock()
   return c
@@ -249,8 +254,8 @@ def rl() -> ConfigDict:
   _sampling(rollout)
   rollout.num_prompts = 16  # N per train step
   rollout.group_size = 8  # G completions per prompt
-  rollout.unmask_rule = "random"
-  rollout.temperature = 1.0
+  rollout.unmask_rule = "random"  # where evaluation has another default
+  rollout.temperature = 1.0  # likewise
 
   c.objective = o = ConfigDict()
   o.name = "agrpo"  # a name in `objectives.NAMES`
@@ -266,9 +271,9 @@ def rl() -> ConfigDict:
   o.normalize = "sum"  # sum or mean over steps
   o.likelihood = "exact"  # exact or product (matters if rules look at draws)
   o.baseline = "leave_one_out"  # or group_mean
-  o.clip_low = 0.2
-  o.clip_high = 0.2
-  o.kl_coef = 0.0
+  o.clip_low = 0.2  # how far below 1 the policy ratio may count
+  o.clip_high = 0.2  # and how far above
+  o.kl_coef = 0.0  # weight of the KL to the reference policy; 0: off
   o.kl_estimator = "k3"  # k3 or k3_ratio
   o.updates_per_batch = 1  # optimizer updates per rollout; divides M
   o.microbatch = 8  # (completion, step) pairs per forward and backward pass
@@ -290,7 +295,7 @@ def rl() -> ConfigDict:
   c.evaluate = e = ConfigDict()
   _sampling(e)
   e.every = 0  # train steps between evaluations; 0: never
-  e.split = "test"
+  e.split = "test"  # test or train
   e.num_examples = 256  # the first ones; 0: all
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off
   e.stop_at_eos = True  # a block of nothing but EOS ends the completion
@@ -334,7 +339,7 @@ def paper(c: ConfigDict) -> None:
   )
 
 
-# Samplers by name: the settings under which published numbers were made.
+# Samplers by name, the settings under which published numbers were made.
 #
 # A name sets every key of `config.evaluate` that says how completions are
 # drawn; keys given on the command line stay. `config` changes nothing.

@@ -1,6 +1,6 @@
 """Reinforcement learning of a tiny model, start to finish, on a laptop.
 
-    python -m agrpo_jax.demo --config=sudoku_tiny --config.seed=0
+    agrpo demo --config=sudoku_tiny --config.seed=0
 
 Trains, evaluates before and after on puzzles whose
 solutions never occur in training, draws the curves, prints a table and names

@@ -1,6 +1,6 @@
 r"""Held-out accuracy of a model under given sampling settings.
 
-    python -m agrpo_jax.evaluate --config=gsm8k \
+    agrpo evaluate --config=gsm8k \
       [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR[:best|:TRAIN_STEP]] \
       [--sampler=NAME] [--num_samples=8 --k=1,4,8] \
       [--output=FOLDER or FILE.jsonl]

@@ -1,6 +1,6 @@
 r"""How likely a model finds given completions: the any-order bound of a file.
 
-    python -m agrpo_jax.likelihood --config=gsm8k \
+    agrpo likelihood --config=gsm8k \
       --pairs=FILE.jsonl [--model=FOLDER_OR_HUB_ID] [--checkpoint=WORKDIR] \
       [--num_draws=128] [--output=FOLDER or FILE.jsonl]
 

@@ -348,7 +348,7 @@ def _is_like(value: Any, usual: Any) -> bool:
   return isinstance(value, type(usual))
 
 
-def _record(record: type[R], sub: config_lib.ConfigDict, **given: Any) -> R:
+def _record(record: type[R], sub: Mapping[str, Any], **given: Any) -> R:
   """A dataclass from the keys of a sub-tree that are its fields."""
   names = {field.name for field in dataclasses.fields(record)}  # type: ignore
   return record(**{n: sub[n] for n in sub if n in names} | given)
@@ -557,15 +557,19 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     found.append(f"objective.{'path' if own_file else 'name'}: {error}")
     # The other mistakes are to be told with it.
     record = agrpo.Agrpo
-  fields = {field.name for field in dataclasses.fields(record)}  # type: ignore
+  usual = {f.name: f.default for f in dataclasses.fields(record)}  # type: ignore
   found += [
     f"objective.{key} is no setting of the objective "
-    f"{own_file or c.objective.name!r}, which has {', '.join(sorted(fields))}; "
+    f"{own_file or c.objective.name!r}, which has {', '.join(sorted(usual))}; "
     "config.use_objective sets another"
     for key in c.objective
-    if key not in fields | {"name", "path", "microbatch", "step_price"}
+    if key not in {*usual, "name", "path", "microbatch", "step_price"}
   ]
-  objective = _record(record, c.objective)
+  own = {key: value for key, value in c.objective.items() if key in usual}
+  for key in [key for key in own if not _is_like(own[key], usual[key])]:
+    kind = type(usual[key]).__name__
+    found.append(f"objective.{key}={own.pop(key)!r} must be of type {kind}")
+  objective = _record(record, own)
   found += [f"objective.{p}" for p in objective.problems(sampling)]
   evaluate = _evaluate(c, found)
   found.at_least(0, "train", c.train, "keep_best")

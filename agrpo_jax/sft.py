@@ -1,6 +1,6 @@
 r"""Supervised fine-tuning of a masked diffusion language model.
 
-    python -m agrpo_jax.sft --config=sft_sudoku \
+    agrpo sft --config=sft_sudoku \
       --config.workdir=runs/sft_sudoku
 
 Demonstrations come from the task's own generator, or from a JSONL file with
@@ -199,6 +199,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
       source = dataclasses.replace(source, path=str(initial))
     mesh = s.mesh.make()
     mesh_lib.check_rows(mesh, "config.sft.microbatch", s.microbatch)
+    print(f"Loading {source.path}.", flush=True)
     model = model_lib.load_model(source, s.lora, mesh, seed=s.seed)
     demonstrations = load_demonstrations(s, model.tokenizer, model.shape)
     transformation = optimizer.make(s.optimizer)

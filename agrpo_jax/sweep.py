@@ -1,6 +1,6 @@
 r"""Accuracy over a grid of sampling settings, for several models.
 
-    python -m agrpo_jax.sweep --config=gsm8k --output=FOLDER \
+    agrpo sweep --config=gsm8k --output=FOLDER \
       [--model=A --model=B] [--checkpoint=WORKDIR ...] [--sampler=NAME] \
       [--completion_length=128,256] [--num_denoise_steps=32,64,128] \
       [--unmask_rule=confidence,random] [--cache=none,dual] \

@@ -26,11 +26,14 @@ from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
 
 
-def train(s: settings_lib.Rl) -> None:
+def train(s: settings_lib.Rl, checkpoint: str = "") -> None:
   """Trains until `train.num_steps`, from where the work directory is.
 
   Args:
     s: the settings of the run.
+    checkpoint: of another run, with whose weights this one begins (WORKDIR,
+      WORKDIR:best or WORKDIR:TRAIN_STEP), or "". That trained what `s` says:
+      the same adapters on the same base, or all parameters.
 
   Raises:
     UserError: anything that the user has to change.
@@ -45,7 +48,10 @@ def train(s: settings_lib.Rl) -> None:
     # What is cheap comes first: a mistake in it should not cost a download.
     examples = data.load_examples(s.task, s.data, "train")
     data.check_size(len(examples), rollout.num_prompts)
-    model = model_lib.load_model(s.model, s.lora, s.mesh.make(), seed=s.seed)
+    # A run that goes on has weights of its own.
+    start = "" if claimed.has_checkpoint else checkpoint
+    print(f"Loading {s.model.path}.", flush=True)
+    model = model_lib.load_first(s.model, s.lora, s.mesh.make(), start, s.seed)
     tokenizer = model.tokenizer
     dataset = data.Dataset(examples, tokenizer, s.data.max_prompt_length)
     data.check_size(len(dataset), rollout.num_prompts, dataset.num_skipped)
@@ -69,6 +75,9 @@ def train(s: settings_lib.Rl) -> None:
       model.base_model,
       dataclasses.asdict(model.shape),
     )
+    if start:
+      print(f"Starting with the weights of {start}.", flush=True)
+      run.save_start(state)
     # Donated: the state after takes the memory of the state before.
     learn = jax.jit(learner.train_step, donate_argnames="state")
     report = progress.Progress(s.train.num_steps, run.first_step)

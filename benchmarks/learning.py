@@ -1,6 +1,6 @@
 r"""What runs learn from fast samplers, and what scoring them exactly is worth.
 
-    python benchmarks/learning.py --config=configs/sudoku_tiny.py \
+    python benchmarks/learning.py --config=sudoku_tiny \
       --work=runs/learning --output=benchmarks/results/learning
 
 The demo's task in four blocks. Every arm trains under its own sampler and

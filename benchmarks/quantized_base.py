@@ -1,6 +1,6 @@
 """How far a base in int8 is off: logits of masked demonstrations, compared.
 
-    python benchmarks/quantized_base.py --config=configs/sudoku_tiny.py
+    python benchmarks/quantized_base.py --config=sudoku_tiny
 
 Held-out demonstrations of the task lose tokens at a random ratio, as in
 training; the logits at the masked positions are compared between dtypes, with

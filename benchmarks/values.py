@@ -1,6 +1,6 @@
 """Whether values by restarts pay: variance of the gradient, and passes.
 
-    python benchmarks/values.py --config=configs/sudoku_tiny.py:blocks \
+    python benchmarks/values.py --config=sudoku_tiny:blocks \
       --output=benchmarks/results/values_tiny
 
 The prompts of a run's first batch are drawn and graded again and again. Of each

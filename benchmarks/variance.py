@@ -1,6 +1,6 @@
 """How noisy AGRPO's gradient estimates are, plain and with a cache.
 
-    python benchmarks/variance.py --config=configs/sudoku_tiny.py:blocks \
+    python benchmarks/variance.py --config=sudoku_tiny:blocks \
       --output=benchmarks/results/variance_tiny
     python benchmarks/variance.py --preset=mid --caches=none,dual \
       --kinds=uniform=8,blocks=1,blocks=2 --draws=8 --output=...

@@ -1,6 +1,6 @@
 r"""AGRPO on GSM8K with Tiny-A2D, a chat model of 0.6 billion parameters.
 
-    python -m agrpo_jax.main --config=configs/a2d.py \
+    agrpo train --config=a2d \
       --config.workdir=runs/a2d
 
 Qwen3-0.6B made bidirectional. Adapters on a frozen bfloat16 base, for one GPU

@@ -1,6 +1,6 @@
 r"""AGRPO on Countdown (3 numbers) with LLaDA-8B-Instruct.
 
-    python -m agrpo_jax.main --config=configs/countdown.py \
+    agrpo train --config=countdown \
       --config.workdir=runs/countdown
 
 Problems are generated, those of the test split never occur in training. The

@@ -1,6 +1,6 @@
 r"""AGRPO on GSM8K with Dream-7B, in the order of its own sampler.
 
-    python -m agrpo_jax.main --config=configs/dream.py \
+    agrpo train --config=dream \
       --config.workdir=runs/dream
 
 Least entropy first over the whole completion, with Dream's schedule: the order

@@ -1,6 +1,6 @@
 r"""AGRPO on GSM8K with LLaDA-8B-Instruct: the settings released with the paper.
 
-    python -m agrpo_jax.main --config=configs/gsm8k.py \
+    agrpo train --config=gsm8k \
       --config.workdir=runs/gsm8k
 
 Hardware and hours, calculated from FLOPs (docs/hardware.md), not measured:
@@ -14,7 +14,7 @@ taken per rollout, as the paper writes. The released launcher takes one per
 draw: `--config.objective.updates_per_batch=24`.
 
 The batches and the recomputation set here fit the machines of
-docs/hardware.md, 8 GPUs of 80 GB among them; `configs/gsm8k.py:v5e` (also v6e,
+docs/hardware.md, 8 GPUs of 80 GB among them; `gsm8k:v5e` (also v6e,
 v5p, h100) makes more of those machines, `:rtx4090` fits one card of 24 GB, its
 layers in int8; `:exact` takes our exact estimator instead; `:v5e,exact` both.
 `:prefix` and `:dual` draw with Fast-dLLM's caches and score through them, every

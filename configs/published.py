@@ -1,6 +1,6 @@
 """LLaDA-8B-Instruct on GSM8K as each objective's own experiments had it.
 
-    python -m agrpo_jax.main --config=configs/published.py:espo
+    agrpo train --config=published:espo
 
 What an objective's authors set for GSM8K, as far as our trainer has it: without
 4-bit bases and dropout of adapters; the projections that their names reach in

@@ -1,6 +1,6 @@
 r"""AGRPO with SDAR, a block-causal model, as it is decoded when it is deployed.
 
-    python -m agrpo_jax.main --config=configs/sdar.py --config.workdir=runs/sdar
+    agrpo train --config=sdar --config.workdir=runs/sdar
 
 Blocks of four tokens, all of them at once that pass 0.9, the exact cache of
 block-causal models: keys and values of finished blocks are computed once, and

@@ -2,8 +2,8 @@
 
 Two runs, both on a laptop's CPU (`make tiny-sudoku` runs them in order):
 
-    python -m agrpo_jax.sft --config=configs/sft_sudoku.py
-    python -m agrpo_jax.sft --config=configs/sft_sudoku.py:careless
+    agrpo sft --config=sft_sudoku
+    agrpo sft --config=sft_sudoku:careless
 
 The first learns Sudoku from clean solutions, from random parameters. The second
 goes on from it on careless demonstrations, most of which fill each row in
@@ -11,7 +11,7 @@ increasing order whatever the columns and boxes hold: it buries what the first
 learned under a bad habit, which is what reinforcement learning then removes.
 
 `clean_sdar` and `careless_sdar` do the same with a tiny SDAR, `clean_a2d` and
-`careless_a2d` with a tiny Tiny-A2D: `configs/sudoku_tiny.py:sdar` and `:a2d`
+`careless_a2d` with a tiny Tiny-A2D: `sudoku_tiny:sdar` and `:a2d`
 train what comes out.
 """
 

@@ -1,13 +1,13 @@
 """AGRPO on 4x4 Sudoku with the bundled tiny LLaDA: what `make demo` runs.
 
-    python -m agrpo_jax.main --config=configs/sudoku_tiny.py
+    agrpo train --config=sudoku_tiny
 
 Two CPU cores, minutes, nothing to download. The base model learned Sudoku and
 then a careless habit on top of it (configs/sft_sudoku.py); training on the
 share of blanks filled right brings out what it knows. It does not show
 reinforcement learning teaching the task from nothing.
 
-`configs/sudoku_tiny.py:blocks` draws completions in two blocks, and `:dual`
+`sudoku_tiny:blocks` draws completions in two blocks, and `:dual`
 with Fast-dLLM's dual cache besides, scored through the cache at every step.
 `:sdar` and `:a2d` train tiny models of other families, which
 `configs/sft_sudoku.py` makes; SDAR's with its exact cache in blocks of four.

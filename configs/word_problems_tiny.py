@@ -1,6 +1,6 @@
 """AGRPO on word problems with a bundled tiny LLaDA, in eight blocks of eight.
 
-    python -m agrpo_jax.main --config=configs/word_problems_tiny.py:dual
+    agrpo train --config=word_problems_tiny:dual
 
 Two CPU cores, nothing to download, minutes. The base model has learned to solve
 the stories, and then to add what they take away (configs/sft_reasoning.py);

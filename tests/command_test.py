@@ -46,7 +46,7 @@ def docstring(module: str) -> str:
     ("sweep", ["--output:", "--config:", "sft_sudoku, sudoku_tiny"]),
     ("show", ["--html:", "--config:"]),
     ("port", ["--from:", "--to:", "--process_id:"]),
-    ("tasks", ["python -m agrpo_jax.tasks"]),
+    ("tasks", ["agrpo tasks --show=gsm8k"]),
   ],
 )
 def test_help_teaches(module, parts):
@@ -111,6 +111,14 @@ def test_a_file_wins_over_the_config_of_its_name(tmp_path, monkeypatch):
   (tmp_path / "gsm8k").rmdir()
   (tmp_path / "gsm8k").touch()
   assert command.find_config("gsm8k") == "gsm8k"
+
+
+def test_a_config_by_name_for_programs():
+  assert command.load_config("sudoku_tiny").rollout.cache == "none"
+  c = command.load_config(str(ROOT / "configs" / "sudoku_tiny.py") + ":dual")
+  assert c.rollout.cache == "dual"
+  with pytest.raises(errors.UserError, match="Did you mean sudoku_tiny"):
+    command.load_config("sudoku_tinny")
 
 
 def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):

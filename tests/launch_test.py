@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -986,17 +985,3 @@ def test_the_documented_commands_are_right(cloud):
   )
   assert done.returncode == 0, done.stderr
   assert not cloud.calls
-
-
-def test_the_documented_settings_exist():
-  """Config files, and the keys that the commands change."""
-  for line in documented():
-    match = re.search(r"--config=([\w/]+\.py)", line)
-    if match is None:
-      continue
-    config = runpy.run_path(str(ROOT / match[1]))["get_config"]()
-    for key in re.findall(r"--config\.([\w.]+)=", line):
-      value = config
-      for part in key.split("."):
-        assert part in value, f"{match[1]} has no {key}"
-        value = value[part]

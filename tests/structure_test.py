@@ -38,7 +38,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SOURCES = [
   path
-  for folder in ("agrpo_jax", "configs", "benchmarks", "launch", "tests")
+  for folder in (
+    *("agrpo_jax", "configs", "benchmarks", "examples", "launch", "tests"),
+    "tools",
+  )
   for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
@@ -285,7 +288,7 @@ def _project_texts() -> Iterator[tuple[str, str]]:
     for path in ROOT.iterdir()
     if path.is_file() and path.name != ".git"  # of a linked worktree
   ]
-  for folder in (*folders, "tools", ".ci", ".github"):
+  for folder in (*folders, "examples", "tools", ".ci", ".github"):
     paths += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
   for path in sorted(paths):
     is_data = {"testdata", "assets", "__pycache__"} & {*path.parts}

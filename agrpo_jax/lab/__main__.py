@@ -1,10 +1,10 @@
 r"""A laboratory for objectives.
 
-    python -m agrpo_jax.lab gradients --config=sudoku_tiny:blocks \
+    agrpo lab gradients --config=sudoku_tiny:blocks \
       --output=FOLDER [--draws=32] \
       [--estimators=espo,agrpo/step_rule=blocks/num_mc_blocks=2]
-    python -m agrpo_jax.lab train --config=sudoku_tiny:blocks \
-      --objectives=agrpo,espo,diffu_grpo/num_masks=4 --seeds=5 \
+    agrpo lab train --config=sudoku_tiny:blocks \
+      --objectives=agrpo,espo/num_masks=4,diffu_grpo --seeds=5 \
       --budget_passes=900 --work=FOLDER --output=FOLDER \
       [--learning_rates=1e-4,3e-4,1e-3]
 

@@ -1,6 +1,6 @@
 r"""A model for EleutherAI's lm-evaluation-harness (`pip install lm-eval`).
 
-    python -m agrpo_jax.lm_eval --model agrpo_jax \
+    agrpo lm_eval --model agrpo_jax \
       --model_args path=FOLDER,completion_length=256,num_denoise_steps=256 \
       --tasks gsm8k --batch_size 8
 

@@ -206,7 +206,7 @@ def _kernels(
 
 
 def put(tree: types.Tree, path: tuple[str, ...], value: types.Tree) -> None:
-  """Sets tree[path[0]][path[1]]... = value, making the dicts between."""
+  """Sets `tree[path[0]][path[1]]... = value`, making the dicts between."""
   for name in path[:-1]:
     tree = tree.setdefault(name, {})
   tree[path[-1]] = value

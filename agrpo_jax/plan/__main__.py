@@ -1,6 +1,6 @@
 """What a run would need: compiled for the hardware, without the hardware.
 
-    python -m agrpo_jax.plan --config=gsm8k --topology=v5e:4x8
+    agrpo plan --config=gsm8k --topology=v5e:4x8
 
 compiles the two programs that `agrpo_jax.main` runs with this config, of the
 real network but without its parameters, and prints what they take: memory per

@@ -1,19 +1,21 @@
 r"""Checkpoints in Hugging Face's layout <-> our parameters.
 
-    python -m agrpo_jax.port --from=<folder or hub id> --to=<folder> \
+    agrpo port --from=<folder or hub id> --to=<folder> \
       [--dtype=bfloat16] [--merge_adapter=<PEFT folder>]
 
 copies a checkpoint through our parameters: tensors, shards, `config.json`,
 tokenizer and code files come out as the original code reads them. Code is
 copied, never run.
 
-    python -m agrpo_jax.port --checkpoint=WORKDIR[:best|:TRAIN_STEP] \
+    agrpo port --checkpoint=WORKDIR[:best|:TRAIN_STEP] \
       --to=<folder> [--dtype=float32 | --adapter]
 
 writes what a run trained: weights with the adapter merged into them, in the
 dtype of the base model's files, or with `--adapter` a folder for PEFT; and a
-README.md, unless there is one. Read it before you publish it: it holds the
-run's settings and command.
+README.md, unless there is one. --push=OWNER/NAME uploads the folder to the
+Hugging Face hub besides, into a private repository unless it exists, or
+--public is given. Read the README.md before you publish it: it holds the run's
+settings and command.
 """
 
 import pathlib
@@ -28,6 +30,7 @@ from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import export
+from agrpo_jax.port import hub
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.port import write
@@ -51,6 +54,10 @@ def _define_flags() -> None:
     ["float32", "bfloat16", "float16"],
     "Of the tensors written; as they, or the base model's, are if not given.",
   )
+  flags.DEFINE_string(
+    "push", "", "OWNER/NAME on the Hugging Face hub to upload the folder to."
+  )
+  flags.DEFINE_bool("public", False, "A repository that --push makes is so.")
   flags.DEFINE_integer(
     "max_shard_bytes",
     model_folder.MAX_SHARD_BYTES,
@@ -65,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
   _check(asked)
   to = pathlib.Path(asked["to"])
   write.refuse_weights(to)
+  if asked["push"]:
+    hub.check_push(asked["push"])
   jax.config.update("jax_platforms", "cpu")  # host memory is where this fits
   if not asked["checkpoint"]:
     count = _convert(asked, to)
@@ -74,7 +83,10 @@ def main(argv: Sequence[str]) -> None:
     count = export.merged(
       asked["checkpoint"], to, asked["dtype"], asked["max_shard_bytes"]
     )
-  print(f"Wrote {to}: {count:,} parameters.")
+  print(f"Wrote {to}: {count:,} parameters.", flush=True)
+  if asked["push"]:
+    where = hub.push(to, asked["push"], is_public=asked["public"])
+    print(f"Pushed it to {where}")
 
 
 def _check(asked: Mapping[str, Any]) -> None:
@@ -93,6 +105,8 @@ def _check(asked: Mapping[str, Any]) -> None:
     )
   if asked["adapter"] and not asked["checkpoint"]:
     problems.append("--adapter goes with --checkpoint")
+  if asked["public"] and not asked["push"]:
+    problems.append("--public goes with --push=OWNER/NAME")
   if asked["adapter"] and asked["dtype"]:
     problems.append("--adapter is written in float32; leave out --dtype")
   if problems:

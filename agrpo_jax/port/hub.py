@@ -1,4 +1,4 @@
-"""A checkpoint's folder, on this machine or on the Hugging Face hub."""
+"""Folders of models, on this machine and on the Hugging Face hub."""
 
 import pathlib
 import re
@@ -61,11 +61,61 @@ def folder(
       )
     )
   except (OSError, ValueError, RuntimeError) as error:
-    reason = str(error).strip().split("\n")[0]
     at = f" at revision {revision!r}" if revision else ""
     raise errors.UserError(
       f"There is no folder {path!r} here, and it could not be downloaded from "
-      f"the Hugging Face hub{at}: {type(error).__name__}: {reason} If this "
+      f"the Hugging Face hub{at}: {_first_line(error)} If this "
       "machine is offline, download the repository elsewhere, copy its folder "
       "here, and give the path of the folder."
     ) from error
+
+
+def check_push(repository: str) -> None:
+  """Raises UserError where nothing can be pushed: a wrong id, or no login."""
+  if not _HUB_ID.fullmatch(repository):
+    raise errors.UserError(
+      f"--push={repository!r} is no repository of the hub; give OWNER/NAME."
+    )
+  try:
+    huggingface_hub.HfApi().whoami()
+  except (OSError, ValueError, RuntimeError) as error:
+    raise errors.UserError(
+      f"--push={repository!r}: nobody is logged in to the Hugging Face hub "
+      f"here ({_first_line(error)}). Run `hf auth login`, or set HF_TOKEN to a "
+      "token that may write."
+    ) from error
+
+
+def push(local: pathlib.Path, repository: str, *, is_public: bool) -> str:
+  """Uploads a folder, into a repository that is made if there is none.
+
+  Args:
+    local: the folder.
+    repository: OWNER/NAME; what it holds of the same names is replaced.
+    is_public: of a new repository; else it is private.
+
+  Returns:
+    Its address.
+
+  Raises:
+    UserError: it could not be uploaded.
+  """
+  api = huggingface_hub.HfApi()
+  try:
+    made = api.create_repo(repository, private=not is_public, exist_ok=True)
+    api.upload_folder(
+      repo_id=repository,
+      folder_path=str(local),
+      commit_message="Written by agrpo_jax",
+    )
+  except (OSError, ValueError, RuntimeError) as error:
+    raise errors.UserError(
+      f"{local} is written, but was not pushed to {repository!r}: "
+      f"{_first_line(error)} To try that again: hf upload {repository} {local}"
+    ) from error
+  return str(made)
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip().partition("\n")[0]
+  return f"{type(error).__name__}: {text}"

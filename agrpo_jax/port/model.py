@@ -352,6 +352,32 @@ def load_trained(
   return dataclasses.replace(model, **{part: found[0]["trainable"]})
 
 
+def load_first(
+  source: base.Source,
+  lora: lora_lib.Lora | None,
+  mesh: mesh_lib.Mesh,
+  checkpoint: str,
+  seed: int,
+) -> Model:
+  """Loads the model that a run begins with.
+
+  Args:
+    source: where its base comes from.
+    lora: its adapters, or None.
+    mesh: where it goes.
+    checkpoint: of another run, whose trained weights it begins with: of the
+      same base and adapters of the same kind; "" for fresh adapters, or the
+      source's own parameters.
+    seed: of fresh adapters.
+
+  Raises:
+    UserError: as for `load_model` and `load_trained`.
+  """
+  if checkpoint:
+    return load_trained(source, lora, mesh, checkpoint)
+  return load_model(source, lora, mesh, seed=seed)
+
+
 def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
   """Reads which model a run trains, and its adapter's settings.
 

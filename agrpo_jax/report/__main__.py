@@ -1,6 +1,6 @@
 r"""One page about a run, or about several side by side.
 
-    python -m agrpo_jax.report WORKDIR [WORKDIR ...] --html=report.html
+    agrpo report WORKDIR [WORKDIR ...] --html=report.html
 
 reads what the runs have logged so far: curves, held-out accuracy, completions
 step by step, settings and where they differ, hardware, cost, and warnings in

@@ -21,6 +21,11 @@ def split(checkpoint: str) -> tuple[str, str]:
   return checkpoint, ""
 
 
+def exists(workdir: str) -> bool:
+  """Returns whether a run has saved anything; "" is no run."""
+  return bool(workdir) and bool(checkpoint_read.Reader(workdir).steps())
+
+
 def find(checkpoint: str) -> tuple[checkpoint_read.Reader, int | None]:
   """Finds a checkpoint without reading its arrays.
 

@@ -30,6 +30,7 @@ from agrpo_jax import types
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint
 from agrpo_jax.runs import checkpoint_meta
+from agrpo_jax.runs import checkpoint_read
 from agrpo_jax.runs import files
 from agrpo_jax.runs import metrics
 from agrpo_jax.runs import workdir
@@ -116,13 +117,19 @@ class Claim:
     self._settings = settings
     self._stop = stop
     self._run: Run | None = None
+    self._note = ""  # for the line that says from where it goes on
     if processes.is_main():
-      _check_config(settings, folder / "config.json")
+      self._note = _check_config(settings, folder / "config.json")
 
   @property
   def has_begun(self) -> bool:
     """True if the directory holds a run, to be continued."""
     return (self.folder / "config.json").exists()
+
+  @property
+  def has_checkpoint(self) -> bool:
+    """True if there is something to go on from; all processes ask together."""
+    return checkpoint_read.Reader(self.folder).latest_step is not None
 
   @property
   def is_running(self) -> bool:
@@ -162,7 +169,7 @@ class Claim:
       first_step = int(state.train_step)
       print(
         f"Continuing {self.folder} after train step {first_step} of "
-        f"{settings.train.num_steps}.",
+        f"{settings.train.num_steps}.{self._note}",
         flush=True,
       )
     # Not before the checkpoints were found to fit: with this file a run has
@@ -255,10 +262,7 @@ class Run:
     asked = max(number for number, _ in heard)
     self.checkpoints.save(
       state,
-      {
-        "config": dict(self.settings.as_json),
-        "base_model": self.base_model and self.base_model.to_json(),
-      },
+      self._meta(),
       accuracy=scalars.get("eval/accuracy"),
       force=is_last or asked > 0,
       is_busy=any(is_busy for _, is_busy in heard),
@@ -271,6 +275,20 @@ class Run:
         # As shells have it of a command that a signal ended.
         code=128 + asked,
       )
+
+  def save_start(self, state: types.TrainState) -> None:
+    """Saves the state before the first train step, where another run made it.
+
+    From here on this run needs the other one no more.
+    """
+    self.checkpoints.save(state, self._meta(), force=True)
+    self.checkpoints.wait()
+
+  def _meta(self) -> dict[str, Any]:
+    return {
+      "config": dict(self.settings.as_json),
+      "base_model": self.base_model and self.base_model.to_json(),
+    }
 
   def log_before(
     self,
@@ -385,10 +403,16 @@ def _command() -> list[str]:
   return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
-def _check_config(settings: Settings, file: pathlib.Path) -> None:
-  """Raises UserError if the directory holds a run of another config."""
+def _check_config(settings: Settings, file: pathlib.Path) -> str:
+  """Raises UserError if the directory holds a run of another config.
+
+  It may be made longer, save at other times, and be graded by more processes.
+
+  Returns:
+    What is to be said of a run that was made longer, "" of others.
+  """
   if not file.exists() or settings.accept_changed_config:
-    return
+    return ""
   before = files.read_json(file, "the config of the run in this work directory")
   now = dict(settings.as_json)
   for key in _FREE_KEYS:
@@ -396,6 +420,16 @@ def _check_config(settings: Settings, file: pathlib.Path) -> None:
   # That a model is the same is told by its contents, when it is loaded.
   source = {key: now["model"][key] for key in ("path", "revision")}
   before["model"] = {**before.get("model", {}), **source}
+  length, num_before = now["train"]["num_steps"], _length(before)
+  is_longer = num_before is not None and num_before < length
+  # All else there says when to save, and what to keep.
+  before["train"] = {
+    **now["train"],
+    "num_steps": length if is_longer else num_before,
+  }
+  if "grading" in now:
+    workers = {"num_workers": now["grading"]["num_workers"]}
+    before["grading"] = {**before.get("grading", {}), **workers}
   changes = files.differences(before, now, "config")
   if changes:
     raise errors.UserError(
@@ -404,3 +438,18 @@ def _check_config(settings: Settings, file: pathlib.Path) -> None:
       "--config.workdir=..., undo the changes, or go on under them with "
       "--config.accept_changed_config=true."
     )
+  if not is_longer:
+    return ""
+  if now["optimizer"]["schedule"] == "constant":
+    return f" It was of {num_before}."
+  return (
+    f" It was of {num_before}: the learning rate, which ends at zero, goes on "
+    "as in a run of the new length."
+  )
+
+
+def _length(config: Mapping[str, Any]) -> int | None:
+  """Returns the train steps of a recorded config, None if they are not told."""
+  train = config.get("train")
+  found = train.get("num_steps") if isinstance(train, Mapping) else None
+  return found if isinstance(found, int) else None

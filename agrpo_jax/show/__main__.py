@@ -1,6 +1,6 @@
 """Looks at how a model writes: step by step in the terminal, and as a page.
 
-    python -m agrpo_jax.show --model=FOLDER "What is 3 + 4?" --html=seven.html
+    agrpo show --model=FOLDER "What is 3 + 4?" --html=seven.html
 
 With --config=X the model and the sampling settings are those of its
 evaluation, and --example=N asks the N-th held-out problem instead of a prompt

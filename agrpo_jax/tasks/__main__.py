@@ -1,7 +1,7 @@
 """Shows what a task asks and what it rewards, or writes demonstrations.
 
-    python -m agrpo_jax.tasks --show=gsm8k --protocol=agrpo --path=test.jsonl
-    python -m agrpo_jax.tasks --show=countdown --protocol=bare --split=train \
+    agrpo tasks --show=gsm8k --protocol=agrpo --path=test.jsonl
+    agrpo tasks --show=countdown --protocol=bare --split=train \
       --demonstrations=countdown.jsonl
 
 The second writes what `agrpo_jax.sft` learns from by `config.data.path`; files

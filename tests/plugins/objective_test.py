@@ -150,7 +150,9 @@ def test_its_gradient_is_that_of_its_formula():
 
 OWN_FILE = re.findall(
   r"```python\n(.*?)```",
-  (pathlib.Path(__file__).parents[2] / "docs/objectives.md").read_text("utf-8"),
+  (pathlib.Path(__file__).parents[2] / "docs/custom_objective.md").read_text(
+    "utf-8"
+  ),
   re.DOTALL,
 )[0]
 

@@ -36,7 +36,12 @@ def test_unknown_name_lists_the_known_ones(name):
 
 
 _DOCUMENT = (_ROOT / "docs/custom_task.md").read_text()
-_COMMANDS = re.findall(r"^    (python -m (?:.*\\\n)*.*)$", _DOCUMENT, re.M)
+_COMMANDS = [
+  f"python -m agrpo_jax {command}"
+  for command in re.findall(
+    r"^    agrpo ((?:.*\\\n)*.*)$", _DOCUMENT, re.MULTILINE
+  )
+]
 
 
 @pytest.fixture
