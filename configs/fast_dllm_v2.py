@@ -1,6 +1,6 @@
 r"""AGRPO with Fast-dLLM v2, a block-causal model made of Qwen2.5.
 
-    python -m agrpo_jax.main --config=configs/fast_dllm_v2.py \
+    agrpo train --config=fast_dllm_v2 \
       --config.workdir=runs/fast_dllm_v2
 
 As its own sampler decodes: blocks of 32 tokens in parts of 8, in each all

@@ -3,11 +3,11 @@
 Five runs on a laptop's CPU; `make tiny-reasoning` writes the demonstrations
 and runs them in order:
 
-    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:countdown
-    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:both
-    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:words
-    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:clean
-    python -m agrpo_jax.sft --config=configs/sft_reasoning.py:careless
+    agrpo sft --config=sft_reasoning:countdown
+    agrpo sft --config=sft_reasoning:both
+    agrpo sft --config=sft_reasoning:words
+    agrpo sft --config=sft_reasoning:clean
+    agrpo sft --config=sft_reasoning:careless
 
 The first learns, from random parameters and on short rows, to copy numbers and
 to write equations; the second goes on from it with word problems besides, the
