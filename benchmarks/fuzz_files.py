@@ -22,9 +22,9 @@ code is 1 if something was wrong.
 
 import argparse
 import collections
-import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -519,36 +519,46 @@ class _Opened:
       return False
 
 
-def _read(kind: Kind, name: str, seed: int, numbers: range) -> None:
-  """Damages, loads and judges; a line of JSON for each number."""
+def _read(seed: int, jobs: Sequence[tuple[str, int]], at: int) -> None:
+  """Damages, loads and judges, a line of JSON for each job from the at-th."""
   folder = pathlib.Path(os.environ["WATCHED_FOLDER"])
-  healthy, outside = folder.with_name("healthy"), folder.with_name("outside")
+  log = open(os.environ["WATCHED_LOG"])  # once: that is written there too
   logging.set_verbosity(logging.FATAL)
   chat_template.SECONDS = 2
   tokens_fast.SECONDS = 4.0
-  expected = kind.load(healthy)
-  opened = _Opened(outside)
-  _bound_memory()
-  num_threads = threading.active_count()
-  log = pathlib.Path(os.environ["WATCHED_LOG"])
-  for number in numbers:
-    signal.alarm(_SECONDS)  # not caught: it ends the process wherever that is
-    rng = random.Random(f"{name}/{seed}/{number}")
-    _damage(rng, kind, healthy, folder, outside)
-    opened.any()
-    log_size = log.stat().st_size
-    outcome, detail = _outcome(kind, folder, expected)
-    with log.open() as lines:
-      lines.seek(log_size)
-      done = [line for line in lines if _WORKER not in line]
-    if done and not kind.follows_links:
-      outcome, detail = "wrong", f"did {done[0].strip()}"
-    if opened.any() and not kind.follows_links:
-      outcome, detail = "wrong", "opened a file beside the folder"
-    signal.alarm(0)
-    print(json.dumps([number, outcome, detail]), flush=True)
-    if threading.active_count() > num_threads:
-      os._exit(0)  # what took too long goes on in a thread, and would for ever
+  num_threads = 0
+  for name, some in itertools.groupby(jobs[at:], key=lambda job: job[0]):
+    kind = KINDS[name]
+    healthy, outside = _beside(folder, name)
+    if not outside.exists():
+      kind.make(healthy)
+      shutil.copytree(healthy, outside)
+    expected = kind.load(healthy)
+    opened = _Opened(outside)
+    if not num_threads:
+      _bound_memory()
+    num_threads = threading.active_count()
+    for _, number in some:
+      signal.alarm(_SECONDS)  # not caught: it ends the process in any place
+      rng = random.Random(f"{name}/{seed}/{number}")
+      _damage(rng, kind, healthy, folder, outside)
+      opened.any()
+      log.seek(0, os.SEEK_END)
+      outcome, detail = _outcome(kind, folder, expected)
+      done = [line for line in log if _WORKER not in line]
+      if done and not kind.follows_links:
+        outcome, detail = "wrong", f"did {done[0].strip()}"
+      if opened.any() and not kind.follows_links:
+        outcome, detail = "wrong", "opened a file beside the folder"
+      signal.alarm(0)
+      print(json.dumps([outcome, detail]), flush=True)
+      if threading.active_count() > num_threads:
+        os._exit(0)  # what took too long goes on in a thread, and would on
+
+
+def _beside(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+  """The healthy folder of a kind, and the one that must not be read."""
+  return [folder.with_name(f"{name}_{one}") for one in ("healthy", "outside")]
 
 
 def _bound_memory() -> None:
@@ -619,12 +629,9 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _fuzz(
-  name: str, seed: int, numbers: range, folder: pathlib.Path
-) -> Iterator[tuple[int, str, str]]:
-  """Yields (number, outcome, detail), over as many processes as it takes."""
-  kind = KINDS[name]
-  kind.make(folder / "healthy")
-  shutil.copytree(folder / "healthy", folder / "outside")
+  jobs: Sequence[tuple[str, int]], words: Sequence[str], folder: pathlib.Path
+) -> Iterator[tuple[str, str]]:
+  """Yields (outcome, detail) of jobs, in as many processes as it takes."""
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
@@ -633,31 +640,29 @@ def _fuzz(
     "WATCHED_FOLDER": str(folder / "case"),
     "WATCHED_LOG": str(folder / "log"),
   }
-  at = numbers.start
-  while at < numbers.stop:
+  at = 0
+  while at < len(jobs):
+    begun = at
     with (folder / "said").open("w") as said:
       reader = subprocess.Popen(
-        [sys.executable, __file__, "--as-reader", name]
-        + [str(one) for one in (seed, at, numbers.stop)],
+        [sys.executable, __file__, *words, f"--as_reader={at}"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=said,
-        text=True,
       )
-      with contextlib.closing(reader.stdout or sys.stdin) as lines:
-        begun = at
+      with reader.stdout or open(os.devnull, "rb") as lines:
         for line in lines:
-          number, outcome, detail = json.loads(line)
-          at = number + 1
-          yield number, outcome, detail
+          at += 1
+          outcome, detail = json.loads(line)
+          yield outcome, detail
       code = reader.wait()
     if code:
-      what = "hung" if code == -signal.SIGALRM else f"ended with {code}"
       last = (folder / "said").read_text(errors="replace").strip()[-300:]
       if at == begun and "Traceback" in last:
-        raise RuntimeError(f"the reader of {name} does not start: {last}")
-      yield at, "wrong", f"{what}: {last}"
+        raise RuntimeError(f"the reader does not start: {last}")
       at += 1
+      what = "hung" if code == -signal.SIGALRM else f"ended with {code}"
+      yield "wrong", f"{what}: {last}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -670,44 +675,47 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--kinds", default=",".join(KINDS))
   parser.add_argument("--folder", help="to work in; default: a temporary one")
   parser.add_argument("--say", action="store_true", help="show each outcome")
+  parser.add_argument("--as_reader", type=int, help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   numbers = range(args.first, args.first + args.mutations)
+  names = args.kinds.split(",")
+  jobs = [(name, number) for name in names for number in numbers]
+  if args.as_reader is not None:
+    _read(args.seed, jobs, args.as_reader)
+    return 0
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(args.folder or temporary).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = zip(jobs, _fuzz(jobs, argv, folder), strict=True)
+    return _report(outcomes, args.say)
+
+
+def _report(
+  outcomes: Iterator[tuple[tuple[str, int], tuple[str, str]]],
+  is_wordy: bool,
+) -> int:
+  """Prints a row per kind and what was wrong; 1 if anything was."""
   row = "{:<16} {:>9} {:>8} {:>6} {:>6} {:>6} {:>8}"
-  print(
-    row.format("kind", "mutations", "refused", "same", "other", "wrong", "s")
-  )
+  columns = ("refused", "same", "other", "wrong")
+  print(row.format("kind", "mutations", *columns, "seconds"))
   wrongs: list[str] = []
-  for name in args.kinds.split(","):
-    with tempfile.TemporaryDirectory() as temporary:
-      folder = pathlib.Path(args.folder or temporary).resolve() / name
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir(parents=True)
-      began = time.monotonic()
-      counts: collections.Counter[str] = collections.Counter()
-      for number, outcome, detail in _fuzz(name, args.seed, numbers, folder):
-        counts[outcome] += 1
-        if outcome == "wrong":
-          wrongs.append(f"{name} {number}: {detail}")
-        if args.say:
-          print(f"{number} {outcome} {detail[:300]!r}")
-    print(
-      row.format(
-        name,
-        counts.total(),
-        *(counts[one] for one in ("refused", "same", "other", "wrong")),
-        f"{time.monotonic() - began:.0f}",
-      ),
-      flush=True,
-    )
+  for name, some in itertools.groupby(outcomes, key=lambda one: one[0][0]):
+    began = time.monotonic()
+    counts: collections.Counter[str] = collections.Counter()
+    for (_, number), (outcome, detail) in some:
+      counts[outcome] += 1
+      if outcome == "wrong":
+        wrongs.append(f"{name} {number}: {detail}")
+      if is_wordy:
+        print(f"{number} {outcome} {detail[:300]!r}")
+    seconds = f"{time.monotonic() - began:.0f}"
+    total = sum(counts.values())
+    print(row.format(name, total, *(counts[c] for c in columns), seconds))
+    sys.stdout.flush()
   for wrong in wrongs:
     print(f"WRONG: {wrong}")
   return min(len(wrongs), 1)
 
 
 if __name__ == "__main__":
-  if sys.argv[1:2] == ["--as-reader"]:
-    _, _, kind_name, *words = sys.argv
-    seed_, first_, last_ = map(int, words)
-    _read(KINDS[kind_name], kind_name, seed_, range(first_, last_))
-  else:
-    sys.exit(main(sys.argv[1:]))
+  sys.exit(main(sys.argv[1:]))

@@ -222,11 +222,14 @@ class _Shield:
   def __init__(self, pattern: re.Pattern[str], *texts: str):
     self._pattern = pattern
     # A character of Unicode's private use area that no text contains.
-    self._mark = next(
-      chr(one)
-      for one in range(0xE000, 0xF900)
-      if not any(chr(one) in text for text in texts)
-    )
+    used = {*itertools.chain(*texts)}
+    free = (one for one in map(chr, range(0xE000, 0xF900)) if one not in used)
+    self._mark = next(free, "")
+    if not self._mark:
+      raise errors.UserError(
+        "A text cannot be encoded: it has all of the 6,400 characters that "
+        "Unicode keeps for private use. Leave one of them out."
+      )
     self.hidden: list[str] = []
 
   def hide(self, text: str) -> str:
@@ -237,9 +240,11 @@ class _Shield:
     return self._pattern.sub(put, text)
 
   def show(self, text: str) -> str:
+    # The template may have written the mark itself.
+    names = {str(at): name for at, name in enumerate(self.hidden)}
     return re.sub(
       f"{self._mark}([0-9]+){self._mark}",
-      lambda match: self.hidden[int(match.group(1))],
+      lambda match: names.get(match.group(1), match.group()),
       text,
     )
 
@@ -288,8 +293,8 @@ def _read(
     if not _is_in_parts(folder, settings):
       raise errors.UserError(f"{folder} has no {_FILE}. {_REMEDY}")
     path, make = folder / _PARTS[0], functools.partial(_of_parts, settings)
-    folder_lib.refuse_pointer(folder / _PARTS[1])
-  folder_lib.refuse_pointer(path)
+    folder_lib.check(folder / _PARTS[1])
+  folder_lib.check(path)
   try:
     tokenizer = make(str(path))
   # tokenizers raises nothing more specific, and panics of its Rust code, which
@@ -359,8 +364,7 @@ def _chat_template(folder: pathlib.Path, settings: dict[str, Any]) -> str:
   path = folder / "chat_template.jinja"
   template: Any = settings.get("chat_template")
   if path.exists():
-    folder_lib.refuse_pointer(path)
-    template = path.read_text(encoding="utf-8")
+    template = folder_lib.read_text(path)
   if isinstance(template, list):  # several, by name
     by_name = {
       one.get("name"): one.get("template")

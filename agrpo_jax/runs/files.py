@@ -101,7 +101,7 @@ def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
   """
   try:
     found = json.loads(file.read_text("utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
       f"{str(file)!r}, {what}, cannot be read ({error}). Put a copy back, or "
       "remove the file."

@@ -124,7 +124,13 @@ def _csv(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
     reader = csv.DictReader(lines)
     try:
       for row in reader:
-        yield f"{file}, line {reader.line_num}", row
+        where = f"{file}, line {reader.line_num}"
+        if None in row:
+          raise errors.UserError(
+            f"{where} has more values than there are columns; put quotes "
+            "around a value that holds a comma."
+          )
+        yield where, row
     except csv.Error as error:
       raise errors.UserError(
         f"{file}, line {reader.line_num} is not CSV: {error}."

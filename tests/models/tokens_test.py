@@ -275,6 +275,27 @@ class TestRefusals:
     with pytest.raises(errors.UserError, match=why):
       tokenizer.encode("x" * 350 + "!y")
 
+  @pytest.mark.parametrize("written", ["\ue0007\ue000", "\ue000" + "9" * 5000])
+  def test_templates_that_write_what_hides_names(self, folder, written):
+    """Names of special tokens in messages have a stand-in meanwhile."""
+    template = written + "\ue000{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = tokens.load(folder, vocabulary())
+    ids = tokenizer.encode_chat(ask("<|eot_id|>"))
+    assert EOT not in ids
+    assert tokenizer.decode(ids).endswith("\ue000<|eot_id|>")
+
+  def test_no_character_is_left_to_hide_names(self, tokenizer):
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(errors.UserError, match="private use"):
+      tokenizer.encode_chat(ask(every + "<|eot_id|>"))
+    assert tokenizer.encode_chat(ask(every[1:] + "<|eot_id|>"))
+
+  def test_a_template_that_is_no_text(self, folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ bos_token }}")
+    with pytest.raises(errors.UserError, match=r"jinja cannot be read"):
+      tokens.load(folder, vocabulary())
+
   def test_no_chat_template(self, folder):
     rewrite(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(errors.UserError, match="chat template"):

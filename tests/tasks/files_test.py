@@ -61,6 +61,7 @@ def test_folder_holds_a_file_per_split(tmp_path):
     ("a.jsonl", b'{"a": 1}\n{"a": null}\n', r"line 2: column a is missing"),
     ("a.csv", b"b,c\n1,2\n", r"column a is missing or empty; found b, c"),
     ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+    ("a.csv", b"a,b\n1,2,3\n", "line 2 has more values than there are col"),
     ("a.jsonl", b'{"a": 1}\n{"a": "x\\ud800"}\n', "line 2 escapes half of"),
     ("a.jsonl", b'{"a": [{"b\\uDFFF": 1}]}\n', "line 1 escapes half of"),
     ("a.json", b"{}", r"must end in \.jsonl, \.csv, \.parquet"),
