@@ -78,7 +78,8 @@ _MAX_BYTES = 4 << 30  # of memory, besides what a process starts with
 _MAX_MESSAGE = 20_000  # characters of a refusal
 _NETWORK = dict(num_layers=2, width=8, num_heads=2, mlp_width=8)
 _CHAT = [{"role": "user", "content": "4*5 <|eot_id|>"}]
-_WORKER = "agrpo_jax.models.chat_template_worker"
+# The worker for templates; and by what Python looks for a C library.
+_STARTED = ("agrpo_jax.models.chat_template_worker", "'/sbin/ldconfig'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +123,10 @@ def _make_parts(folder: pathlib.Path) -> None:
   _make_model(folder)
   raw = json.loads((folder / "tokenizer.json").read_text())
   (folder / "tokenizer.json").unlink()
-  vocab = {word: at for word, at in raw["model"]["vocab"].items() if at < 260}
+  letters = {one: at for one, at in raw["model"]["vocab"].items() if at < 256}
+  vocab = letters | {"us": 256, "use": 257, "user": 258, "12": 259}
   (folder / "vocab.json").write_text(json.dumps(vocab))
-  (folder / "merges.txt").write_text("#version: 0.2\nu s\nus e\nuse r\n")
+  (folder / "merges.txt").write_text("#version: 0.2\nu s\nus e\nuse r\n1 2\n")
   file = folder / "tokenizer_config.json"
   settings = json.loads(file.read_text()) | {
     "tokenizer_class": "DreamTokenizer",
@@ -229,7 +231,7 @@ def _damage_index(
     }
   elif kind < 0.7:
     names[rng.choice([*names])] = other
-  elif kind < 0.8:
+  elif kind < 0.71:
     names |= {f"extra.{i}": shard for i in range(100_000)}
   elif kind < 0.9:
     (file.parent / shard).unlink()
@@ -270,19 +272,20 @@ def _damage_template(
 def _damage_text(
   rng: random.Random, file: pathlib.Path, outside: pathlib.Path
 ) -> None:
+  if file.suffix == ".json":
+    _damage_json(rng, file, outside)
+    return
   content = file.read_bytes()
-  if file.suffix == ".jsonl":
+  if file.suffix == ".jsonl" and rng.random() < 0.8:
     lines = content.decode().splitlines()
     at = rng.randrange(len(lines))
     lines[at] = mutations.json_text(rng, lines[at])
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
   elif file.suffix == ".csv" and rng.random() < 0.3:
     content += b'"' * rng.choice([1, 3]) + b"x," * rng.choice([9, 200_000])
-  if file.suffix not in (".jsonl", ".json") or rng.random() < 0.2:
+  else:
     content = mutations.bytes_of(rng, content)
   file.write_bytes(content)
-  if file.suffix == ".json":
-    _damage_json(rng, file, outside)
 
 
 def _damage_run(
@@ -367,6 +370,13 @@ def _plain(file: pathlib.Path) -> dict[str, bytes]:
   }
 
 
+_SHAPE_KEYS = (
+  *("vocab_size", "embedding_size", "n_layers", "d_model", "n_heads"),
+  *("n_kv_heads", "mlp_hidden_size", "rope_theta", "rms_norm_eps"),
+  *("max_sequence_length", "mask_token_id", "pad_token_id", "weight_tying"),
+)
+
+
 def _misread_model(folder: pathlib.Path, loaded: Any) -> str:
   values, params = loaded
   shape = base.Shape(**values)
@@ -387,8 +397,10 @@ def _misread_model(folder: pathlib.Path, loaded: Any) -> str:
   if held != said:
     return "the tensors are not those of the files"
   raw = json.loads((folder / files.CONFIG).read_text())
-  for key, value in models.write_shape(shape).items():
-    if key in raw and raw[key] not in (value, None) and "eos" not in key:
+  written = models.write_shape(shape)
+  for key in _SHAPE_KEYS:
+    if raw.get(key) not in (written[key], None):
+      value = written[key]
       return f"{key} is {raw[key]!r} in config.json and {value!r} here"
   return ""
 
@@ -523,6 +535,8 @@ def _read(seed: int, jobs: Sequence[tuple[str, int]], at: int) -> None:
   """Damages, loads and judges, a line of JSON for each job from the at-th."""
   folder = pathlib.Path(os.environ["WATCHED_FOLDER"])
   log = open(os.environ["WATCHED_LOG"])  # once: that is written there too
+  reports = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)  # for what a library prints
   logging.set_verbosity(logging.FATAL)
   chat_template.SECONDS = 2
   tokens_fast.SECONDS = 4.0
@@ -545,13 +559,13 @@ def _read(seed: int, jobs: Sequence[tuple[str, int]], at: int) -> None:
       opened.any()
       log.seek(0, os.SEEK_END)
       outcome, detail = _outcome(kind, folder, expected)
-      done = [line for line in log if _WORKER not in line]
+      done = [line for line in log if not any(one in line for one in _STARTED)]
       if done and not kind.follows_links:
         outcome, detail = "wrong", f"did {done[0].strip()}"
       if opened.any() and not kind.follows_links:
         outcome, detail = "wrong", "opened a file beside the folder"
       signal.alarm(0)
-      print(json.dumps([outcome, detail]), flush=True)
+      print(json.dumps([outcome, detail]), file=reports, flush=True)
       if threading.active_count() > num_threads:
         os._exit(0)  # what took too long goes on in a thread, and would on
 
@@ -642,7 +656,6 @@ def _fuzz(
   }
   at = 0
   while at < len(jobs):
-    begun = at
     with (folder / "said").open("w") as said:
       reader = subprocess.Popen(
         [sys.executable, __file__, *words, f"--as_reader={at}"],
@@ -658,8 +671,8 @@ def _fuzz(
       code = reader.wait()
     if code:
       last = (folder / "said").read_text(errors="replace").strip()[-300:]
-      if at == begun and "Traceback" in last:
-        raise RuntimeError(f"the reader does not start: {last}")
+      if code == 1:  # an exception of its own
+        raise RuntimeError(f"the reader failed: {last}")
       at += 1
       what = "hung" if code == -signal.SIGALRM else f"ended with {code}"
       yield "wrong", f"{what}: {last}"
@@ -700,7 +713,7 @@ def _report(
   print(row.format("kind", "mutations", *columns, "seconds"))
   wrongs: list[str] = []
   for name, some in itertools.groupby(outcomes, key=lambda one: one[0][0]):
-    began = time.monotonic()
+    began, num_before = time.monotonic(), len(wrongs)
     counts: collections.Counter[str] = collections.Counter()
     for (_, number), (outcome, detail) in some:
       counts[outcome] += 1
@@ -711,9 +724,9 @@ def _report(
     seconds = f"{time.monotonic() - began:.0f}"
     total = sum(counts.values())
     print(row.format(name, total, *(counts[c] for c in columns), seconds))
+    for wrong in wrongs[num_before:]:
+      print(f"WRONG: {wrong}")
     sys.stdout.flush()
-  for wrong in wrongs:
-    print(f"WRONG: {wrong}")
   return min(len(wrongs), 1)
 
 

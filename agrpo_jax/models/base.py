@@ -187,6 +187,7 @@ class Family:
   end_of_turn: str
 
 
+MAX_INT = 2**31 - 1  # of an index
 _MAX_FLOAT32 = 3.4028234663852886e38
 # The least value of a whole number; 1 for the others.
 _LEAST = dict.fromkeys(
@@ -217,6 +218,8 @@ def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
       least = _LEAST.get(name, 1)
       if not is_int(value) or value < least:
         found.append(f"{label}={value!r} is not a whole number >= {least}")
+      elif value > MAX_INT:
+        found.append(f"{label}={value!r} is above 2^31 - 1")
       else:
         good[name] = value
     elif kind is float and not (is_number(value) and value > 0):

@@ -154,8 +154,9 @@ def _fill(
         f"{values['num_kv_heads']!r}"
       )
   ratio = raw.get("mlp_ratio", 4)
-  is_whole = base.is_int(values["width"]) and base.is_number(values["width"])
-  if values["mlp_width"] is None and is_whole:
+  width = values["width"]
+  is_size = base.is_int(width) and width <= base.MAX_INT  # else found elsewhere
+  if values["mlp_width"] is None and is_size:
     if not base.is_number(ratio):
       found.append(f"mlp_ratio={ratio!r} is not a number")
     elif ratio * values["width"] != int(ratio * values["width"]):

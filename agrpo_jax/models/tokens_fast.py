@@ -1,11 +1,13 @@
 """A checkpoint's fast tokenizer and chat template, without running its code."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
 import re
 import threading
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +74,8 @@ class FastTokenizer:
     }
     longest_first = sorted(self._special, key=len, reverse=True)
     self._pattern = re.compile("|".join(map(re.escape, longest_first)))
-    self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+    with _reading(folder):  # one in parts may be none when it is put together
+      self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
     self._plain.encode_special_tokens = True
 
   def encode_chat(self, messages: Messages, prefill: str = "") -> list[int]:
@@ -295,20 +298,27 @@ def _read(
     path, make = folder / _PARTS[0], functools.partial(_of_parts, settings)
     folder_lib.check(folder / _PARTS[1])
   folder_lib.check(path)
-  try:
+  with _reading(path):
     tokenizer = make(str(path))
-  # tokenizers raises nothing more specific, and panics of its Rust code, which
-  # are no `Exception`.
+  # A saved tokenizer may still carry the last call's limits.
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+  """Raises UserError for what a tokenizer's files make the library raise."""
+  try:
+    yield
+  # It raises nothing more specific, and panics of its Rust code, which are no
+  # `Exception`.
   except BaseException as error:
     if isinstance(error, KeyboardInterrupt | SystemExit):
       raise
     raise errors.UserError(
       f"{path} cannot be read: {error}. {_REMEDY}"
     ) from error
-  # A saved tokenizer may still carry the last call's limits.
-  tokenizer.no_truncation()
-  tokenizer.no_padding()
-  return tokenizer
 
 
 def _of_parts(settings: Mapping[str, Any], path: str) -> tokenizers.Tokenizer:

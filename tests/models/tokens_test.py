@@ -224,6 +224,15 @@ class TestParts:
     with pytest.raises(errors.UserError, match=r"'<tool>' .* has the id 262"):
       tokens.load(parts, vocabulary())
 
+  def test_merges_of_what_is_no_token(self, parts):
+    """The library takes the parts, and not the whole that they make."""
+    raw = json.loads((parts / "vocab.json").read_text())
+    raw["he"] = raw.pop("Ġ")
+    (parts / "vocab.json").write_text(json.dumps(raw))
+    first = 256 + 5
+    with pytest.raises(errors.UserError, match="cannot be read: .*vocabulary"):
+      tokens.load(parts, vocabulary(size=280, mask_id=first + 2, eos_id=first))
+
   def test_parts_of_another_class_are_not_guessed_at(self, parts):
     rewrite(parts / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     with pytest.raises(errors.UserError, match=r"no tokenizer\.json"):
