@@ -156,11 +156,19 @@ def bytes_of(rng: random.Random, content: bytes) -> bytes:
   return bytes(changed)
 
 
+def _is_tensor(entry: Any) -> bool:
+  """False for the metadata, and for what a change before has left of one."""
+  if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+    return False
+  offsets = entry.get("data_offsets")
+  return isinstance(offsets, list) and [*map(type, offsets)] == [int, int]
+
+
 def _header(rng: random.Random, header: dict[str, Any]) -> None:
   """Changes what the header of a safetensors file says of a tensor."""
   name = rng.choice([*header])
   entry = header[name]
-  if not isinstance(entry, dict) or "data_offsets" not in entry:
+  if not _is_tensor(entry):
     header[name] = value(rng)
     return
   begin, end = entry["data_offsets"]
@@ -191,7 +199,7 @@ def _header(rng: random.Random, header: dict[str, Any]) -> None:
         [0, 0],
       ]
     )
-  elif kind == 4 and isinstance(other, dict) and "data_offsets" in other:
+  elif kind == 4 and _is_tensor(other):
     entry["data_offsets"] = other["data_offsets"]
   elif kind == 5:
     header[rng.choice([*header, *TEXTS])] = entry

@@ -369,9 +369,8 @@ def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
     if not _typed(lora, "rank", int):
       return source, None
     targets = tuple(map(str, _typed(lora, "targets", list)))
-    return source, lora_lib.Lora(
-      lora["rank"], _typed(lora, "alpha", float), targets
-    )
+    alpha = _typed(lora, "alpha", (int, float))
+    return source, lora_lib.Lora(lora["rank"], alpha, targets)
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
       f"The config.json of {checkpoint!r} is not that of a run of this "
@@ -382,7 +381,7 @@ def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
 def _typed(raw: Mapping[str, Any], name: str, kind: Any) -> Any:
   """Returns a value of a config; raises where it is of another type."""
   value = raw[name]
-  if type(value) is not kind:
+  if isinstance(value, bool) or not isinstance(value, kind):
     raise TypeError(f"{name}={value!r}")
   return value
 
