@@ -650,6 +650,7 @@ def _fuzz(
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": os.pathsep.join([str(_WATCHED), str(ROOT)]),
+    "RUST_BACKTRACE": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "WATCHED_FOLDER": str(folder / "case"),
     "WATCHED_LOG": str(folder / "log"),
@@ -718,7 +719,7 @@ def _report(
     for (_, number), (outcome, detail) in some:
       counts[outcome] += 1
       if outcome == "wrong":
-        wrongs.append(f"{name} {number}: {detail}")
+        wrongs.append(f"{name} {number}: {detail[:300]!r}")
       if is_wordy:
         print(f"{number} {outcome} {detail[:300]!r}")
     seconds = f"{time.monotonic() - began:.0f}"

@@ -39,6 +39,7 @@ _QWEN2_SPLIT = (
 # Names of special tokens that a tokenizer_config.json may give.
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
+_MAX_ID = 1 << 24  # a hundred times what networks have
 SECONDS = 20.0  # for one text or batch of texts, by the clock
 _TEXTS = 64  # in a batch that is encoded: its time is bounded as a whole
 
@@ -57,7 +58,7 @@ class FastTokenizer:
     self._tokenizer = _read(folder, settings)
     self._template = _chat_template(folder, settings)
     self._names = {name: settings[name] for name in _NAMED if name in settings}
-    _check_ids(folder, self._tokenizer, settings, vocabulary)
+    _check_ids(folder, self._tokenizer, self._names, vocabulary)
     self.mask_id = vocabulary.mask_id
     self.eos_id = vocabulary.eos_id
     self.stop_ids = vocabulary.stop_ids
@@ -300,6 +301,10 @@ def _read(
   folder_lib.check(path)
   with _reading(path):
     tokenizer = make(str(path))
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > _MAX_ID:
+      # The library fills up memory with what is missing below it.
+      raise ValueError(f"a token has the id {largest}")
   # A saved tokenizer may still carry the last call's limits.
   tokenizer.no_truncation()
   tokenizer.no_padding()
@@ -393,7 +398,7 @@ def _chat_template(folder: pathlib.Path, settings: dict[str, Any]) -> str:
 def _check_ids(
   folder: pathlib.Path,
   tokenizer: tokenizers.Tokenizer,
-  settings: Mapping[str, Any],
+  names: Mapping[str, str],
   vocabulary: base.Vocabulary,
 ) -> None:
   """UserError unless the network's special ids are the tokenizer's."""
@@ -404,7 +409,7 @@ def _check_ids(
   }
   problems = []
   # Which of several ends a text, the tokenizer may see otherwise.
-  named = tokenizer.token_to_id(settings.get("eos_token", ""))
+  named = tokenizer.token_to_id(names.get("eos_token", ""))
   eos = "" if named in vocabulary.stop_ids else "eos_token"
   for key, name, at in (
     ("mask_token_id", "mask_token", vocabulary.mask_id),
@@ -416,10 +421,10 @@ def _check_ids(
       problems.append(f"{key} is {at}, which is no token of the tokenizer")
     elif at not in special:
       problems.append(f"{key} is {at}, the ordinary token {token!r}")
-    elif settings.get(name, token) != token:
+    elif names.get(name, token) != token:
       problems.append(
         f"{key} is {at}, {token!r}, but the tokenizer's {name} is "
-        f"{settings[name]!r} ({tokenizer.token_to_id(settings[name])})"
+        f"{names[name]!r} ({tokenizer.token_to_id(names[name])})"
       )
   if problems:
     raise errors.UserError(

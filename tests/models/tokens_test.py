@@ -305,6 +305,19 @@ class TestRefusals:
     with pytest.raises(errors.UserError, match=r"jinja cannot be read"):
       tokens.load(folder, vocabulary())
 
+  def test_an_id_that_no_network_has(self, folder):
+    """The library would take gigabytes for the ids below it."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["A"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError, match="has the id 2147483648"):
+      tokens.load(folder, vocabulary())
+
+  def test_a_name_that_is_none(self, folder):
+    config = folder / "tokenizer_config.json"
+    config.write_text('{"": true, ' + config.read_text()[1:])
+    assert tokens.load(folder, vocabulary(stop_ids=(EOT,))).encode("x") == [120]
+
   def test_no_chat_template(self, folder):
     rewrite(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(errors.UserError, match="chat template"):
