@@ -47,7 +47,8 @@ class Tensors:
         continue
       try:
         self._files[name] = safetensors.safe_open(path, framework="numpy")
-      except (OSError, safetensors.SafetensorError) as error:
+      # No memory: the file is mapped, and may be longer than that is allowed.
+      except (OSError, MemoryError, safetensors.SafetensorError) as error:
         problems.append(
           f"{name} is truncated or not a safetensors file ({error})"
         )
