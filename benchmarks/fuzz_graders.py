@@ -23,6 +23,7 @@ import random
 import resource
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from agrpo_jax.grading import pool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BATCH = 2000  # completions per submit
+_BENIGN_AT_MOST = 5000  # completions of a task
 _TIMEOUT = 1800.0  # seconds for a batch
 _TIMED_OUT_SHARE = 0.01  # that may take longer than the grader's limit
 _REAL = ROOT / "tests" / "testdata" / "hand_checked.jsonl"
@@ -293,14 +295,15 @@ class Row:
 
 
 def grade(
-  row: Row, completions: Iterator[str], num_workers: int
+  row: Row, completions: Iterator[str], num_workers: int, end: float
 ) -> list[tuple[str, str]]:
-  """Grades them all; returns (what failed and why).
+  """Grades them; returns (what failed and why).
 
   Args:
     row: filled in.
     completions: of any number.
     num_workers: processes.
+    end: by `time.monotonic`; after it no more are taken.
   """
   failures: list[tuple[str, str]] = []
   begin = _children_seconds()
@@ -309,7 +312,10 @@ def grade(
   with pool.Grader(
     row.task, num_workers=num_workers, timeout_seconds=1.0
   ) as grader:
-    while batch := [*itertools.islice(completions, _BATCH)]:
+    while time.monotonic() < end:
+      batch = [*itertools.islice(completions, _BATCH)]
+      if not batch:
+        break
       pending = grader.submit(batch, [fields] * len(batch))
       graded = pending.result(timeout=_TIMEOUT)
       row.completions += len(batch)
@@ -343,6 +349,9 @@ def main(argv: Sequence[str]) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--completions", type=int, default=10_000)
+  parser.add_argument(
+    "--minutes", type=float, default=1e6, help="of all hostile ones, at most"
+  )
   parser.add_argument("--tasks", default=",".join(_FIELDS))
   parser.add_argument("--workers", type=int, default=2)
   parser.add_argument("--seed", type=int, default=0)
@@ -365,19 +374,20 @@ def main(argv: Sequence[str]) -> int:
     marker = pathlib.Path(folder) / "executed"
     bombs = _bombs(marker)
     for task in names:
-      for kind, count in (("benign", max(1, each // 4)), ("hostile", each)):
+      for kind, count in (
+        ("benign", min(_BENIGN_AT_MOST, 1 + each // 4)),
+        ("hostile", each),
+      ):
         rng = random.Random(f"{task}/{kind}/{args.seed}")
         row = Row(task, kind)
-        failures = grade(
-          row,
-          (
-            _benign(rng, task, real)
-            if kind == "benign"
-            else hostile(rng, bombs, real)
-            for _ in range(count)
-          ),
-          args.workers,
+        end = time.monotonic() + 60 * args.minutes / len(names)
+        made = (
+          _benign(rng, task, real)
+          if kind == "benign"
+          else hostile(rng, bombs, real)
+          for _ in range(count)
         )
+        failures = grade(row, made, args.workers, end)
         print(
           text.format(
             *(task, kind, row.completions, row.timed_out, row.failed),
