@@ -1,6 +1,7 @@
 """files: rows with their places, and messages that name them."""
 
 import builtins
+import os
 import sys
 import types
 
@@ -72,6 +73,15 @@ def test_bad_file(tmp_path, name, content, message):
   path.write_bytes(content)
   with pytest.raises(errors.UserError, match=message):
     files.read(str(path), "test", ["a"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_without_end(tmp_path, name):
+  path = tmp_path / name
+  path.write_text('{"a": 1}\n')
+  os.truncate(path, 2**36)  # takes no room on the disk
+  with pytest.raises(errors.UserError, match="line 2 has more than 33,554,432"):
+    files.read(str(path), "test", [])
 
 
 def test_missing_file(tmp_path):
