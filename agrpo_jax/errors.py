@@ -1,5 +1,8 @@
 """The exceptions that a person is meant to read."""
 
+_MAX_CHARS = 12_000
+_MAX_END = 4_000
+
 
 class UserError(ValueError):
   """A mistake in the command, the config or the data.
@@ -7,6 +10,9 @@ class UserError(ValueError):
   Its message says what is wrong, with the value, and what to change. The
   commands print it without a traceback and exit with code 2.
   """
+
+  def __init__(self, message: str):
+    super().__init__(_readable(message))
 
 
 class Stopped(Exception):
@@ -19,3 +25,21 @@ class Stopped(Exception):
   def __init__(self, message: str, code: int):
     super().__init__(message)
     self.code = code
+
+
+def _readable(text: str) -> str:
+  """Returns a message as a terminal may have it.
+
+  Messages quote files of others: of any length, and with characters that a
+  terminal would obey, or that cannot be printed at all.
+  """
+  if len(text) > _MAX_CHARS:
+    start, end = text[: _MAX_CHARS - _MAX_END], text[-_MAX_END:]
+    left_out = len(text) - _MAX_CHARS
+    text = f"{start} [{left_out:,} characters left out] {end}"
+  return "".join(
+    one
+    if one.isprintable() or one in "\n\t"
+    else one.encode("unicode_escape").decode()
+    for one in text
+  )

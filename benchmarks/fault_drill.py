@@ -1,14 +1,18 @@
 """Kills a training run again and again and compares it with one left alone.
 
     python benchmarks/fault_drill.py --kills=20 --seed=0
+    python benchmarks/fault_drill.py --kills=20 --cache=dual --rank=4 \
+      --processes=2
 
 Trains the bundled Sudoku model on small batches twice: once undisturbed, once
 killed by SIGKILL in a random place of a random train step and started again
-with the same command until it is through. Aimed at, in turn:
+with the same command until it is through. Of two processes either is killed,
+and the other has to end by itself. Aimed at, in turn:
 
   rollout   a random moment after a rollout began,
   save      a random moment after a save began (it goes on in the background),
-  log       half of a line of metrics.jsonl or samples.jsonl is written,
+  log       half of a line of metrics.jsonl or samples.jsonl is written (by
+            process 0),
   update    a random moment after the grades arrived,
   anywhere  a random moment after the process began, starting up included.
 
@@ -20,6 +24,7 @@ compiles for itself. Prints a table; the exit code is 1 if something differs.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -28,6 +33,7 @@ import random
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,8 +61,11 @@ _MAX_STEPS = 5  # train steps from a restart to the next kill, at most
 _EVERY = 2  # train steps between saves
 _SAMPLES = 8  # completions per train step, a line each
 _TIMEOUT = 600.0
+_HEARTBEAT_SECONDS = 10  # of two processes
+_JOIN_SECONDS = 90  # one may be killed before it has come
+_LOST = 4  # the exit code of a process that another one left
+_VARIANTS = {"none": "", "dual": ":dual"}  # cache -> of the config
 _FLAGS = (
-  "--config=configs/sudoku_tiny.py",
   f"--config.train.checkpoint_every={_EVERY}",
   f"--config.train.log_samples={_SAMPLES}",
   "--config.evaluate.every=0",
@@ -78,16 +87,19 @@ class Kill:
     aim: one of AIMS.
     count: at which occurrence of it after the start, from 1 (log: line).
     seconds: from there (anywhere: as a share of how long the last one lived).
+    process: which one dies.
   """
 
   aim: str
   count: int
   seconds: float
+  process: int = 0
 
 
-def draw_kills(num_kills: int, seed: int) -> list[Kill]:
-  """The aims in turn, at random places."""
+def draw_kills(num_kills: int, seed: int, num_processes: int = 1) -> list[Kill]:
+  """The aims in turn, at random places of a random process."""
   rng = random.Random(seed)
+  process_rng = random.Random(f"process {seed}")
   most = {
     "save": _MAX_STEPS // _EVERY,
     "log": _MAX_STEPS * (1 + _SAMPLES),
@@ -97,6 +109,8 @@ def draw_kills(num_kills: int, seed: int) -> list[Kill]:
       aim,
       count=rng.randint(1, most.get(aim, _MAX_STEPS)),
       seconds=rng.uniform(0, _SPREAD.get(aim, 0.0)),
+      # Process 0 alone writes lines.
+      process=0 if aim == "log" else process_rng.randrange(num_processes),
     )
     for aim in (AIMS[i % len(AIMS)] for i in range(num_kills))
   ]
@@ -110,21 +124,41 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0, help="of the kills")
   parser.add_argument("--folder", help="of both runs; default: a temporary one")
+  parser.add_argument("--cache", choices=[*_VARIANTS], default="none")
+  parser.add_argument(
+    "--rank", type=int, default=0, help="of adapters; 0: all is trained"
+  )
+  parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
   args = parser.parse_args(argv)
+  flags = [
+    f"--config=configs/sudoku_tiny.py{_VARIANTS[args.cache]}",
+    f"--config.lora.rank={args.rank}",
+  ]
   with tempfile.TemporaryDirectory() as temporary:
     return drill(
-      draw_kills(args.kills, args.seed),
+      draw_kills(args.kills, args.seed, args.processes),
       pathlib.Path(args.folder or temporary).resolve(),
+      flags,
+      args.processes,
     )
 
 
-def drill(kills: Sequence[Kill], folder: pathlib.Path) -> int:
-  """Both runs; the number of things that went wrong."""
+def drill(
+  kills: Sequence[Kill],
+  folder: pathlib.Path,
+  flags: Sequence[str],
+  num_processes: int,
+) -> int:
+  """Both runs; 1 if something went wrong."""
   num_steps = _MAX_STEPS * len(kills) + _EVERY
-  whole = Command(folder / "whole", num_steps)
-  broken = Command(folder / "killed", num_steps, folder / "programs")
+  run = (num_steps, flags, num_processes)
+  whole = Command(folder / "whole", *run)
+  broken = Command(folder / "killed", *run, programs=folder / "programs")
   whole.finish()
-  print(f"Undisturbed: {num_steps} train steps, a save every {_EVERY}.")
+  print(
+    f"Undisturbed: {num_steps} train steps, a save every {_EVERY}; "
+    f"{' '.join(flags)}, processes: {num_processes}."
+  )
   row = "{:>4}  {:<8} {:<8} {:>6} {:>6} {:>6}  {}"
   print(row.format("kill", "aim", "died in", "logged", "saved", "lost", ""))
   problems: list[str] = []
@@ -134,6 +168,8 @@ def drill(kills: Sequence[Kill], folder: pathlib.Path) -> int:
     problems += _wrong_start(number, out, before, num_steps)
     saved, logged = broken.newest_save(), broken.num_logged()
     notes = broken.leftovers()
+    if num_processes > 1:
+      notes.append(f"process {kill.process} was killed")
     print(
       row.format(
         number,
@@ -212,12 +248,16 @@ class Command:
     self,
     workdir: pathlib.Path,
     num_steps: int,
+    flags: Sequence[str],
+    num_processes: int = 1,
     programs: pathlib.Path | None = None,
   ):
     self.workdir = workdir
     self._trace = workdir.with_suffix(".trace")
     self._seconds_lived = 10.0
+    self._num_processes = num_processes
     self._words = (
+      *flags,
       *_FLAGS,
       f"--config.workdir={workdir}",
       f"--config.train.num_steps={num_steps}",
@@ -235,45 +275,67 @@ class Command:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
       }
 
+  def _start(self, kill: Kill | None = None) -> list[subprocess.Popen[str]]:
+    """Starts the run's processes, one of them with an appointment if asked."""
+    joined: dict[str, str] = {}
+    if self._num_processes > 1:
+      with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        joined = {
+          "AGRPO_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}",
+          "AGRPO_NUM_PROCESSES": str(self._num_processes),
+          "AGRPO_HEARTBEAT_SECONDS": str(_HEARTBEAT_SECONDS),
+          "AGRPO_JOIN_SECONDS": str(_JOIN_SECONDS),
+        }
+    processes = []
+    for process in range(self._num_processes):
+      own = {"AGRPO_PROCESS_ID": str(process)} if joined else {}
+      program = ["-m", "agrpo_jax.main"]
+      if kill and kill.process == process:
+        program = [__file__, "--as-victim"]
+        own |= {
+          "FAULT_DRILL": json.dumps(dataclasses.asdict(kill)),
+          "FAULT_DRILL_TRACE": str(self._trace),
+        }
+      processes.append(
+        subprocess.Popen(
+          [sys.executable, *program, *self._words],
+          env={**self._environment, **joined, **own},
+          cwd=ROOT,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+      )
+    return processes
+
   def finish(self) -> str:
     """Runs to the end and returns what it prints."""
-    done = subprocess.run(
-      [sys.executable, "-m", "agrpo_jax.main", *self._words],
-      env=self._environment,
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=_TIMEOUT,
-      check=False,
-    )
-    if done.returncode:
-      raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr}")
-    return done.stdout
+    processes = self._start()
+    said = _wait(processes)
+    for process, (_, err) in zip(processes, said, strict=True):
+      if process.returncode:
+        raise RuntimeError(f"exit code {process.returncode}:\n{err}")
+    return said[0][0]
 
   def die(self, kill: Kill) -> str:
     """Starts the run, sees it killed, and returns what it printed."""
     self._trace.unlink(missing_ok=True)
     began = time.monotonic()
-    process = subprocess.Popen(
-      [sys.executable, __file__, "--as-victim", *self._words],
-      env={
-        **self._environment,
-        "FAULT_DRILL": json.dumps(dataclasses.asdict(kill)),
-        "FAULT_DRILL_TRACE": str(self._trace),
-      },
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+    processes = self._start(kill)
     if kill.aim == "anywhere":
       delay = kill.seconds * self._seconds_lived
-      threading.Timer(delay, process.kill).start()
-    out, err = process.communicate(timeout=_TIMEOUT)
-    if process.returncode != -signal.SIGKILL:
-      raise RuntimeError(f"{kill}: ended with {process.returncode}:\n{err}")
+      threading.Timer(delay, processes[kill.process].kill).start()
+    said = _wait(processes)
+    for number, process in enumerate(processes):
+      expected = -signal.SIGKILL if number == kill.process else _LOST
+      if process.returncode != expected:
+        raise RuntimeError(
+          f"{kill}: process {number} ended with {process.returncode}:\n"
+          f"{said[number][1]}"
+        )
     self._seconds_lived = time.monotonic() - began
-    return out
+    return said[0][0]
 
   def newest_save(self) -> int:
     """The train step of the newest complete checkpoint; 0 without one."""
@@ -299,6 +361,25 @@ class Command:
       if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         found.append(f"half a line of {name}")
     return found
+
+
+def _wait(
+  processes: Sequence[subprocess.Popen[str]],
+) -> list[tuple[str, str]]:
+  """Returns what processes said, on both streams, when all have ended.
+
+  Raises:
+    subprocess.TimeoutExpired: one does not end; none is left running.
+  """
+  try:
+    # In threads: one that waits for another must not wait for its reader too.
+    with concurrent.futures.ThreadPoolExecutor() as readers:
+      return [
+        *readers.map(lambda one: one.communicate(timeout=_TIMEOUT), processes)
+      ]
+  finally:
+    for process in processes:
+      process.kill()
 
 
 def _be_victim() -> None:

@@ -35,7 +35,7 @@ MAX_CHARS = 100_000  # of a completion; the rest is not looked at
 # never waits for an answer.
 _BATCH_ITEMS = 16
 _BATCH_BYTES = 64_000
-_TIMED_OUT = "took too long"
+TIMED_OUT = "took too long"  # in `Graded.failures`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +317,7 @@ class _Job:
       num_timed_out=sum("timed_out" in reply for reply in self._replies),
       answers=tuple(reply.get("answer", "") for reply in self._replies),
       failures={
-        row: reply.get("error", _TIMED_OUT)
+        row: reply.get("error", TIMED_OUT)
         for row, reply in enumerate(self._replies)
         if "error" in reply or "timed_out" in reply
       },
@@ -341,7 +341,7 @@ class _Item:
         logging.WARNING,
         "A grader %s, and what it could not decide is 0: %r",
         1.0,  # all are counted; that many are shown
-        reply.get("error", _TIMED_OUT),
+        reply.get("error", TIMED_OUT),
         self.completion[:200],
       )
     self.job.finish(self.index, reply)

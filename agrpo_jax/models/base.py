@@ -186,6 +186,8 @@ class Family:
   block_key: str = "block_size"
 
 
+MAX_INT = 2**31 - 1  # of an index
+_MAX_FLOAT32 = 3.4028234663852886e38
 # The least value of a whole number; 1 for the others.
 _LEAST = dict.fromkeys(
   ("mask_id", "eos_id", "pad_id", "head_dim", "shift", "attention_block"), 0
@@ -215,15 +217,12 @@ def problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
       least = _LEAST.get(name, 1)
       if not is_int(value) or value < least:
         found.append(f"{label}={value!r} is not a whole number >= {least}")
+      elif value > MAX_INT:
+        found.append(f"{label}={value!r} is above 2^31 - 1")
       else:
         good[name] = value
-    elif kind is float and (
-      isinstance(value, bool)
-      or not isinstance(value, (int, float))
-      # For NaN no comparison holds, so that it is refused too.
-      or not 0 < value < float("inf")
-    ):
-      found.append(f"{label}={value!r} is not a number > 0")
+    elif kind is float and not (is_number(value) and value > 0):
+      found.append(f"{label}={value!r} is not a number > 0 that float32 holds")
   for name, choices in (
     ("shift", (0, 1)),
     ("blocks_from", BLOCKS_FROM),
@@ -302,6 +301,16 @@ def unsupported(
 def is_int(value: Any) -> bool:
   """True for whole numbers; JSON's true and false are none."""
   return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+  """True for numbers that float32 holds; NaN, true and false are none."""
+  return (
+    isinstance(value, (int, float))
+    and not isinstance(value, bool)
+    # For NaN no comparison holds.
+    and abs(value) <= _MAX_FLOAT32
+  )
 
 
 def _same(value: Any, accepted: Any) -> bool:

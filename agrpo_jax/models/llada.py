@@ -5,7 +5,6 @@ original PyTorch code does. Keys that only concern how the original is
 initialised or trained are ignored.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,12 +154,10 @@ def _fill(
         f"{values['num_kv_heads']!r}"
       )
   ratio = raw.get("mlp_ratio", 4)
-  if values["mlp_width"] is None and base.is_int(values["width"]):
-    if (
-      isinstance(ratio, bool)
-      or not isinstance(ratio, (int, float))
-      or not math.isfinite(ratio)
-    ):
+  width = values["width"]
+  is_size = base.is_int(width) and width <= base.MAX_INT  # else found elsewhere
+  if values["mlp_width"] is None and is_size:
+    if not base.is_number(ratio):
       found.append(f"mlp_ratio={ratio!r} is not a number")
     elif ratio * values["width"] != int(ratio * values["width"]):
       found.append(

@@ -1,11 +1,13 @@
 """A checkpoint's fast tokenizer and chat template, without running its code."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
 import re
 import threading
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +39,7 @@ _QWEN2_SPLIT = (
 # Names of special tokens that a tokenizer_config.json may give.
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
+_MAX_ID = 1 << 24  # a hundred times what networks have
 SECONDS = 20.0  # for one text or batch of texts, by the clock
 _TEXTS = 64  # in a batch that is encoded: its time is bounded as a whole
 
@@ -55,7 +58,7 @@ class FastTokenizer:
     self._tokenizer = _read(folder, settings)
     self._template = _chat_template(folder, settings)
     self._names = {name: settings[name] for name in _NAMED if name in settings}
-    _check_ids(folder, self._tokenizer, settings, vocabulary)
+    _check_ids(folder, self._tokenizer, self._names, vocabulary)
     self.mask_id = vocabulary.mask_id
     self.eos_id = vocabulary.eos_id
     self.stop_ids = vocabulary.stop_ids
@@ -72,7 +75,8 @@ class FastTokenizer:
     }
     longest_first = sorted(self._special, key=len, reverse=True)
     self._pattern = re.compile("|".join(map(re.escape, longest_first)))
-    self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+    with _reading(folder):  # one in parts may be none when it is put together
+      self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
     self._plain.encode_special_tokens = True
 
   def encode_chat(self, messages: Messages, prefill: str = "") -> list[int]:
@@ -222,11 +226,14 @@ class _Shield:
   def __init__(self, pattern: re.Pattern[str], *texts: str):
     self._pattern = pattern
     # A character of Unicode's private use area that no text contains.
-    self._mark = next(
-      chr(one)
-      for one in range(0xE000, 0xF900)
-      if not any(chr(one) in text for text in texts)
-    )
+    used = {*itertools.chain(*texts)}
+    free = (one for one in map(chr, range(0xE000, 0xF900)) if one not in used)
+    self._mark = next(free, "")
+    if not self._mark:
+      raise errors.UserError(
+        "A text cannot be encoded: it has all of the 6,400 characters that "
+        "Unicode keeps for private use. Leave one of them out."
+      )
     self.hidden: list[str] = []
 
   def hide(self, text: str) -> str:
@@ -237,9 +244,11 @@ class _Shield:
     return self._pattern.sub(put, text)
 
   def show(self, text: str) -> str:
+    # The template may have written the mark itself.
+    names = {str(at): name for at, name in enumerate(self.hidden)}
     return re.sub(
       f"{self._mark}([0-9]+){self._mark}",
-      lambda match: self.hidden[int(match.group(1))],
+      lambda match: names.get(match.group(1), match.group()),
       text,
     )
 
@@ -288,22 +297,33 @@ def _read(
     if not _is_in_parts(folder, settings):
       raise errors.UserError(f"{folder} has no {_FILE}. {_REMEDY}")
     path, make = folder / _PARTS[0], functools.partial(_of_parts, settings)
-    folder_lib.refuse_pointer(folder / _PARTS[1])
-  folder_lib.refuse_pointer(path)
-  try:
+    folder_lib.check(folder / _PARTS[1])
+  folder_lib.check(path)
+  with _reading(path):
     tokenizer = make(str(path))
-  # tokenizers raises nothing more specific, and panics of its Rust code, which
-  # are no `Exception`.
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > _MAX_ID:
+      # The library fills up memory with what is missing below it.
+      raise ValueError(f"a token has the id {largest}")
+  # A saved tokenizer may still carry the last call's limits.
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+  """Raises UserError for what a tokenizer's files make the library raise."""
+  try:
+    yield
+  # It raises nothing more specific, and panics of its Rust code, which are no
+  # `Exception`.
   except BaseException as error:
     if isinstance(error, KeyboardInterrupt | SystemExit):
       raise
     raise errors.UserError(
       f"{path} cannot be read: {error}. {_REMEDY}"
     ) from error
-  # A saved tokenizer may still carry the last call's limits.
-  tokenizer.no_truncation()
-  tokenizer.no_padding()
-  return tokenizer
 
 
 def _of_parts(settings: Mapping[str, Any], path: str) -> tokenizers.Tokenizer:
@@ -359,8 +379,7 @@ def _chat_template(folder: pathlib.Path, settings: dict[str, Any]) -> str:
   path = folder / "chat_template.jinja"
   template: Any = settings.get("chat_template")
   if path.exists():
-    folder_lib.refuse_pointer(path)
-    template = path.read_text(encoding="utf-8")
+    template = folder_lib.read_text(path)
   if isinstance(template, list):  # several, by name
     by_name = {
       one.get("name"): one.get("template")
@@ -379,7 +398,7 @@ def _chat_template(folder: pathlib.Path, settings: dict[str, Any]) -> str:
 def _check_ids(
   folder: pathlib.Path,
   tokenizer: tokenizers.Tokenizer,
-  settings: Mapping[str, Any],
+  names: Mapping[str, str],
   vocabulary: base.Vocabulary,
 ) -> None:
   """UserError unless the network's special ids are the tokenizer's."""
@@ -390,7 +409,7 @@ def _check_ids(
   }
   problems = []
   # Which of several ends a text, the tokenizer may see otherwise.
-  named = tokenizer.token_to_id(settings.get("eos_token", ""))
+  named = tokenizer.token_to_id(names.get("eos_token", ""))
   eos = "" if named in vocabulary.stop_ids else "eos_token"
   for key, name, at in (
     ("mask_token_id", "mask_token", vocabulary.mask_id),
@@ -402,10 +421,10 @@ def _check_ids(
       problems.append(f"{key} is {at}, which is no token of the tokenizer")
     elif at not in special:
       problems.append(f"{key} is {at}, the ordinary token {token!r}")
-    elif settings.get(name, token) != token:
+    elif names.get(name, token) != token:
       problems.append(
         f"{key} is {at}, {token!r}, but the tokenizer's {name} is "
-        f"{settings[name]!r} ({tokenizer.token_to_id(settings[name])})"
+        f"{names[name]!r} ({tokenizer.token_to_id(names[name])})"
       )
   if problems:
     raise errors.UserError(

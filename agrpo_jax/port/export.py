@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from agrpo_jax import errors
 from agrpo_jax import types
 from agrpo_jax.models import base
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
 from agrpo_jax.port import card
@@ -153,4 +154,5 @@ def _copy_tokenizer(source: base.Source, to: pathlib.Path) -> None:
   for pattern in hub.TOKENIZER:
     for file in sorted(folder.glob(pattern)):
       if file.is_file():
+        folder_lib.check(file, max_bytes=None)
         shutil.copyfile(file, to / file.name)

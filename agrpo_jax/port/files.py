@@ -42,15 +42,13 @@ class Tensors:
       if not path.is_file():
         problems.append(f"{name} is missing")
         continue
-      if folder_lib.is_pointer(path):
-        problems.append(
-          f"{name} is only git-lfs's pointer to the file: run `git lfs pull` "
-          "in the folder"
-        )
+      if found := folder_lib.problem(path):
+        problems.append(f"{name} {found}")
         continue
       try:
         self._files[name] = safetensors.safe_open(path, framework="numpy")
-      except (OSError, safetensors.SafetensorError) as error:
+      # No memory: the file is mapped, and may be longer than that is allowed.
+      except (OSError, MemoryError, safetensors.SafetensorError) as error:
         problems.append(
           f"{name} is truncated or not a safetensors file ({error})"
         )

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -392,23 +393,32 @@ def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
   raw = checkpoint_named.read_config(checkpoint)
   try:
     model, lora = raw["model"], raw["lora"]
-    path = model["path"]
+    fields = {
+      field.name: _typed(model, field.name, field.type)
+      for field in dataclasses.fields(base.Source)
+    }
     if model.get("network"):  # SFT from random parameters, kept by the run
       workdir, _ = checkpoint_named.split(checkpoint)
-      path = str(pathlib.Path(workdir).expanduser() / "initial")
-    names = [field.name for field in dataclasses.fields(base.Source)]
-    source = base.Source(**{name: model[name] for name in names})
-    return (
-      dataclasses.replace(source, path=path),
-      lora_lib.Lora(lora["rank"], lora["alpha"], tuple(lora["targets"]))
-      if lora["rank"]
-      else None,
-    )
-  except (KeyError, TypeError, AttributeError) as error:
+      fields["path"] = str(pathlib.Path(workdir).expanduser() / "initial")
+    source = base.Source(**fields)
+    if not _typed(lora, "rank", int):
+      return source, None
+    targets = tuple(map(str, _typed(lora, "targets", list)))
+    alpha = _typed(lora, "alpha", (int, float))
+    return source, lora_lib.Lora(lora["rank"], alpha, targets)
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
       f"The config.json of {checkpoint!r} is not that of a run of this "
       f"package: {type(error).__name__}: {error}"
     ) from error
+
+
+def _typed(raw: Mapping[str, Any], name: str, kind: Any) -> Any:
+  """Returns a value of a config; raises where it is of another type."""
+  value = raw[name]
+  if isinstance(value, bool) or not isinstance(value, kind):
+    raise TypeError(f"{name}={value!r}")
+  return value
 
 
 def load_shape(source: base.Source) -> base.Shape:

@@ -123,10 +123,10 @@ def load(
   ]
   rank: Any = raw.get("r")
   alpha: Any = raw.get("lora_alpha")
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+  if not base.is_int(rank) or rank < 1:
     problems.append(f"r={rank!r} is not a whole number above 0")
-  if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-    problems.append(f"lora_alpha={alpha!r} is not a number")
+  if not (base.is_number(alpha) and alpha > 0):
+    problems.append(f"lora_alpha={alpha!r} is not a number above 0")
   _raise(folder, problems)
   tensors = files.Tensors(folder, WEIGHTS)
   known = tensors.names()

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from agrpo_jax import errors
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.port import files
 
 _PARTIAL = ".partial"
@@ -58,6 +60,7 @@ def write(
     source: folder whose tokenizer and code files are copied, or None.
     max_shard_bytes: length of a file, unless a single tensor is longer.
   """
+  copied = _copied(source, folder)
   shards = _plan(sizes, max_shard_bytes)
   is_writer = jax.process_index() == 0
   try:
@@ -68,7 +71,7 @@ def write(
       if is_writer:
         save_tensors(tensors, folder / (file + _PARTIAL))
     if is_writer:
-      _finish(folder, shards, sizes, config, source)
+      _finish(folder, shards, sizes, config, copied)
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.UserError(
       f"{folder} cannot be written: {error}. Give another folder, or make room."
@@ -113,7 +116,7 @@ def _finish(
   shards: Mapping[str, list[str]],
   sizes: Mapping[str, int],
   config: str,
-  source: pathlib.Path | None,
+  copied: Sequence[pathlib.Path],
 ) -> None:
   """Puts the new files in the place of what was there."""
   # Shards of another number have other names, and would stay beside these.
@@ -132,13 +135,27 @@ def _finish(
     }
     (folder / files.INDEX).write_text(json_text(index), encoding="utf-8")
   (folder / files.CONFIG).write_text(config, encoding="utf-8")
+  for file in copied:
+    shutil.copyfile(file, folder / file.name)
+
+
+def _copied(
+  source: pathlib.Path | None, folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Returns the files of the source that go into the folder as they are."""
   # To copy a file on to itself is an error.
   if source is None or source.resolve() == folder.resolve():
-    return
-  for pattern in _COPIED:
-    for found in sorted(source.glob(pattern)):
-      if found.is_file() and found.name not in _NOT_COPIED:
-        shutil.copyfile(found, folder / found.name)
+    return []
+  found = [
+    file
+    for pattern in _COPIED
+    for file in sorted(source.glob(pattern))
+    if file.is_file() and file.name not in _NOT_COPIED
+  ]
+  for file in found:
+    # What a link leads to would be given away with the copy.
+    folder_lib.check(file, max_bytes=None)
+  return found
 
 
 def json_text(value: Any) -> str:

@@ -112,6 +112,18 @@ def describe(items: Mapping[str, types.Tree]) -> dict[str, Any]:
   }
 
 
+def check(meta: Any) -> None:
+  """Raises ValueError where a meta is not one that this package writes."""
+  if not isinstance(meta, dict) or not all(
+    isinstance(meta.get(key), dict) for key in ("arrays", "checksums")
+  ):
+    raise ValueError("the meta does not tell of arrays and checksums")
+  accuracy = meta.get("accuracy", 0.0)
+  # No comparison holds for NaN.
+  if not isinstance(accuracy, int | float) or not -1 < accuracy < 2:
+    raise ValueError(f"the meta has accuracy={accuracy!r}")
+
+
 def check_fit(
   checkpoint: str,
   meta: Mapping[str, Any],

@@ -5,6 +5,8 @@ its part, then all agree on whether everybody could (`_on_all`).
 """
 
 import os
+import pathlib
+import re
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from agrpo_jax import types
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint_meta
 
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a checkpoint
 # Network folders show what another host wrote after a while.
 _PATIENCE_SECONDS = 10
 
@@ -60,7 +63,7 @@ class Reader:
     if not self.directory.exists():
       return []
     names = [path.name for path in self.directory.iterdir()]
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    return sorted((int(n) for n in names if _STEP.fullmatch(n)), reverse=True)
 
   @property
   def latest_step(self) -> int | None:
@@ -167,12 +170,18 @@ class Reader:
 
     It gets the `train_step` that it is of.
     """
-    path = self._path(train_step) / "meta"
+    path = self._path(train_step)
     handler = ocp.JsonCheckpointHandler()
-    own = _on_all(
-      lambda: handler.restore(path) if processes.is_main() else None
-    )
-    return {**processes.exchange(own)[0], "train_step": train_step}
+
+    def read() -> dict[str, Any] | None:
+      if not processes.is_main():
+        return None
+      _refuse_links(path)
+      meta = handler.restore(path / "meta")
+      checkpoint_meta.check(meta)
+      return meta
+
+    return {**processes.exchange(_on_all(read))[0], "train_step": train_step}
 
   def _read(
     self,
@@ -211,6 +220,13 @@ class Reader:
       self._path(train_step),
       _short(error),
     )
+
+
+def _refuse_links(path: epath.Path) -> None:
+  """Raises OSError if there are links in a checkpoint: orbax makes none."""
+  for one in pathlib.Path(path).rglob("*"):
+    if one.is_symlink():
+      raise OSError(f"{str(one)!r} is a link")
 
 
 def _on_all(read: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ import filelock
 from absl import logging
 
 from agrpo_jax import errors
+from agrpo_jax.models import folder as folder_lib
 
 # Some network file systems are mounted without locks.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -99,9 +100,11 @@ def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
   Raises:
     UserError: it cannot be read, or holds something else.
   """
+  if problem := folder_lib.problem(file, folder_lib.MAX_BYTES):
+    raise errors.UserError(f"{str(file)!r}, {what}, {problem}.")
   try:
     found = json.loads(file.read_text("utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
       f"{str(file)!r}, {what}, cannot be read ({error}). Put a copy back, or "
       "remove the file."

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -14,6 +15,7 @@ from agrpo_jax.tasks import base
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ENCODING = "utf-8-sig"  # some editors put a byte-order mark before the text
+_MAX_LINE = 1 << 25  # characters
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Row = dict[str, Any]
@@ -97,38 +99,56 @@ def _find(path: pathlib.Path, split: str) -> pathlib.Path:
   return path
 
 
-def _jsonl(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  with file.open(encoding=_ENCODING) as lines:
-    for number, line in enumerate(lines, start=1):
-      if not line.strip():
-        continue
-      where = f"{file}, line {number}"
-      try:
-        row = json.loads(line)
-      except (ValueError, RecursionError) as error:
-        raise errors.UserError(f"{where} is not JSON: {error}.") from error
-      if not isinstance(row, dict):
-        raise errors.UserError(f"{where} is no JSON object: {line[:60]!r}.")
-      if _SURROGATE.search(line) and not base.is_text(
-        json.dumps(row, ensure_ascii=False)
-      ):
+def _lines(file: pathlib.Path, newline: str | None = None) -> Iterator[str]:
+  with file.open(encoding=_ENCODING, newline=newline) as opened:
+    for number in itertools.count(1):
+      line = opened.readline(_MAX_LINE + 1)
+      if not line:
+        return
+      if len(line) > _MAX_LINE:
         raise errors.UserError(
-          f"{where} escapes half of a character, as in \\ud83d without a "
-          "\\ude00 behind it; write the whole character, or leave it out."
+          f"{file}, line {number} has more than {_MAX_LINE:,} characters; a "
+          "row is a line."
         )
-      yield where, row
+      yield line
+
+
+def _jsonl(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  for number, line in enumerate(_lines(file), start=1):
+    if not line.strip():
+      continue
+    where = f"{file}, line {number}"
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise errors.UserError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(row, dict):
+      raise errors.UserError(f"{where} is no JSON object: {line[:60]!r}.")
+    if _SURROGATE.search(line) and not base.is_text(
+      json.dumps(row, ensure_ascii=False)
+    ):
+      raise errors.UserError(
+        f"{where} escapes half of a character, as in \\ud83d without a "
+        "\\ude00 behind it; write the whole character, or leave it out."
+      )
+    yield where, row
 
 
 def _csv(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  with file.open(encoding=_ENCODING, newline="") as lines:
-    reader = csv.DictReader(lines)
-    try:
-      for row in reader:
-        yield f"{file}, line {reader.line_num}", row
-    except csv.Error as error:
-      raise errors.UserError(
-        f"{file}, line {reader.line_num} is not CSV: {error}."
-      ) from error
+  reader = csv.DictReader(_lines(file, newline=""))
+  try:
+    for row in reader:
+      where = f"{file}, line {reader.line_num}"
+      if None in row:
+        raise errors.UserError(
+          f"{where} has more values than there are columns; put quotes around "
+          "a value that holds a comma."
+        )
+      yield where, row
+  except csv.Error as error:
+    raise errors.UserError(
+      f"{file}, line {reader.line_num} is not CSV: {error}."
+    ) from error
 
 
 def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Row]]:

@@ -224,6 +224,15 @@ class TestParts:
     with pytest.raises(errors.UserError, match=r"'<tool>' .* has the id 262"):
       tokens.load(parts, vocabulary())
 
+  def test_two_words_of_one_id(self, parts):
+    """The library takes the parts, and not the whole that they make."""
+    raw = json.loads((parts / "vocab.json").read_text())
+    raw["Ġt"] = raw["he"]
+    (parts / "vocab.json").write_text(json.dumps(raw))
+    first = 256 + 5
+    with pytest.raises(errors.UserError, match="cannot be read: .*vocabulary"):
+      tokens.load(parts, vocabulary(size=280, mask_id=first + 2, eos_id=first))
+
   def test_parts_of_another_class_are_not_guessed_at(self, parts):
     rewrite(parts / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     with pytest.raises(errors.UserError, match=r"no tokenizer\.json"):
@@ -274,6 +283,40 @@ class TestRefusals:
     assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
     with pytest.raises(errors.UserError, match=why):
       tokenizer.encode("x" * 350 + "!y")
+
+  @pytest.mark.parametrize("written", ["\ue0007\ue000", "\ue000" + "9" * 5000])
+  def test_templates_that_write_what_hides_names(self, folder, written):
+    """Names of special tokens in messages have a stand-in meanwhile."""
+    template = written + "\ue000{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = tokens.load(folder, vocabulary())
+    ids = tokenizer.encode_chat(ask("<|eot_id|>"))
+    assert EOT not in ids
+    assert tokenizer.decode(ids).endswith("\ue000<|eot_id|>")
+
+  def test_no_character_is_left_to_hide_names(self, tokenizer):
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(errors.UserError, match="private use"):
+      tokenizer.encode_chat(ask(every + "<|eot_id|>"))
+    assert tokenizer.encode_chat(ask(every[1:] + "<|eot_id|>"))
+
+  def test_a_template_that_is_no_text(self, folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ bos_token }}")
+    with pytest.raises(errors.UserError, match=r"jinja cannot be read"):
+      tokens.load(folder, vocabulary())
+
+  def test_an_id_that_no_network_has(self, folder):
+    """The library would take gigabytes for the ids below it."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["A"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError, match="has the id 2147483648"):
+      tokens.load(folder, vocabulary())
+
+  def test_a_name_that_is_none(self, folder):
+    config = folder / "tokenizer_config.json"
+    config.write_text('{"": true, ' + config.read_text()[1:])
+    assert tokens.load(folder, vocabulary(stop_ids=(EOT,))).encode("x") == [120]
 
   def test_no_chat_template(self, folder):
     rewrite(folder / "tokenizer_config.json", chat_template=None)

@@ -177,6 +177,9 @@ class TestLoad:
       ("peft_type", "LOHA"),
       ("r", 0),
       ("lora_alpha", None),
+      ("lora_alpha", float("nan")),
+      ("lora_alpha", 10**400),
+      ("lora_alpha", 0),
     ],
   )
   def test_other_arithmetic_is_refused_by_name(self, key, value, tmp_path):

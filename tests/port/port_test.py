@@ -331,8 +331,57 @@ class TestRefusals:
     assert "UserError" in done.stderr
     assert "offline" in done.stderr and "path of the folder" in done.stderr
 
+  @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+  def test_links_out_of_the_folder(self, broken, name):
+    folder = broken()
+    (folder / name).unlink()
+    (folder / name).symlink_to(MHA / name)
+    with pytest.raises(errors.UserError, match="is a link out of its folder"):
+      model_folder.load(folder)
+
+  @pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/a", "a\x00", "\ud800"]
+  )
+  def test_an_index_that_names_no_file_of_the_folder(self, broken, name):
+    folder = broken(source=GQA)
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"][Q] = name
+    file.write_text(json.dumps(index))
+    with pytest.raises(errors.UserError, match=str(folder)):
+      model_folder.load(folder)
+
+  @pytest.mark.parametrize(
+    "changes",
+    [
+      {"rope_theta": 10**400},
+      {"rms_norm_eps": 1e39},
+      {"mlp_ratio": 10**400, "mlp_hidden_size": None},
+      {"mlp_ratio": 0.5, "mlp_hidden_size": None, "d_model": 10**400},
+      {"d_model": 10**400},
+      {"vocab_size": 2**64},
+    ],
+  )
+  def test_numbers_that_nothing_holds(self, broken, changes):
+    folder = broken()
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    named = "|".join(changes)
+    with pytest.raises(errors.UserError, match=f"({named})=1|expected"):
+      model_folder.load(folder)
+
 
 class TestSave:
+  def test_a_link_in_the_source_gives_nothing_away(self, broken, tmp_path):
+    """What it leads to would be a file of the folder that is published."""
+    (tmp_path / "key.txt").write_text("secret")
+    source, to = broken(), tmp_path / "to"
+    (source / "notes.txt").symlink_to("../key.txt")
+    config, params = model_folder.load(source)
+    with pytest.raises(errors.UserError, match=r"notes\.txt is a link out"):
+      model_folder.save(to, config, params, source=source)
+    assert not to.exists()
+
   @pytest.mark.parametrize("umask", [0o022, 0o027])
   def test_files_have_the_mode_that_the_umask_gives(self, umask, tmp_path):
     config, params = model_folder.load(MHA)

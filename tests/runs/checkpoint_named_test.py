@@ -60,3 +60,12 @@ def test_a_run_without_evaluations_has_no_best(tmp_path):
   save(tmp_path, {1: None})
   with pytest.raises(errors.UserError, match="evaluated none of its"):
     checkpoint_named.find(f"{tmp_path}:best")
+
+
+def test_a_record_that_is_a_link_out_of_the_work_directory(tmp_path):
+  (tmp_path / "other.json").write_text("{}")
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  (workdir / "config.json").symlink_to("../other.json")
+  with pytest.raises(errors.UserError, match="is a link out of its folder"):
+    checkpoint_named.read_config(str(workdir))

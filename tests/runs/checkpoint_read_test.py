@@ -1,5 +1,6 @@
 """Tests of agrpo_jax.checkpoint_read: beside a run, and by many processes."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -63,6 +64,33 @@ def test_what_is_no_checkpoint_is_not_listed(tmp_path):
   (folder / "notes").mkdir()
   assert checkpoint_read.Reader(tmp_path).steps() == [1]
   assert read(tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "007", "9" * 200])
+def test_names_that_are_no_numbers_of_ours(tmp_path, name):
+  save(tmp_path, 1)
+  (tmp_path / "checkpoints" / name).mkdir()
+  assert checkpoint_read.Reader(tmp_path).steps() == [1]
+  assert read(tmp_path) == 1
+
+
+@pytest.mark.parametrize("accuracy", ["high", None, [], float("nan"), 10**400])
+def test_an_accuracy_that_is_none(tmp_path, accuracy):
+  save(tmp_path, 1, 2)
+  file = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+  meta = json.loads(file.read_text())
+  file.write_text(json.dumps({**meta, "accuracy": accuracy}))
+  assert checkpoint_read.Reader(tmp_path).best_step is None
+  assert read(tmp_path) == 1
+
+
+def test_links_in_a_checkpoint_are_not_followed(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  folder = tmp_path / "checkpoints" / "2" / "trainable"
+  folder.rename(tmp_path / "elsewhere")
+  folder.symlink_to(tmp_path / "elsewhere")
+  assert read(tmp_path) == 1
+  assert "is a link" in caplog.text
 
 
 def test_nothing_to_read_is_no_mistake(tmp_path):

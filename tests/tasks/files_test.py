@@ -1,6 +1,7 @@
 """files: rows with their places, and messages that name them."""
 
 import builtins
+import os
 import sys
 import types
 
@@ -61,6 +62,7 @@ def test_folder_holds_a_file_per_split(tmp_path):
     ("a.jsonl", b'{"a": 1}\n{"a": null}\n', r"line 2: column a is missing"),
     ("a.csv", b"b,c\n1,2\n", r"column a is missing or empty; found b, c"),
     ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+    ("a.csv", b"a,b\n1,2,3\n", "line 2 has more values than there are col"),
     ("a.jsonl", b'{"a": 1}\n{"a": "x\\ud800"}\n', "line 2 escapes half of"),
     ("a.jsonl", b'{"a": [{"b\\uDFFF": 1}]}\n', "line 1 escapes half of"),
     ("a.json", b"{}", r"must end in \.jsonl, \.csv, \.parquet"),
@@ -71,6 +73,15 @@ def test_bad_file(tmp_path, name, content, message):
   path.write_bytes(content)
   with pytest.raises(errors.UserError, match=message):
     files.read(str(path), "test", ["a"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_without_end(tmp_path, name):
+  path = tmp_path / name
+  path.write_text('{"a": 1}\n')
+  os.truncate(path, 2**36)  # takes no room on the disk
+  with pytest.raises(errors.UserError, match="line 2 has more than 33,554,432"):
+    files.read(str(path), "test", [])
 
 
 def test_missing_file(tmp_path):
