@@ -39,10 +39,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jax  # noqa: E402
 
+from agrpo_jax import learner  # noqa: E402
 from fixtures import browser  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _MANY_BYTES = 2 * 2**30
+
+# A learner's program holds a loop for each number of states that its units may
+# have. Two are enough to tell them apart; five take twice as long to compile.
+learner._MAX_SIZES = 2
 
 # Not everybody has a browser, and nobody needs one for the rest; CI has it.
 _IN_BROWSER = "report/browser_test.py"
