@@ -6,8 +6,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
@@ -41,8 +39,8 @@ import jax  # noqa: E402
 
 from agrpo_jax import learner  # noqa: E402
 from fixtures import browser  # noqa: E402
+from fixtures import commands  # noqa: E402
 
-_ROOT = pathlib.Path(__file__).parent.parent
 _MANY_BYTES = 2 * 2**30
 
 # A learner's program holds a loop for each number of states that its units may
@@ -96,17 +94,9 @@ def run_in_subprocess() -> RunInSubprocess:
   what it prints is returned.
   """
 
-  def run(
-    script: str, devices: int = 8, timeout: float = 300.0, **environment: str
-  ) -> str:
-    done = subprocess.run(
-      [sys.executable, "-c", textwrap.dedent(script)],
-      env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment},
-      cwd=_ROOT,
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-      check=False,
+  def run(script: str, devices: int = 8, **environment: str) -> str:
+    done = commands.run(
+      "-c", textwrap.dedent(script), devices=devices, **environment
     )
     assert done.returncode == 0, (
       f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
