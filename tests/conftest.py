@@ -53,6 +53,34 @@ _NO_BROWSER = browser.missing()
 collect_ignore = [_IN_BROWSER] if _NO_BROWSER else []
 
 
+# The longest files: if one began last, its process would be the only one left.
+_LONG = (
+  "parallel/processes_test.py",
+  "policies/block_causal_test.py",
+  "objectives/estimator_test.py",
+  "parallel/processes_agree_test.py",
+  "objectives/objectives_test.py",
+  "objectives/recorded_objectives_test.py",
+  "lab/train_test.py",
+  "runs/fault_drill_test.py",
+  "runs/restore_test.py",
+  "models/qwen_test.py",
+  "port/export_test.py",
+  "grading/grading_test.py",
+)
+_TESTS = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the longest files first, in an order that does not change."""
+
+  def place(item: pytest.Item) -> int:
+    name = item.path.relative_to(_TESTS).as_posix()
+    return _LONG.index(name) if name in _LONG else len(_LONG)
+
+  items.sort(key=place)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
   """Says what was left out, and why."""
   if _NO_BROWSER:
