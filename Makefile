@@ -34,7 +34,7 @@ test: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(SITE)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 docs: env
 	@$(SITE)

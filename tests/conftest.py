@@ -6,8 +6,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
@@ -39,15 +37,48 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jax  # noqa: E402
 
+from agrpo_jax import learner  # noqa: E402
 from fixtures import browser  # noqa: E402
+from fixtures import commands  # noqa: E402
 
-_ROOT = pathlib.Path(__file__).parent.parent
 _MANY_BYTES = 2 * 2**30
+
+# A learner's program holds a loop for each number of states that its units may
+# have. Two are enough to tell them apart; five take twice as long to compile.
+learner._MAX_SIZES = 2
 
 # Not everybody has a browser, and nobody needs one for the rest; CI has it.
 _IN_BROWSER = "report/browser_test.py"
 _NO_BROWSER = browser.missing()
 collect_ignore = [_IN_BROWSER] if _NO_BROWSER else []
+
+
+# The longest files: if one began last, its process would be the only one left.
+_LONG = (
+  "parallel/processes_test.py",
+  "policies/block_causal_test.py",
+  "objectives/estimator_test.py",
+  "parallel/processes_agree_test.py",
+  "objectives/objectives_test.py",
+  "objectives/recorded_objectives_test.py",
+  "lab/train_test.py",
+  "runs/fault_drill_test.py",
+  "runs/restore_test.py",
+  "models/qwen_test.py",
+  "port/export_test.py",
+  "grading/grading_test.py",
+)
+_TESTS = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the longest files first, in an order that does not change."""
+
+  def place(item: pytest.Item) -> int:
+    name = item.path.relative_to(_TESTS).as_posix()
+    return _LONG.index(name) if name in _LONG else len(_LONG)
+
+  items.sort(key=place)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -91,17 +122,9 @@ def run_in_subprocess() -> RunInSubprocess:
   what it prints is returned.
   """
 
-  def run(
-    script: str, devices: int = 8, timeout: float = 300.0, **environment: str
-  ) -> str:
-    done = subprocess.run(
-      [sys.executable, "-c", textwrap.dedent(script)],
-      env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment},
-      cwd=_ROOT,
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-      check=False,
+  def run(script: str, devices: int = 8, **environment: str) -> str:
+    done = commands.run(
+      "-c", textwrap.dedent(script), devices=devices, **environment
     )
     assert done.returncode == 0, (
       f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -16,6 +16,7 @@ from agrpo_jax import errors
 from agrpo_jax import settings
 from agrpo_jax import train
 from agrpo_jax.port import model_folder
+from fixtures import commands
 from fixtures import recordings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,14 +25,7 @@ MODEL = recordings.GOLDEN / "ckpt" / "tiny_mha"
 
 
 def command(*flags: str, module: str = "main") -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", f"agrpo_jax.{module}", *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  return commands.run("-m", f"agrpo_jax.{module}", *flags)
 
 
 def assert_told(done: subprocess.CompletedProcess, *parts: str) -> None:

@@ -6,7 +6,6 @@ By the commands where their exit code and words matter, else in this process.
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,22 +14,14 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import settings
 from agrpo_jax import sft
+from fixtures import commands
 from fixtures import recordings
 from fixtures import runs
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def told(*flags: str, module: str = "main") -> str:
   """The words with which a command is refused."""
-  done = subprocess.run(
-    [sys.executable, "-m", f"agrpo_jax.{module}", *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  done = commands.run("-m", f"agrpo_jax.{module}", *flags)
   assert done.returncode == 2, done.stderr
   assert "Traceback" not in done.stderr
   return done.stderr

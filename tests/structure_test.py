@@ -5,6 +5,9 @@ import functools
 import importlib
 import pathlib
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 
 import pytest
@@ -232,7 +235,14 @@ def test_configs_can_be_imported(path):
   )
 
 
-def test_grading_starts_without_jax(run_in_subprocess):
+def fresh(script: str) -> None:
+  """Runs a script in a Python that has imported nothing yet."""
+  subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, check=True
+  )
+
+
+def test_grading_starts_without_jax():
   names = [
     name
     for name in TREES
@@ -242,7 +252,7 @@ def test_grading_starts_without_jax(run_in_subprocess):
   for name in names:
     family = {i.split(".")[0] for i in _imports(TREES[name])} & JAX_FAMILY
     assert not family, name
-  run_in_subprocess(f"""
+  fresh(f"""
     import importlib, sys
     for name in {names!r}:
       importlib.import_module(name)
@@ -250,8 +260,8 @@ def test_grading_starts_without_jax(run_in_subprocess):
   """)
 
 
-def test_commands_start_fast(run_in_subprocess):
-  run_in_subprocess(f"""
+def test_commands_start_fast():
+  fresh(f"""
     import importlib, sys
     for name in {STARTED_OFTEN!r}:
       importlib.import_module("agrpo_jax." + name)
@@ -259,9 +269,9 @@ def test_commands_start_fast(run_in_subprocess):
   """)
 
 
-def test_importing_the_package_starts_no_device(run_in_subprocess):
+def test_importing_the_package_starts_no_device():
   """`main` must be able to call jax.distributed.initialize first."""
-  run_in_subprocess(f"""
+  fresh(f"""
     import importlib
     from absl import flags
     for name in {sorted(TREES)!r}:

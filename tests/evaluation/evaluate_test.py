@@ -16,6 +16,7 @@ from agrpo_jax import errors
 from agrpo_jax import evaluate
 from agrpo_jax import settings
 from agrpo_jax.evaluation import statistics
+from fixtures import commands
 from fixtures import recordings
 from fixtures import sudoku
 
@@ -113,8 +114,7 @@ def test_records_of_something_else_are_not_continued(tmp_path):
 
 def command(*flags: str) -> list[str]:
   return [
-    *(sys.executable, "-m", "agrpo_jax.evaluate"),
-    f"--config={ROOT / 'configs' / 'sudoku_tiny.py'}",
+    *("-m", "agrpo_jax.evaluate", "--config=configs/sudoku_tiny.py"),
     "--config.task.options.num_examples=60",
     "--config.grading.num_workers=1",
     "--config.evaluate.num_denoise_steps=4",
@@ -133,7 +133,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
   ]
   broken = tmp_path / "broken"
   slow = command(*flags, f"--output={broken}", "--config.evaluate.batch_size=1")
-  with subprocess.Popen(slow, cwd=ROOT) as process:
+  with subprocess.Popen([sys.executable, *slow], cwd=ROOT) as process:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
       file = broken / "examples.jsonl"
@@ -144,15 +144,9 @@ def test_kill_9_and_the_same_command_again(tmp_path):
   assert process.returncode == -signal.SIGKILL
   before = examples(broken)
   assert 3 <= len(before) < 60
-  done = subprocess.run(
-    command(*flags, f"--output={broken}"),
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert done.stdout.startswith("problems: not a published split")
-  assert " of 60 completions" in done.stdout
+  said = commands.alone(*command(*flags, f"--output={broken}"), devices=1)
+  assert said.startswith("problems: not a published split")
+  assert " of 60 completions" in said
   after = examples(broken)
   assert after[: len(before)] == before
   # As if nothing had happened, in one process and another batch size.
@@ -165,13 +159,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
 
 
 def test_the_command_says_what_is_wrong():
-  done = subprocess.run(
-    command("--sampler=best"),
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = commands.run(*command("--sampler=best"))
   assert done.returncode == 2
   assert (
     done.stderr.strip()

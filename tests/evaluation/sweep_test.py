@@ -3,8 +3,6 @@
 import csv
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -13,9 +11,8 @@ from agrpo_jax import errors
 from agrpo_jax import sweep
 from agrpo_jax.evaluation import table
 from agrpo_jax.samplers import sampling
+from fixtures import commands
 from fixtures import sudoku
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def config() -> config_lib.ConfigDict:
@@ -229,24 +226,17 @@ def test_csv_and_picture(tmp_path):
 
 
 def test_the_command(tmp_path):
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "agrpo_jax.sweep"),
-      f"--config={ROOT / 'configs' / 'sudoku_tiny.py'}",
-      "--config.task.options.num_examples=8",
-      "--config.grading.num_workers=1",
-      "--config.evaluate.batch_size=8",
-      "--num_denoise_steps=1,2",
-      "--unmask_rule=random",
-      f"--output={tmp_path}",
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
+  said = commands.alone(
+    *("-m", "agrpo_jax.sweep", "--config=configs/sudoku_tiny.py"),
+    "--config.task.options.num_examples=8",
+    "--config.grading.num_workers=1",
+    "--config.evaluate.batch_size=8",
+    "--num_denoise_steps=1,2",
+    "--unmask_rule=random",
+    f"--output={tmp_path}",
+    devices=1,
   )
-  assert done.returncode == 0, done.stderr
-  lines = done.stdout.splitlines()
+  lines = said.splitlines()
   assert lines[0].startswith("problems: not a published split")
   assert [line.split()[:6] for line in lines[2:4]] == [
     ["tiny-sudoku", "16", "1", "random", "none", "0.0"],

@@ -1,10 +1,7 @@
 """Commands take model and adapter from the run that they are pointed at."""
 
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors.numpy
@@ -14,10 +11,10 @@ from agrpo_jax import evaluate
 from agrpo_jax import likelihood
 from agrpo_jax import settings
 from agrpo_jax import sweep
+from fixtures import commands
 from fixtures import runs
 from fixtures import sudoku
 
-ROOT = pathlib.Path(__file__).parents[2]
 ALPHA = 16.0
 
 
@@ -128,13 +125,7 @@ def test_a_base_model_that_moved_is_known_by_its_contents(
 
 
 def command(name, *arguments):
-  return subprocess.run(
-    [sys.executable, "-m", f"agrpo_jax.{name}", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return commands.run("-m", f"agrpo_jax.{name}", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""10,000 hostile completions: graded fast, nothing executed, nothing hung."""
+"""Hostile completions: graded fast, nothing executed, nothing hung."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-_SECONDS = 60.0
+_SECONDS = 12.0
 
 
 def _children_seconds():
@@ -16,14 +16,15 @@ def _children_seconds():
   return usage.ru_utime + usage.ru_stime
 
 
-def test_10_000_hostile_completions():
-  """In less than the two processor minutes that two cores have in one.
+def test_2_000_hostile_completions():
+  """In less than what two cores have in twelve seconds, but for the start.
 
   Processor time, not the clock: what else runs on the machine must not decide.
+  `benchmarks/fuzz_graders.py` grades any number.
   """
   begin = _children_seconds()
   done = subprocess.run(
-    [sys.executable, "benchmarks/fuzz_graders.py", "--completions=10000"],
+    [sys.executable, "benchmarks/fuzz_graders.py", "--completions=2000"],
     cwd=ROOT,
     env={**os.environ, "PYTHONPATH": str(ROOT)},
     capture_output=True,

@@ -418,19 +418,9 @@ def test_a_killed_command_goes_on_to_the_same_result(tmp_path, capsys):
   ],
 )
 def test_the_command_asks_for_what_it_needs(words, message):
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "agrpo_jax.lab",
-      "train",
-      "--config=configs/sudoku_tiny.py:blocks",
-      *words,
-    ],
-    cwd=commands.ROOT,
-    env=commands.environment(1),
-    capture_output=True,
-    text=True,
-    check=False,
+  done = commands.run(
+    *("-m", "agrpo_jax.lab", "train"),
+    "--config=configs/sudoku_tiny.py:blocks",
+    *words,
   )
   assert done.returncode == 2 and message in done.stderr

@@ -8,6 +8,7 @@ estimator, summed over all rollouts and all drawn steps with their
 probabilities, must give the same gradient.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -115,7 +116,9 @@ def expected_estimate(
   drawn_steps = np.asarray(drawn.step)[rows, columns]
   weights = prob[rows] * np.asarray(prob_BxK * drawn.weight)[rows, columns]
   pairs = jax.tree.map(lambda x: x[rows], records)
-  gradient, deviation = estimator(s, objective)(
+  # What is drawn is given: one program serves all rules that draw steps.
+  compiled = estimator(s, dataclasses.replace(objective, step_rule="uniform"))
+  gradient, deviation = compiled(
     jnp.asarray(make_table(s.completion_length), jnp.float32),
     pairs,
     jnp.asarray(drawn_steps, jnp.int32),

@@ -15,12 +15,15 @@ from agrpo_jax.parallel import processes
 from fixtures import mesh_run
 
 
-# AGRPO; an objective that masks prompts, and one whose loss takes two passes.
-@pytest.mark.parametrize("objectives", [(), ("diffu_grpo", "espo")])
-def test_two_processes_give_what_one_device_gives(tmp_path, objectives):
-  """Split all ways; `meshes_proof.py` has more meshes, and all objectives."""
-  expected = mesh_run.one_device(tmp_path / "one.npz", objectives)
-  mesh_run.two_processes(tmp_path / "two.npz", objectives)
+def test_two_processes_give_what_one_device_gives(tmp_path):
+  """Split all ways; `meshes_proof.py` has more meshes, and all objectives.
+
+  Of a sum over visits, of an objective that masks prompts, of one whose loss
+  takes two passes, and through both kinds of caches.
+  """
+  names = ("agrpo", "diffu_grpo", "espo", "dual", "block")
+  expected = mesh_run.one_device(tmp_path / "one.npz", names)
+  mesh_run.two_processes(tmp_path / "two.npz", names)
   mesh_run.assert_same(tmp_path / "two.npz", expected)
 
 

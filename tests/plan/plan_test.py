@@ -1,10 +1,7 @@
 """Plans: topologies, costs of compiled programs, the search, the command."""
 
 import math
-import os
 import pathlib
-import subprocess
-import sys
 from importlib import metadata
 
 import jax
@@ -24,6 +21,7 @@ from agrpo_jax.plan import programs
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
 from configs import gsm8k
+from fixtures import commands
 from fixtures import sudoku
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -482,22 +480,15 @@ def test_the_run_as_a_whole():
 
 
 def _command(*arguments):
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "agrpo_jax.plan"),
-      *("--config=configs/gsm8k.py:debug", "--topology=cpu:8"),
-      "--config.model.path=agrpo_jax/assets/tiny-sudoku",
-      *("--config.data.max_prompt_length=64", "--config.data.bucket=32"),
-      *("--config.mesh.tensor=2", "--config.rollout.num_prompts=4"),
-      *("--config.rollout.batch_size=8", "--config.objective.microbatch=8"),
-      *arguments,
-    ],
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
+  done = commands.run(
+    *("-m", "agrpo_jax.plan"),
+    *("--config=configs/gsm8k.py:debug", "--topology=cpu:8"),
+    "--config.model.path=agrpo_jax/assets/tiny-sudoku",
+    *("--config.data.max_prompt_length=64", "--config.data.bucket=32"),
+    *("--config.mesh.tensor=2", "--config.rollout.num_prompts=4"),
+    *("--config.rollout.batch_size=8", "--config.objective.microbatch=8"),
+    *arguments,
+    without=("XLA_FLAGS",),
   )
   return done.returncode, done.stdout, done.stderr
 

@@ -12,6 +12,7 @@ from agrpo_jax import learner as learner_lib
 from agrpo_jax import types
 from agrpo_jax.models import transformer
 from agrpo_jax.objectives import agrpo
+from agrpo_jax.policies import block_causal
 from agrpo_jax.policies import cached
 from agrpo_jax.policies import plain
 from agrpo_jax.samplers import host
@@ -169,6 +170,20 @@ def test_windows_to_the_end_have_few_lengths():
   assert cached._lengths(256, 32) == [64, 128, 192, 256]
   assert cached._lengths(384, 12) == [96, 192, 288, 384]
   assert cached._lengths(20, 4) == [8, 12, 16, 20]
+
+
+def test_few_numbers_of_states_are_compiled_for(monkeypatch):
+  """None but the whole under a schedule, whose blocks use up all steps."""
+  monkeypatch.setattr(learner_lib, "_MAX_SIZES", 5)
+  s = make_sampling("threshold", cache="dual")
+  policy = policy_of(s)
+  assert learner_lib._sizes(20, s, policy) == [20, 10, 5, 3, 2]
+  assert learner_lib._sizes(3, s, policy) == [3, 2, 1]
+  s = make_sampling("confidence", cache="dual")
+  assert learner_lib._sizes(20, s, policy) == [20]
+  # Where completions end early, each has states of its own number.
+  spans = block_causal.BlockCausal(4)
+  assert learner_lib._sizes(20, s, spans) == [20, 10, 5, 3, 2]
 
 
 def test_units_are_cut_off_behind_their_last_state():

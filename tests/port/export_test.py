@@ -3,8 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import chex
 import jax
@@ -22,6 +20,7 @@ from agrpo_jax.port import export
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.runs import checkpoint_read
+from fixtures import commands
 from fixtures import recordings
 from fixtures import runs
 
@@ -47,13 +46,7 @@ def run(request, tmp_path_factory):
 
 
 def command(*args):
-  return subprocess.run(
-    [sys.executable, "-m", "agrpo_jax.port", *map(str, args)],
-    cwd=pathlib.Path(__file__).parents[2],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return commands.run("-m", "agrpo_jax.port", *args)
 
 
 def completions(c, checkpoint=""):

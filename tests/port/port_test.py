@@ -21,6 +21,7 @@ from agrpo_jax import models
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
 from agrpo_jax.port import model_folder
+from fixtures import commands
 
 CKPT = pathlib.Path(__file__).parents[1] / "testdata" / "golden" / "ckpt"
 MHA, GQA = CKPT / "tiny_mha", CKPT / "tiny_gqa_sharded"
@@ -56,13 +57,7 @@ def dtypes(params):
 
 
 def command(*args):
-  return subprocess.run(
-    [sys.executable, "-m", "agrpo_jax.port", *args],
-    capture_output=True,
-    text=True,
-    check=False,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
+  return commands.run("-m", "agrpo_jax.port", *args)
 
 
 class TestLoad:

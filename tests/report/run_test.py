@@ -96,10 +96,6 @@ def test_a_report_that_fails_costs_the_run_nothing(
   assert logs.read(c.workdir).is_finished
 
 
-def command(*words):
-  return [sys.executable, "-m", "agrpo_jax.report", *map(str, words)]
-
-
 def test_the_command_makes_one_page_of_several_runs(tmp_path):
   workdirs = [
     run_logs.write(tmp_path / name, run_logs.log(3, reward=0.5))
@@ -122,15 +118,7 @@ def test_the_command_makes_one_page_of_several_runs(tmp_path):
   ],
 )
 def test_mistakes_are_told(words, part):
-  done = subprocess.run(
-    command(*words),
-    cwd=commands.ROOT,
-    env=commands.environment(1),
-    capture_output=True,
-    text=True,
-    timeout=100,
-    check=False,
-  )
+  done = commands.run("-m", "agrpo_jax.report", *words)
   assert done.returncode == 2
   assert part in done.stderr and "Traceback" not in done.stderr
 
@@ -141,7 +129,10 @@ def test_watching_a_run_until_it_ends(tmp_path):
   workdir = run_logs.write(folder, run_logs.log(1, config=config, reward=0.5))
   file = tmp_path / "page.html"
   watching = subprocess.Popen(
-    command(workdir, f"--html={file}", "--watch", "--watch_seconds=0.1"),
+    [
+      *(sys.executable, "-m", "agrpo_jax.report", workdir, f"--html={file}"),
+      *("--watch", "--watch_seconds=0.1"),
+    ],
     cwd=commands.ROOT,
     env=commands.environment(1),
     stdout=subprocess.PIPE,

@@ -1,12 +1,8 @@
 """Tests of agrpo_jax.checkpoint_read: beside a run, and by many processes."""
 
 import json
-import os
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -18,8 +14,7 @@ from agrpo_jax import errors
 from agrpo_jax import types
 from agrpo_jax.runs import checkpoint
 from agrpo_jax.runs import checkpoint_read
-
-ROOT = pathlib.Path(__file__).parents[2]
+from fixtures import commands
 
 
 def save(workdir, *train_steps, **options) -> None:
@@ -100,7 +95,6 @@ def test_nothing_to_read_is_no_mistake(tmp_path):
 def together(workdir: pathlib.Path, scenario: str) -> list[str]:
   """What two processes print that read what they saved together."""
   script = f"""
-    import os
     import jax
     import orbax.checkpoint as ocp
     from agrpo_jax.runs import checkpoint
@@ -133,34 +127,10 @@ def together(workdir: pathlib.Path, scenario: str) -> list[str]:
 
 {textwrap.indent(textwrap.dedent(scenario), "    ")}
   """
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", textwrap.dedent(script)],
-      env={
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "AGRPO_COORDINATOR": f"localhost:{port}",
-        "AGRPO_NUM_PROCESSES": "2",
-        "AGRPO_PROCESS_ID": str(process),
-      },
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for process in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=120) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, (_, message) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, message[:3000]
-  return [out + message for out, message in outputs]
+  words = "-c", textwrap.dedent(script)
+  with commands.Pair(workdir / "said", *words) as pair:
+    assert pair.codes() == [0, 0], pair.said(0) + pair.said(1)
+    return [pair.said(0), pair.said(1)]
 
 
 def test_damage_that_one_process_sees_counts_for_all(tmp_path):

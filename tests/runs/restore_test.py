@@ -1,18 +1,15 @@
 """A run goes on from its checkpoint on another mesh and process count."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 
 from agrpo_jax.runs import metrics
+from fixtures import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
+  *("-m", "agrpo_jax.main"),
   "--config=configs/sudoku_tiny.py",
   "--config.accept_changed_config=true",
   "--config.optimizer.schedule=constant",
@@ -29,43 +26,18 @@ FLAGS = (
 )
 
 
-def train(
-  workdir: pathlib.Path, num_steps, mesh, devices=1, num_processes=1
-) -> list[str]:
-  """Trains up to `num_steps` by the real command; what each process prints."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "JAX_NUM_CPU_DEVICES": str(devices),
-  }
-  words = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
-  words.append(f"--config.train.num_steps={num_steps}")
-  processes = []
-  for process in range(num_processes):
-    if num_processes > 1:
-      environment |= {
-        "AGRPO_COORDINATOR": f"localhost:{port}",
-        "AGRPO_NUM_PROCESSES": str(num_processes),
-        "AGRPO_PROCESS_ID": str(process),
-      }
-    processes.append(
-      subprocess.Popen(
-        [sys.executable, "-m", "agrpo_jax.main", *FLAGS, *words]
-        + [f"--config.workdir={workdir}"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  outputs = [process.communicate(timeout=400) for process in processes]
-  for process, (_, message) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, message[-3000:]
-  return [out for out, _ in outputs]
+def train(workdir: pathlib.Path, num_steps, mesh, devices=1) -> str:
+  """Trains up to `num_steps` by the real command; what it prints."""
+  return commands.alone(*words(workdir, num_steps, mesh), devices=devices)
+
+
+def words(workdir, num_steps, mesh):
+  return [
+    *FLAGS,
+    *(f"--config.mesh.{name}={size}" for name, size in mesh.items()),
+    f"--config.train.num_steps={num_steps}",
+    f"--config.workdir={workdir}",
+  ]
 
 
 def samples(workdir: pathlib.Path) -> list[str]:
@@ -79,10 +51,12 @@ def test_one_device_then_eight_then_two_processes_then_one(tmp_path):
   moved = tmp_path / "moved"
   train(moved, 2, one)
   train(moved, 4, dict(data=2, fsdp=2, tensor=2), devices=8)
-  first, second = train(moved, 6, dict(data=1, fsdp=8), 4, num_processes=2)
-  assert "step 6/6" in first
-  assert "step" not in second  # one process speaks
-  assert "after train step 6 of 8" in train(moved, 8, one)[0]
+  both = words(moved, 6, dict(data=1, fsdp=8))
+  with commands.Pair(tmp_path, *both, devices=4) as pair:
+    assert pair.codes() == [0, 0], pair.said(0) + pair.said(1)
+    assert "step 6/6" in pair.said(0)
+    assert "step" not in pair.said(1)  # one process speaks
+  assert "after train step 6 of 8" in train(moved, 8, one)
   ours = list(metrics.read(moved / "metrics.jsonl"))
   expected = list(metrics.read(tmp_path / "whole" / "metrics.jsonl"))
   assert [line["train_step"] for line in ours] == list(range(8))

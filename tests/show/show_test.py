@@ -2,10 +2,8 @@
 
 import html.parser
 import io
-import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
 import rich.console
@@ -17,6 +15,7 @@ from agrpo_jax.show import __main__ as show
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
 from agrpo_jax.show import text as text_lib
+from fixtures import commands
 from fixtures import completions
 from fixtures import sudoku
 
@@ -293,13 +292,7 @@ def test_mistakes_are_named():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", "agrpo_jax.show", *arguments],
-    cwd=pathlib.Path(__file__).parents[2],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return commands.run("-m", "agrpo_jax.show", *arguments)
 
 
 def test_the_command(tmp_path):
