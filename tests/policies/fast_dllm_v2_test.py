@@ -27,7 +27,7 @@ CASES = (
   "short_prompt",
   "rows",
   "rows_lengths",
-  "rows_of_one_block",
+  "rows_whole_blocks",
   "stops",
 )
 WITHOUT_CACHE = ("several", "rows", "stops")
