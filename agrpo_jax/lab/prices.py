@@ -53,7 +53,8 @@ def of_policy(
   window = (
     sampling.completion_length
     if sampling.cache == "prefix"
-    else sampling.block_length
+    # A part of a network's block is run with the whole of it.
+    else shape.attention_block or sampling.block_length
   )
   wanted = sampling.tokens_per_step
   row = transformer.forward_flops(shape, length, wanted)
