@@ -230,7 +230,7 @@ class TestParts:
     raw["Ġt"] = raw["he"]
     (parts / "vocab.json").write_text(json.dumps(raw))
     first = 256 + 5
-    with pytest.raises(errors.UserError, match="cannot be read: .*vocabulary"):
+    with pytest.raises(errors.UserError, match=r"cannot be read: .*vocabulary"):
       tokens.load(parts, vocabulary(size=280, mask_id=first + 2, eos_id=first))
 
   def test_parts_of_another_class_are_not_guessed_at(self, parts):
