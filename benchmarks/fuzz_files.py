@@ -631,7 +631,7 @@ def _judge(message: str, folder: pathlib.Path) -> tuple[str, str]:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-  if jax.tree.structure(a) != jax.tree.structure(b):
+  if str(jax.tree.structure(a)) != str(jax.tree.structure(b)):
     return False
   leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   return all(

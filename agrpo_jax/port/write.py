@@ -135,8 +135,8 @@ def _finish(
     }
     (folder / files.INDEX).write_text(json_text(index), encoding="utf-8")
   (folder / files.CONFIG).write_text(config, encoding="utf-8")
-  for file in copied:
-    shutil.copyfile(file, folder / file.name)
+  for one in copied:
+    shutil.copyfile(one, folder / one.name)
 
 
 def _copied(
