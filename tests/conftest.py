@@ -17,9 +17,13 @@ import pytest
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   # Most of the time goes to compiling, programs that run once or twice: these
-  # halve it twice. The emitters of old are slower in what they make only.
+  # halve it twice. The emitters of old are slower in what they make only; and
+  # programs of this size gain nothing from being cut up, or from knowing which
+  # lines they stand for.
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+  "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+  "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false "
+  "--xla_cpu_parallel_codegen_split_count=1",
   "JAX_NUMPY_RANK_PROMOTION": "raise",
   "TF_CPP_MIN_LOG_LEVEL": "2",
   "TOKENIZERS_PARALLELISM": "false",
