@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-_SECONDS = 12.0
+_SECONDS = 20.0
 
 
 def _children_seconds():
@@ -17,7 +17,7 @@ def _children_seconds():
 
 
 def test_2_000_hostile_completions():
-  """In less than what two cores have in twelve seconds, but for the start.
+  """In less than what two cores have in twenty seconds.
 
   Processor time, not the clock: what else runs on the machine must not decide.
   `benchmarks/fuzz_graders.py` grades any number.
