@@ -113,7 +113,6 @@ def loss(
   if attention_block:
     logits_BxCxV = block_causal.partial_logits(
       network,
-      attention_block,
       batch.tokens,
       batch.length,
       batch.completion,

@@ -486,8 +486,9 @@ class Transformer(nn.Module):
       tokens_BxSxQ: int, the windows; what is at or behind `length` is padding.
       start_BxS: int32, the position at which each window begins; [B, 1]: all
         windows of a row. Where attention is block-causal a window is a block.
-      positions_BxSxW: int32, positions of the rows to predict, which come out
-        within the windows.
+      positions_BxSxW: int32, positions of the rows to predict. What predicts
+        them comes out within the windows, but for the first of a block where
+        logits are shifted and attention is block-causal.
 
     Returns:
       [B, S, W, D].

@@ -106,7 +106,6 @@ def partial_logits(
   if pairs.attention_block:
     return block_causal.partial_logits(
       network,
-      pairs.attention_block,
       pairs.prompt,
       pairs.prompt_length,
       pairs.completion,

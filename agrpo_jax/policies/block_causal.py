@@ -162,7 +162,6 @@ class OfMasks:
 
 def partial_logits(
   network: types.Network,
-  block_length: int,
   prompt_BxP: jax.Array,
   prompt_length_B: jax.Array,
   completion_BxC: jax.Array,
@@ -171,8 +170,7 @@ def partial_logits(
   """Logits of partial completions whose blocks see whole ones before them.
 
   Args:
-    network: whose attention is block-causal.
-    block_length: T, a divisor of C.
+    network: whose attention is block-causal, in blocks of a divisor of C.
     prompt_BxP: int32, padded on the right.
     prompt_length_B: int32.
     completion_BxC: int32, what the blocks behind a block see of it.
@@ -181,7 +179,7 @@ def partial_logits(
   Returns:
     float32 [B, C, V].
   """
-  policy = OfMasks(BlockCausal(block_length))
+  policy = OfMasks(BlockCausal(network.attention_block))
   prompt, no_start_B = (prompt_BxP, prompt_length_B), prompt_length_B
   memory = policy.open(
     network, None, *prompt, completion_BxC, no_start_B, keeps=False

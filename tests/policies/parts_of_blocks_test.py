@@ -161,7 +161,7 @@ def test_partial_completions_have_the_logits_of_whole_passes():
   length = np.array([16, 8, 0])
   completion = rng.integers(0, 30, (3, 24))
   partial = np.where(rng.random((3, 24)) < 0.5, shape.mask_id, completion)
-  found = jax.jit(lambda *rows: block_causal.partial_logits(network, 8, *rows))(
+  found = jax.jit(lambda *rows: block_causal.partial_logits(network, *rows))(
     prompt, length, completion, partial
   )
   logits = jax.jit(network.logits)
