@@ -9,7 +9,8 @@ of each with all processes below it: resident memory, open files, processes and
 threads; and of the log the seconds of every train step. The first quarter is
 warming up. A row grows if the median of the last quarter is above that of the
 second by more than `_TOLERANCE`. Writes a CSV and a PNG, prints the table; the
-exit code is 1 if something grows, or one of both ended by itself.
+exit code is 1 if something grows, or one of both ended by itself, as a run does
+at a loss that is not finite.
 """
 
 import argparse
