@@ -4,14 +4,16 @@
 
 Completions are made up: arithmetic and LaTeX nested at random, digits of other
 scripts, numbers of any length, soups of tags, text that broke some grader once,
-Python that leaves a file behind if it is executed, and real generations
-(`--real`, JSONL with "completion") with a piece changed. They go through
-`grading.pool` as in a run, in equal parts for each task, whose benign ones are
-graded before. Wrong is a completion that was executed, that a grader raised on,
-that crashed its worker (it is graded once more, to see whether it does so
-again), or a batch that does not come back. Prints a table with completions per
-second of processor time, workers' start included; the exit code is 1 if
-something was wrong.
+Python that leaves a file behind if it is executed, and real generations with a
+piece changed. They go through `grading.pool` as in a run, in equal parts for
+each task; before them benign ones are graded, made up, and all real ones of the
+task. These are lines of JSON (`--real`) with "completion" and, if it is not
+gsm8k's, "task"; "fields" are what the task grades by.
+
+Wrong is a completion that was executed, that a grader raised on, that crashed
+its worker (it is graded once more, to see whether it does so again), or a batch
+that does not come back. Prints a table with completions per second of processor
+time, workers' start included; the exit code is 1 if something was wrong.
 """
 
 import argparse
@@ -264,9 +266,7 @@ def hostile(
   return rng.choice(_WRAPS).replace("{}", text)
 
 
-def _benign(rng: random.Random, task: str, real: Sequence[str]) -> str:
-  if task == "gsm8k" and rng.random() < 0.5:
-    return rng.choice(real)
+def _benign(rng: random.Random, task: str) -> str:
   n = rng.randint(1, 10_000)
   return _BENIGN[task].format(n=n, m=6 * n)
 
@@ -277,7 +277,7 @@ class Row:
 
   Attributes:
     task: that graded them.
-    kind: benign or hostile.
+    kind: benign, real or hostile.
     completions: how many.
     timed_out: of these.
     failed: a grader raised, or its worker crashed.
@@ -295,20 +295,21 @@ class Row:
 
 
 def grade(
-  row: Row, completions: Iterator[str], num_workers: int, end: float
+  row: Row,
+  completions: Iterator[tuple[str, dict[str, Any]]],
+  num_workers: int,
+  end: float,
 ) -> list[tuple[str, str]]:
   """Grades them; returns (what failed and why).
 
   Args:
     row: filled in.
-    completions: of any number.
+    completions: of any number, each with what it is graded by.
     num_workers: processes.
     end: by `time.monotonic`; after it no more are taken.
   """
   failures: list[tuple[str, str]] = []
   begin = _children_seconds()
-  fields = _FIELDS[row.task]
-
   with pool.Grader(
     row.task, num_workers=num_workers, timeout_seconds=1.0
   ) as grader:
@@ -316,13 +317,14 @@ def grade(
       batch = [*itertools.islice(completions, _BATCH)]
       if not batch:
         break
-      pending = grader.submit(batch, [fields] * len(batch))
+      texts, fields = map(list, zip(*batch, strict=True))
+      pending = grader.submit(texts, fields)
       graded = pending.result(timeout=_TIMEOUT)
       row.completions += len(batch)
       row.failed += graded.num_failed
       row.timed_out += graded.num_timed_out
       failures += [
-        (batch[at], why)
+        (texts[at], why)
         for at, why in graded.failures.items()
         if why != pool.TIMED_OUT
       ]
@@ -332,7 +334,9 @@ def grade(
       ):
         failures.append(("", "rewards that are no numbers"))
     for text, _ in list(failures):
-      again = grader.submit([text], [fields]).result(timeout=_TIMEOUT)
+      again = grader.submit([text], [_FIELDS[row.task]]).result(
+        timeout=_TIMEOUT
+      )
       row.crashed_again += again.num_failed
   row.seconds = _children_seconds() - begin
   return failures
@@ -359,7 +363,8 @@ def main(argv: Sequence[str]) -> int:
   args = parser.parse_args(argv)
   logging.set_verbosity(logging.ERROR)
   lines = pathlib.Path(args.real).read_text("utf-8").splitlines()
-  real = [json.loads(line)["completion"] for line in lines]
+  real = [{"task": "gsm8k"} | json.loads(line) for line in lines]
+  real_texts = [one["completion"] for one in real]
   names = args.tasks.split(",")
   each = args.completions // len(names)
   text = "{:<14} {:<8} {:>11} {:>9} {:>6} {:>7} {:>9} {:>8}"
@@ -374,20 +379,28 @@ def main(argv: Sequence[str]) -> int:
     marker = pathlib.Path(folder) / "executed"
     bombs = _bombs(marker)
     for task in names:
-      for kind, count in (
-        ("benign", min(_BENIGN_AT_MOST, 1 + each // 4)),
-        ("hostile", each),
-      ):
-        rng = random.Random(f"{task}/{kind}/{args.seed}")
+      rng = random.Random(f"{task}/{args.seed}")
+      own = _FIELDS[task]
+      kinds = {
+        "benign": (
+          (_benign(rng, task), own)
+          for _ in range(min(_BENIGN_AT_MOST, 1 + each // 4))
+        ),
+        "real": (
+          (one["completion"], one.get("fields", own))
+          for one in real
+          if one["task"] == task
+        ),
+        "hostile": (
+          (hostile(rng, bombs, real_texts), own) for _ in range(each)
+        ),
+      }
+      for kind, made in kinds.items():
         row = Row(task, kind)
         end = time.monotonic() + 60 * args.minutes / len(names)
-        made = (
-          _benign(rng, task, real)
-          if kind == "benign"
-          else hostile(rng, bombs, real)
-          for _ in range(count)
-        )
         failures = grade(row, made, args.workers, end)
+        if not row.completions:
+          continue
         print(
           text.format(
             *(task, kind, row.completions, row.timed_out, row.failed),
