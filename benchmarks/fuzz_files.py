@@ -24,6 +24,7 @@ import argparse
 import collections
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -178,6 +179,17 @@ def _make_data(folder: pathlib.Path) -> None:
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _make_parquet(folder: pathlib.Path) -> None:
+  import pyarrow.parquet  # an optional extra
+
+  folder.mkdir()
+  for compression in ("none", "snappy", "zstd"):
+    (folder / compression).mkdir()
+    table = pyarrow.Table.from_pylist(_ROWS["gsm8k.jsonl"])
+    file = folder / compression / "gsm8k.parquet"
+    pyarrow.parquet.write_table(table, file, compression=compression)
+
+
 def _make_run(folder: pathlib.Path) -> None:
   """A work directory with two checkpoints whose arrays hold their steps."""
   with checkpoint.Checkpoints(folder, keep_best=1) as checkpoints:
@@ -288,6 +300,13 @@ def _damage_text(
   file.write_bytes(content)
 
 
+def _damage_bytes(
+  rng: random.Random, file: pathlib.Path, outside: pathlib.Path
+) -> None:
+  del outside
+  file.write_bytes(mutations.bytes_of(rng, file.read_bytes()))
+
+
 def _damage_run(
   rng: random.Random, file: pathlib.Path, outside: pathlib.Path
 ) -> None:
@@ -331,9 +350,11 @@ def _load_adapter(folder: pathlib.Path) -> Any:
 
 
 def _load_data(folder: pathlib.Path) -> Any:
-  found: list[Any] = [data.from_jsonl(str(folder / "pairs.jsonl"))]
-  for file in sorted(folder.iterdir()):
-    if file.name in _ROWS and file.name != "pairs.jsonl":
+  found: list[Any] = []
+  for file in sorted(folder.rglob("*")):
+    if file.name == "pairs.jsonl":
+      found.append(data.from_jsonl(str(file)))
+    elif file.name in _ROWS or file.name == "gsm8k.parquet":
       task = tasks.get(file.stem)
       found.append(contract.examples(task, "train", path=str(file)))
   return [[dataclasses.asdict(one) for one in part] for part in found]
@@ -497,6 +518,14 @@ KINDS: dict[str, Kind] = {
     _make_data,
     ("*",),
     _damage_text,
+    _load_data,
+    _misread_data,
+    follows_links=True,
+  ),
+  "parquet": Kind(
+    _make_parquet,
+    ("**/*",),
+    _damage_bytes,
     _load_data,
     _misread_data,
     follows_links=True,
@@ -686,7 +715,10 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--mutations", type=int, default=100, help="of each kind")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--first", type=int, default=0, help="number to begin at")
-  parser.add_argument("--kinds", default=",".join(KINDS))
+  known = [*KINDS]
+  if importlib.util.find_spec("pyarrow") is None:
+    known.remove("parquet")
+  parser.add_argument("--kinds", default=",".join(known))
   parser.add_argument("--folder", help="to work in; default: a temporary one")
   parser.add_argument("--say", action="store_true", help="show each outcome")
   parser.add_argument("--as_reader", type=int, help=argparse.SUPPRESS)
