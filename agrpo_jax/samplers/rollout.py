@@ -351,9 +351,8 @@ def _window(
   """
   first = sampling.window_start(_block(row, sampling))
   position_T = first + jnp.arange(sampling.window_length)
-  start = _block_start(row, sampling)
-  is_own_T = (position_T >= start) & (position_T < start + sampling.block_length)
-  return position_T, is_own_T
+  block_T = position_T // sampling.block_length
+  return position_T, block_T == _block(row, sampling)
 
 
 def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:

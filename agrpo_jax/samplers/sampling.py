@@ -212,7 +212,7 @@ def problems(sampling: Sampling) -> list[str]:
   check(
     s.block_length <= s.completion_length,
     f"block_length={s.block_length} is more than completion_length="
-    f"{s.completion_length}, and can be at most that",
+    f"{s.completion_length}; use at most that",
   )
   check(
     s.num_denoise_steps % s.num_blocks == 0,

@@ -88,7 +88,7 @@ def test_all_that_is_wrong_at_once(tmp_path):
   message = str(error.value)
   assert message.startswith("Nothing was run.")
   for part in (
-    "block_length=16 is more than completion_length=8, and can be at most that\n"
+    "block_length=16 is more than completion_length=8; use at most that\n"
     "  (in 12 of 36",
     f"'greedy' is not one of {', '.join(sampling.RULES)}\n  (in 18",
     "temperature=-1.0 is negative\n  (in 18 of 36 cells; the first is tiny-sud",

@@ -49,6 +49,7 @@ def test_the_estimator_is_the_enumerated_gradient(rule):
     ("short", "confidence"),
     ("short_prefix", "random"),
     ("short_dual", "threshold"),
+    ("shifted_short", "confidence"),
     ("short_block", "dynamic"),
   ],
 )
