@@ -4,7 +4,8 @@ One denoising step of one row:
 
 1. The active block is the first one that still has masked positions.
 2. Under a rule that looks at nothing the positions are chosen now, so that
-   logits are needed at U positions only; else at the T positions of the block.
+   logits are needed at U positions only; else at the T positions of the block,
+   or the last T, where the last block is shorter.
 3. The policy gives the logits at those positions.
 4. A token is drawn at each; the unmask rule says which of them stay.
 5. When the block is full and all of it is EOS, or any (`eos_per_block`), the
