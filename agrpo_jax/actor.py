@@ -155,10 +155,8 @@ def _steps_done(
   """int [num_blocks, B], denoising steps executed by the end of each block."""
   # A block ends with the step that unmasked the last of it; those before may
   # have unmasked nothing.
-  by_block = unmask_step_BxC.reshape(
-    -1, sampling.num_blocks, sampling.block_length
-  )
-  last_BxN = by_block.max(axis=2)
+  begin_N = np.arange(sampling.num_blocks) * sampling.block_length
+  last_BxN = np.maximum.reduceat(unmask_step_BxC, begin_N, axis=1)
   first_N = np.arange(sampling.num_blocks) * sampling.steps_per_block
   is_drawn_BxN = last_BxN < sampling.max_steps
   return np.where(is_drawn_BxN, last_BxN - first_N + 1, 0).cumsum(axis=1).T

@@ -201,7 +201,7 @@ def task_options(c: ConfigDict) -> dict[str, Any]:
 
 def _sampling(sub: ConfigDict) -> None:
   sub.completion_length = 256  # C, tokens
-  sub.block_length = 32  # T, divides completion_length
+  sub.block_length = 32  # T; the last block has what is left
   # Of every so many positions the first is unmasked before the others of its
   # block, alone (Fast-dLLM v2); a multiple of block_length, 0: none is.
   sub.lead_every = 0

@@ -3,6 +3,7 @@
 And whole runs with them, on a recorded tiny checkpoint.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -193,6 +194,12 @@ def test_steps_that_unmask_nothing_are_paid_too():
   np.testing.assert_allclose(
     value_BxV - paid_BxV, np.array(steps) / 2, rtol=1e-6
   )
+
+
+def test_the_steps_of_a_shorter_last_block_are_counted():
+  s = dataclasses.replace(SAMPLING, completion_length=5)
+  found = actor._steps_done(UNMASK_STEP[:, :5], s)
+  assert found.tolist() == [[2, 2, 1, 2], [4, 2, 3, 3], [6, 2, 4, 3]]
 
 
 def test_without_a_state_nothing_is_drawn():

@@ -39,7 +39,7 @@ def test_several_mistakes_are_reported_at_once_before_anything_is_loaded():
   done = command(
     "--config=gsm8k",
     "--config.model.path=nowhere/at/all",
-    "--config.rollout.block_length=100",
+    "--config.rollout.block_length=1000",
     "--config.rollout.group_size=1",
     "--config.rollout.unmask_rule=low_confidence",
     "--config.objective.updates_per_batch=7",
@@ -47,7 +47,7 @@ def test_several_mistakes_are_reported_at_once_before_anything_is_loaded():
   )
   assert_told(
     done,
-    "block_length=100",
+    "block_length=1000",
     "rollout.group_size=1",
     "low_confidence",
     "confidence, entropy",  # the known ones

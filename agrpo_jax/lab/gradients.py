@@ -155,6 +155,7 @@ def draw(s: settings_lib.Rl) -> Batch:
   mesh_lib.check_rows(mesh, "config.objective.microbatch", s.microbatch)
   # All in one call: it is one batch.
   whole = dataclasses.replace(s.rollout, batch_size=s.rollout.num_rows)
+  model.check_draw(s.data.max_prompt_length, whole)
   sampler = model.sampler(whole, s.data.bucket)
   prompts = dataset.batch(0, s.rollout.num_prompts, s.seed)
   batch = data.Batch.of(prompts, s.rollout.group_size)

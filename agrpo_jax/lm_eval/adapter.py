@@ -10,6 +10,7 @@ import collections
 import functools
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import progress
+from agrpo_jax.samplers import rules
+from agrpo_jax.samplers import sampling as sampling_lib
 
 # Marks a context that `apply_chat_template` made.
 _CHAT = "\x02chat\x03"
@@ -112,7 +115,9 @@ class Adapter:
     self._sampler = self._model.sampler(s.evaluate, bucket)
     self._greedy = jax.jit(
       lambda params, pairs: match_greedy(
-        self._model.bind(params, None), pairs, self._tokenizer.mask_id
+        self._model.bind(params, None),
+        pairs,
+        s.evaluate.sampling_for(self._tokenizer),
       )
     )
 
@@ -168,6 +173,7 @@ class Adapter:
     longest = max(map(len, prompts), default=0)
     sampling = self._settings.evaluate.sampling
     self._check_length(longest + sampling.completion_length)
+    self._model.check_draw(longest, self._settings.evaluate)
     row_id_Bx2 = row_ids(requests)
     texts = [""] * len(requests)
     bar = progress.bar(len(requests), "completions")
@@ -356,15 +362,23 @@ def groups(widths: Sequence[tuple[int, ...]], bucket: int) -> list[list[int]]:
 
 
 def match_greedy(
-  network: types.Network, pairs: elbo.Pairs, mask_id: int
+  network: types.Network, pairs: elbo.Pairs, sampling: sampling_lib.Sampling
 ) -> jax.Array:
   """Returns bool [B]: whether greedy decoding gives the completion.
 
   Of the masked positions the one with the most probable token gets it, one a
   denoising step. Where that is not the completion's own token, the answer is
   no and the rest need not be decoded.
+
+  Args:
+    network: bound to its parameters.
+    pairs: prompts and completions.
+    sampling: of block-causal models into which parts a block is divided and
+      which position leads; nothing else of it but the mask's id.
   """
-  size = pairs.completion.shape[1]
+  size = block_length = pairs.completion.shape[1]
+  if pairs.attention_block:
+    block_length = math.gcd(pairs.attention_block, sampling.block_length)
   place_C = jnp.arange(size)
 
   def is_undecided(state: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -376,12 +390,18 @@ def match_greedy(
   ) -> tuple[jax.Array, jax.Array]:
     is_masked_BxC, matches_B = state
     # As long as all matched, what was decoded is the completion's own.
-    logits_BxCxV = elbo.partial_logits(network, pairs, is_masked_BxC, mask_id)
+    logits_BxCxV = elbo.partial_logits(
+      network, pairs, is_masked_BxC, sampling.mask_id
+    )
     confidence_BxC = jax.nn.log_softmax(logits_BxCxV).max(axis=-1)
     # One block after the other, where there are blocks.
-    block_C = place_C // (pairs.attention_block or size)
+    block_C = place_C // block_length
     first_B = jnp.where(is_masked_BxC, block_C[None], size).min(axis=1)
-    can_be_BxC = is_masked_BxC & (block_C[None] == first_B[:, None])
+    can_be_BxC = jax.vmap(rules.candidates, (0, None, None))(
+      is_masked_BxC & (block_C[None] == first_B[:, None]),
+      place_C,
+      sampling.lead_every if pairs.attention_block else 0,
+    )
     chosen_B = jnp.where(can_be_BxC, confidence_BxC, -jnp.inf).argmax(axis=1)
     is_chosen_BxC = (place_C[None, :] == chosen_B[:, None]) & is_masked_BxC
     is_same_BxC = logits_BxCxV.argmax(axis=-1) == pairs.completion

@@ -84,7 +84,7 @@ class Shape:
       block of T positions and to those before it; 0: to the whole row.
     blocks_from: where these blocks are counted from: the "start" of the row
       (position 0, the prompt included), or its "end", where the first one is
-      incomplete.
+      incomplete; for windows, from where these begin, and the last one may be.
     dtype: of the matrix products and the residual stream: "float32" or
       "bfloat16" (sums, norms, softmax, RoPE and logits are float32 anyway).
     remat: what the forward pass keeps for the backward pass: "none" recomputes

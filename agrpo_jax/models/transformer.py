@@ -439,7 +439,11 @@ class Transformer(nn.Module):
       start_B: int32, the first position of each row's window.
     """
     of, tokens_BxN = self._window_pass(
-      shared, length_B, tokens_BxQ[:, None], start_B[:, None]
+      shared,
+      length_B,
+      tokens_BxQ[:, None],
+      start_B[:, None],
+      self._first(length_B[:, None]),
     )
     # What predicts the block behind; as in `keys_values`, where it is wanted.
     wanted_Bx1 = jnp.full_like(start_B, tokens_BxQ.shape[1] - 1)[:, None]
@@ -485,7 +489,8 @@ class Transformer(nn.Module):
       length_B: as in `hidden`.
       tokens_BxSxQ: int, the windows; what is at or behind `length` is padding.
       start_BxS: int32, the position at which each window begins; [B, 1]: all
-        windows of a row. Where attention is block-causal a window is a block.
+        windows of a row. Where attention is block-causal a window is a block,
+        of which the last one of a row may be cut by its length.
       positions_BxSxW: int32, positions of the rows to predict. What predicts
         them comes out within the windows, but for the first of a block where
         logits are shifted and attention is block-causal.
@@ -496,7 +501,12 @@ class Transformer(nn.Module):
     num_states, num_positions = positions_BxSxW.shape[1:]
     has_rows = isinstance(shared, jax.Array)
     of, tokens_BxN = self._window_pass(
-      shared, length_B, tokens_BxSxQ, start_BxS
+      shared,
+      length_B,
+      tokens_BxSxQ,
+      start_BxS,
+      # Not of the length: a row's last block may end before it is full.
+      self._first(start_BxS[:, :1]),
     )
     # Where the positions are among the N tokens: the row, if it is part of the
     # pass, then its windows side by side.
@@ -541,6 +551,7 @@ class Transformer(nn.Module):
     length_B: jax.Array,
     tokens_BxSxQ: jax.Array,
     start_BxS: jax.Array,
+    first_Bx1: jax.Array,
   ) -> tuple[Pass, jax.Array]:
     """The pass, and its N tokens: the row, if it is part of it, and windows."""
     num_rows, num_states, size = tokens_BxSxQ.shape
@@ -568,7 +579,7 @@ class Transformer(nn.Module):
       )
     )
     of = Pass(
-      self._seen(position_BxN, length_B),
+      self._seen(position_BxN, length_B, first_Bx1),
       cos,
       sin,
       start_BxS,
@@ -588,20 +599,29 @@ class Transformer(nn.Module):
       jnp.arange(tokens_BxL.shape[1])[None], tokens_BxL.shape
     )
     return Pass(
-      self._seen(position_BxL, length_B),
+      self._seen(position_BxL, length_B, self._first(length_B[:, None])),
       cos,
       sin,
       num_row_tokens=tokens_BxL.shape[1],
     )
 
-  def _seen(self, position_BxN: jax.Array, length_B: jax.Array) -> jax.Array:
+  def _first(self, border_Bx1: jax.Array) -> jax.Array:
+    """Where the first whole block of each row begins, given any of its borders.
+
+    Blocks that are counted from the end leave the incomplete one in front.
+    """
+    if self.shape.blocks_from == "end" and self.shape.attention_block:
+      return border_Bx1 % self.shape.attention_block
+    return jnp.zeros_like(border_Bx1)
+
+  def _seen(
+    self, position_BxN: jax.Array, length_B: jax.Array, first_Bx1: jax.Array
+  ) -> jax.Array:
     """int32 [B, N or 1], how many positions of its row each token sees."""
     size = self.shape.attention_block
     if not size:
       return length_B[:, None]
-    # Blocks that are counted from the end leave the incomplete one in front.
-    first = length_B[:, None] % size if self.shape.blocks_from == "end" else 0
-    end_BxN = ((position_BxN - first) // size + 1) * size + first
+    end_BxN = ((position_BxN - first_Bx1) // size + 1) * size + first_Bx1
     return jnp.minimum(end_BxN, length_B[:, None])
 
   def _run(

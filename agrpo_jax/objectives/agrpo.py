@@ -288,11 +288,11 @@ def state(
 
   Returns:
     is_masked bool [C], what was masked; offset int32 [W], positions within the
-    completion: the block's T, or the step's U targets.
+    completion: the T that the step looked at, or its U targets.
   """
   if needs_block(sampling, objective):
     block = denoise_step // sampling.steps_per_block
-    offset_W = block * sampling.block_length + jnp.arange(sampling.block_length)
+    offset_W = sampling.window_start(block) + jnp.arange(sampling.block_length)
   else:
     # Without a factor for the others, only what was unmasked is unembedded.
     # top_k of a mask lists its positions first, in order.

@@ -86,7 +86,9 @@ class Policy(Protocol):
       prompt_length_B: int32.
       partial_BxSxC: int32, the present states.
       block_start_BxS: int32, completion position at which their block begins.
-      offset_BxSxW: int32, completion positions at which logits are wanted.
+      offset_BxSxW: int32, completion positions at which logits are wanted. Of
+        a policy that runs the block alone, some before it may be asked for too:
+        any finite logits will do there, since nobody reads them.
 
     Returns:
       float32 [B, S, W, V].

@@ -52,10 +52,11 @@ class BlockCausal:
     tokens_BxL = jax.vmap(row.join)(prompt_BxP, prompt_length_B, start_BxC)
     if not keeps:
       return tokens_BxL
-    length_B = prompt_length_B + start_BxC.shape[1]
+    size, num_tokens = network.attention_block, start_BxC.shape[1]
+    # A last block that is not whole has nothing behind it that would see it.
+    length_B = prompt_length_B + num_tokens - num_tokens % size
     if before is None:
       return network.keys_values(tokens_BxL, length_B)
-    size = network.attention_block
     # Of a prompt shorter than a block what follows it is run too: blocks to
     # come, which are run anew before anything sees them.
     finished_B = jnp.maximum(
@@ -85,12 +86,14 @@ class BlockCausal:
   ) -> jax.Array:
     """Runs B * S blocks; see `base.Policy.logits`."""
     del prompt_BxP  # the memory tells of it
-    size = network.attention_block
+    size, num_tokens = network.attention_block, partial_BxSxC.shape[2]
     begin_BxS = _begin(block_start_BxS, size)
+    # A last block that is not whole ends in padding.
+    padded = jnp.pad(partial_BxSxC, ((0, 0), (0, 0), (0, -num_tokens % size)))
     return network.window_logits(
       memory,
-      prompt_length_B + partial_BxSxC.shape[2],
-      row.windows(partial_BxSxC, begin_BxS, size),
+      prompt_length_B + num_tokens,
+      row.windows(padded, begin_BxS, size),
       prompt_length_B[:, None] + begin_BxS,
       prompt_length_B[:, None, None] + offset_BxSxW,
     )
@@ -130,7 +133,7 @@ class OfMasks:
     del block_start_BxS
     size = network.attention_block
     num_rows, num_states, num_tokens = partial_BxSxC.shape
-    num_wanted, num_blocks = offset_BxSxW.shape[2], num_tokens // size
+    num_wanted, num_blocks = offset_BxSxW.shape[2], -(-num_tokens // size)
     is_each = num_wanted < num_blocks
     if is_each:
       wanted = offset_BxSxW[..., None]

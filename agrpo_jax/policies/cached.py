@@ -105,7 +105,7 @@ class Cached:
 
 def _lengths(num_tokens: int, block_length: int) -> list[int]:
   """Returns lengths of windows, ascending, whole blocks; the last is all."""
-  num_blocks = num_tokens // block_length
+  num_blocks = -(-num_tokens // block_length)
   count = min(num_blocks, _MAX_LENGTHS)
   return [
     -(-num_blocks * (i + 1) // count) * block_length for i in range(count)

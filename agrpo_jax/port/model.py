@@ -176,12 +176,20 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
       f"{shape.model_type!r}); use cache='none'."
     )
   s = draw.sampling
-  if size and (size % s.block_length or s.completion_length % size):
+  if size and size % s.block_length:
     raise errors.UserError(
-      f"block_length={s.block_length} and completion_length="
-      f"{s.completion_length}: the model's attention is block-causal in "
-      f"blocks of {size}; use block_length={size} or a divisor of it, and a "
-      f"multiple of {size} for completion_length."
+      f"block_length={s.block_length}: the model's attention is block-causal "
+      f"in blocks of {size}; use block_length={size} or a divisor of it."
+    )
+  rest = size and s.completion_length % size
+  is_from_completion = shape.blocks_from == "end"
+  if rest and not (is_from_completion and cache == "block"):
+    below = s.completion_length - rest
+    raise errors.UserError(
+      f"completion_length={s.completion_length}: the model's attention is "
+      f"block-causal in blocks of {size}, the last of which must be whole; use "
+      f"completion_length={f'{below} or ' if below else ''}{below + size}"
+      + (", or cache='block'." if is_from_completion else ".")
     )
   if s.lead_every not in (0, size):
     raise errors.UserError(

@@ -4,7 +4,8 @@ One denoising step of one row:
 
 1. The active block is the first one that still has masked positions.
 2. Under a rule that looks at nothing the positions are chosen now, so that
-   logits are needed at U positions only; else at the T positions of the block.
+   logits are needed at U positions only; else at the T positions of the block,
+   or the last T, where the last block is shorter.
 3. The policy gives the logits at those positions.
 4. A token is drawn at each; the unmask rule says which of them stay.
 5. When the block is full and all of it is EOS, or any (`eos_per_block`), the
@@ -121,7 +122,7 @@ def sample_rollout(
   def logits_at(
     row_B: _Row, of: types.Prompts, memory: types.Tree, offset_BxW: jax.Array
   ) -> jax.Array:
-    start_B = jax.vmap(_window_start, (0, None))(row_B, sampling)
+    start_B = sampling.window_start(_block(row_B, sampling))
     position_BxW = start_B[:, None] + offset_BxW
     # One state of each row at a time: [B, 1, ...].
     return policy.logits(
@@ -130,7 +131,7 @@ def sample_rollout(
       of.tokens,
       of.length,
       partial(row_B)[:, None],
-      jax.vmap(_block_start, (0, None))(row_B, sampling)[:, None],
+      _block_start(row_B, sampling)[:, None],
       position_BxW[:, None],
     )[:, 0]
 
@@ -154,7 +155,7 @@ def sample_rollout(
       of.tokens,
       of.length,
       partial(row_B),
-      jax.vmap(_block_start, (0, None))(row_B, sampling),
+      _block_start(row_B, sampling),
       keeps=policy.refresh != 1,
     )
 
@@ -330,16 +331,29 @@ def _empty_support(
   return jnp.zeros((num_tokens, -(-vocab_size // 8)), jnp.uint8)
 
 
-def _block_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
+def _block(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   # A row that is done is in nobody's way at the end: a window that reaches from
   # the earliest block on is shortest there.
-  last = sampling.num_blocks - 1
-  return jnp.where(row.is_done, last, row.block) * sampling.block_length
+  return jnp.where(row.is_done, sampling.num_blocks - 1, row.block)
 
 
-def _window_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
-  """Returns the first completion position that a step looks at."""
-  return jnp.int32(0) if sampling.redraw_mask else _block_start(row, sampling)
+def _block_start(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
+  return _block(row, sampling) * sampling.block_length
+
+
+def _window(
+  row: _Row, sampling: sampling_lib.Sampling
+) -> tuple[jax.Array, jax.Array]:
+  """The completion positions that a step looks at.
+
+  Returns:
+    int32 [T] (or [C], see `Sampling.window_length`), and which of them are the
+    active block's, bool: all, but for the last one's if it is shorter.
+  """
+  first = sampling.window_start(_block(row, sampling))
+  position_T = first + jnp.arange(sampling.window_length)
+  block_T = position_T // sampling.block_length
+  return position_T, block_T == _block(row, sampling)
 
 
 def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
@@ -348,21 +362,19 @@ def _masked(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   Those are the masked positions of the active block and of earlier ones, or
   one of them that leads.
   """
-  start = _window_start(row, sampling)
-  step_T = jax.lax.dynamic_slice_in_dim(
-    row.unmask_step, start, sampling.window_length
-  )
+  position_T, _ = _window(row, sampling)
+  step_T = row.unmask_step[position_T]
   is_masked_T = (step_T == sampling.max_steps) & ~row.stays
   if sampling.redraw_mask:
     block_end = _block_start(row, sampling) + sampling.block_length
-    is_masked_T &= jnp.arange(sampling.window_length) < block_end
-  position_T = start + jnp.arange(sampling.window_length)
+    is_masked_T &= position_T < block_end
   return rules.candidates(is_masked_T, position_T, sampling.lead_every)
 
 
 def _amount(row: _Row, sampling: sampling_lib.Sampling) -> jax.Array:
   """Returns how many positions the schedule unmasks now, or their share."""
-  return jnp.asarray(sampling_lib.step_amounts(sampling))[row.block_step]
+  amounts = jnp.asarray(sampling_lib.step_amounts(sampling))
+  return amounts[row.block, row.block_step]
 
 
 def _choose_before(
@@ -432,7 +444,7 @@ def _unmask_row(
       rule.order_logprob(seen, is_chosen_S)
     )
 
-  position_S = _window_start(row, sampling) + offset_S
+  position_S = _window(row, sampling)[0][offset_S]
 
   def write(array: jax.Array, value_S: jax.Array) -> jax.Array:
     # What is not chosen keeps its old value: scatters cannot leave out entries.
@@ -455,24 +467,20 @@ def _unmask_row(
 
 def _move_on(row: _Row, sampling: sampling_lib.Sampling) -> _Row:
   """To the next step or block; ends the row after its last block."""
-  start = _block_start(row, sampling)
-  step_T = jax.lax.dynamic_slice_in_dim(
-    row.unmask_step, start, sampling.block_length
-  )
-  is_over = (step_T < sampling.max_steps).all()
+  position_T, is_own_T = _window(row, sampling)
+  step_T = row.unmask_step[position_T]
+  is_over = ((step_T < sampling.max_steps) | ~is_own_T).all()
   if sampling.redraw_mask:
     # A block whose steps are used up is left as it is: the released loop of
     # the threshold would go on for ever where nothing changes any more.
     is_over |= row.block_step + 1 == sampling.steps_per_block
   is_over |= row.stays
-  completion_T = jax.lax.dynamic_slice_in_dim(
-    row.completion, start, sampling.block_length
-  )
   is_last = row.block == sampling.num_blocks - 1
   if sampling.stop_at_eos:
-    is_eos_T = jnp.isin(completion_T, jnp.array(sampling.eos_ids))
+    token_T = row.completion[position_T]
+    is_eos_T = jnp.isin(token_T, jnp.array(sampling.eos_ids))
     # The prompt's tokens neither end a completion nor carry it on.
-    is_drawn_T = step_T >= 0
+    is_drawn_T = is_own_T & (step_T >= 0)
     is_last |= (
       (is_eos_T & is_drawn_T).any()
       if sampling.eos_per_block == "any"

@@ -2,13 +2,16 @@
 
 A completion of C tokens is drawn block by block; the K denoising steps are
 divided equally over the blocks, and a block's positions over its steps as the
-schedule says.
+schedule says. Where the blocks do not divide the completion the last one has
+fewer positions, and as many steps.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from agrpo_jax.samplers import rules
@@ -30,8 +33,9 @@ class Sampling:
     eos_id: vocabulary id that ends a completion, and fills up what was not
       drawn.
     stop_ids: further ids that end one.
-    completion_length: C, a multiple of block_length.
-    block_length: T; a block is finished before the next begins.
+    completion_length: C.
+    block_length: T, at most C; a block is finished before the next begins. The
+      last one has what the others leave of C.
     lead_every: a multiple of T: of every so many positions the first is
       unmasked before the others of its block, alone (Fast-dLLM v2, where its
       logits come from the block before); 0: none is.
@@ -110,7 +114,12 @@ class Sampling:
 
   @property
   def num_blocks(self) -> int:
-    return self.completion_length // self.block_length
+    return -(-self.completion_length // self.block_length)
+
+  @property
+  def last_length(self) -> int:
+    """The number of positions of the last block."""
+    return self.completion_length - (self.num_blocks - 1) * self.block_length
 
   @property
   def steps_per_block(self) -> int:
@@ -130,6 +139,17 @@ class Sampling:
     """The number of positions that a step looks at: the block's T, or all C."""
     return self.completion_length if self.redraw_mask else self.block_length
 
+  def window_start(self, block: jax.Array) -> jax.Array:
+    """Returns the first position that the steps of a block look at.
+
+    A block's own, but for a shorter last one, before which they look back at
+    finished positions: all windows are as long.
+    """
+    if self.redraw_mask:
+      return jnp.zeros_like(block)
+    last = self.completion_length - self.block_length
+    return jnp.minimum(block * self.block_length, last)
+
   @property
   def max_steps(self) -> int:
     """K: no completion executes more denoising steps, none has this index.
@@ -144,7 +164,7 @@ class Sampling:
     """U: the most positions that a step unmasks."""
     if self.rule.schedule != "exact":
       return self.block_length
-    return int(step_counts(self).max())
+    return int(step_amounts(self).max())
 
   @property
   def is_truncated(self) -> bool:
@@ -190,16 +210,14 @@ def problems(sampling: Sampling) -> list[str]:
   if found:
     return found
   check(
-    s.completion_length % s.block_length == 0,
-    f"completion_length={s.completion_length} is not a multiple of "
-    f"block_length={s.block_length}",
+    s.block_length <= s.completion_length,
+    f"block_length={s.block_length} is more than completion_length="
+    f"{s.completion_length}; use at most that",
   )
-  # A block longer than the completion is named above; here it must not be 0.
-  num_blocks = max(1, s.completion_length // s.block_length)
   check(
-    s.num_denoise_steps % num_blocks == 0,
+    s.num_denoise_steps % s.num_blocks == 0,
     f"num_denoise_steps={s.num_denoise_steps} does not divide equally over "
-    f"{num_blocks} blocks (completion_length={s.completion_length}, "
+    f"{s.num_blocks} blocks (completion_length={s.completion_length}, "
     f"block_length={s.block_length})",
   )
   check(
@@ -256,7 +274,7 @@ def problems(sampling: Sampling) -> list[str]:
       or (s.schedule == "equal" and s.steps_per_block == s.block_length),
       f"lead_every={s.lead_every} has steps that unmask one position; under "
       f"unmask_rule={s.unmask_rule!r} all must: num_denoise_steps="
-      f"{s.completion_length} and schedule='equal'",
+      f"{s.num_blocks * s.block_length} and schedule='equal'",
     )
     check(
       not s.lead_every or s.rule.schedule != "share",
@@ -305,17 +323,22 @@ def _parameter_problems(s: Sampling) -> list[str]:
 
 
 def step_amounts(sampling: Sampling) -> np.ndarray:
-  """Returns what the unmask rule is told for each denoising step of a block.
+  """Returns what the unmask rule is told for each denoising step.
 
-  A number of positions, or under a rule of chance the share of them.
+  [num_blocks, steps_per_block], a number of positions, or under a rule of
+  chance the share of them.
   """
-  if sampling.rule.schedule == "share":
-    return step_shares(sampling)
-  return step_counts(sampling)
+  is_share = sampling.rule.schedule == "share"
+  of_block = step_shares if is_share else step_counts
+  whole, last = (
+    of_block(sampling, size)
+    for size in (sampling.block_length, sampling.last_length)
+  )
+  return np.stack([whole] * (sampling.num_blocks - 1) + [last])
 
 
-def step_counts(sampling: Sampling) -> np.ndarray:
-  """Returns how many positions each denoising step of a block unmasks.
+def step_counts(sampling: Sampling, size: int) -> np.ndarray:
+  """Returns how many positions of a block of `size` each step unmasks.
 
   int32 [steps_per_block]. `equal`: equal shares of the block, the remainder one
   each to the first steps (LLaDA, arXiv:2502.09992, `get_num_transfer_tokens`).
@@ -326,14 +349,14 @@ def step_counts(sampling: Sampling) -> np.ndarray:
   that unmask nothing (dllm's `get_num_transfer_tokens`): here they come last,
   and never run.
   """
-  num_steps, left = sampling.steps_per_block, sampling.block_length
+  num_steps, left = sampling.steps_per_block, size
   if sampling.schedule == "equal":
     share, rest = divmod(left, num_steps)
     counts = np.full(num_steps, share, np.int32)
     counts[:rest] += 1
     return counts
   counts = np.zeros(num_steps, np.int32)
-  for step, share in enumerate(step_shares(sampling)):
+  for step, share in enumerate(step_shares(sampling, size)):
     # Of numbers in the precision of the share, as released.
     taken = left * share
     counts[step] = round(taken) if sampling.schedule == "mdlm" else int(taken)
@@ -343,8 +366,8 @@ def step_counts(sampling: Sampling) -> np.ndarray:
   return counts
 
 
-def step_shares(sampling: Sampling) -> np.ndarray:
-  """Returns the share of the masked positions that each step unmasks.
+def step_shares(sampling: Sampling, size: int) -> np.ndarray:
+  """Returns the share of its masked positions that each step unmasks.
 
   float [steps_per_block], 1 in the last. Under `dream` and `mdlm` it is 1 - s/t
   for a step from time t to s. Every operation rounds as in the released code:
@@ -352,8 +375,8 @@ def step_shares(sampling: Sampling) -> np.ndarray:
   """
   num_steps = sampling.steps_per_block
   if sampling.schedule == "equal":
-    counts = step_counts(sampling)
-    left = sampling.block_length - np.cumsum(counts) + counts
+    counts = step_counts(sampling, size)
+    left = size - np.cumsum(counts) + counts
     # Where nothing is left, no step gets to.
     return (counts / np.maximum(left, 1)).astype(np.float32)
   one = np.float32(1)

@@ -2,15 +2,23 @@
 
 import json
 import pathlib
+import shutil
 import sys
 import types
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from absl import logging
+from tokenizers import decoders
+from tokenizers import models as tokenizer_models
+from tokenizers import pre_tokenizers
 
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
+from agrpo_jax import evaluate
+from agrpo_jax import settings as settings_lib
 from agrpo_jax.lm_eval import adapter
 from fixtures import recordings
 from fixtures import sudoku
@@ -121,6 +129,65 @@ def test_draws_do_not_depend_on_other_requests(lively):
   assert ("generate_until", requests[0].args, first) in (
     lively.cache_hook.answers
   )
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+  """The folder of a tiny Fast-dLLM v2, whose tokens are characters."""
+  golden2 = pathlib.Path(__file__).parents[1] / "testdata" / "golden2"
+  folder = tmp_path_factory.mktemp("in_parts") / "model"
+  shutil.copytree(golden2 / "ckpt" / "tiny_fast_dllm_v2", folder)
+  known = {chr(0x30 + at): at for at in range(80)}
+  tokenizer = tokenizers.Tokenizer(
+    tokenizer_models.WordLevel(known, unk_token="?")
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+  tokenizer.decoder = decoders.Fuse()
+  special = {88: "<|im_end|>", 91: "<|mask|>"}
+  tokenizer.add_special_tokens(
+    [special.get(at, f"<|{at}|>") for at in range(80, 96)]
+  )
+  tokenizer.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "mask_token": "<|mask|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": "{% for m in messages %}{{ m['content'] }}"
+        "{% endfor %}",
+      }
+    )
+  )
+  return str(folder)
+
+
+def test_generates_what_evaluate_does_where_a_position_leads(in_parts):
+  drawing = dict(completion_length=64, num_denoise_steps=64)
+  c = sudoku.config(num_examples=3)
+  c.model.path = in_parts
+  config_lib.use_sampler(c, "fast_dllm_v2")
+  c.evaluate.update(drawing)
+  done = evaluate.run(settings_lib.rl(c)).records
+
+  def generated(**changes):
+    model = Model(
+      in_parts,
+      batch_size=4,
+      sampler="fast_dllm_v2",
+      dtype="float32",
+      bucket=8,
+      **drawing | changes,
+    )
+    return model.generate_until(
+      [request(chat(model, record["prompt"]), {}) for record in done]
+    )
+
+  texts = [record["completion"] for record in done]
+  assert all(texts)
+  assert generated() == texts
+  assert generated(lead_every=0) != texts
+  with pytest.raises(errors.UserError, match="completion_length=32 or 64"):
+    generated(completion_length=40, num_denoise_steps=40)
 
 
 def test_the_end_of_the_text_is_where_the_first_eos_is(model):

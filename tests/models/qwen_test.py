@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 from tokenizers import models as tokenizer_models
 
@@ -17,8 +18,11 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import models
 from agrpo_jax import types
+from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
+from agrpo_jax.port import export
 from agrpo_jax.port import model_folder
+from agrpo_jax.port import peft
 from agrpo_jax.runs import metrics
 from agrpo_jax.samplers import host
 from agrpo_jax.samplers import noise as noise_lib
@@ -255,6 +259,8 @@ IN_PARTS = dict(
   "folder, rank, rollout",
   [
     ("tiny_a2d_qwen3", 0, dict(schedule="mdlm")),
+    # bd3lm, whose last block is shorter.
+    ("tiny_a2d_qwen3", 4, dict(cache="block", completion_length=6)),
     ("tiny_dream", 4, {}),
     ("tiny_dream", 4, dict(schedule="dream", unmask_rule="entropy")),
     ("tiny_dream", 4, dict(schedule="dream", unmask_rule="origin")),
@@ -277,10 +283,13 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   c.model.path = str(folder)
   c.model.tokenizer = ""
   c.lora.rank = rank
+  c.lora.targets = targets_of(model_folder.load_shape(str(folder)))
   with c.unlocked():
     c.rollout.update(rollout)
     if folder.name == "tiny_fast_dllm_v2":
       c.evaluate.update(IN_PARTS)
+  if folder.name == "tiny_a2d_qwen3" and rollout.get("cache"):
+    c.model.attention_block = 4
   if rollout.get("cache"):
     c.objective.step_rule = "blocks"
   c.train.num_steps = 2
@@ -290,6 +299,64 @@ def test_agrpo_trains_it_on_policy(folder, tmp_path, rank, rollout):
   for record in log:
     if record["grad_norm"]:
       assert record["policy_ratio/max_deviation"] < 1e-4
+  # What it trained has the names and shapes of the family's own modules.
+  if rank:
+    export.adapter(c.workdir, tmp_path / "trained")
+    tensors = safetensors.numpy.load_file(tmp_path / "trained" / peft.WEIGHTS)
+    assert {k: x.shape for k, x in tensors.items()} == peft_shapes(folder, rank)
+    assert any(x.any() for k, x in tensors.items() if "lora_B" in k)
+  else:
+    export.merged(c.workdir, tmp_path / "trained")
+    tensors, before = (
+      safetensors.numpy.load_file(path / "model.safetensors")
+      for path in (tmp_path / "trained", folder)
+    )
+    assert {k: x.shape for k, x in tensors.items()} == {
+      k: x.shape for k, x in before.items()
+    }
+    assert all((x != before[k]).any() for k, x in tensors.items())
+
+
+def targets_of(shape):
+  return lora_lib.LAYER_TARGETS if shape.tied_head else lora_lib.TARGETS
+
+
+def peft_shapes(folder, rank):
+  """Of an adapter of all projections, from the names in a released layout."""
+  weights = safetensors.numpy.load_file(folder / "model.safetensors")
+  found = {}
+  for name, weight in weights.items():
+    module = name.removesuffix(".weight")
+    if module.endswith(("_proj", "lm_head")):
+      fan_out, fan_in = weight.shape
+      root = f"base_model.model.{module}"
+      found[f"{root}.lora_A.weight"] = rank, fan_in
+      found[f"{root}.lora_B.weight"] = fan_out, rank
+  assert len(found) in (28, 30)  # two layers of seven, and a head or none
+  return found
+
+
+@every
+def test_adapters_have_the_names_of_the_family_s_modules(folder, tmp_path):
+  shape, params = model_folder.load(folder)
+  settings = lora_lib.Lora(4, 10.0, targets_of(shape))
+  rng = np.random.default_rng(0)
+  adapter = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32),
+    lora_lib.init(settings, params, jax.random.key(0)),
+  )
+  peft.save(tmp_path / "adapter", shape, adapter, settings)
+  tensors = safetensors.numpy.load_file(tmp_path / "adapter" / peft.WEIGHTS)
+  assert {k: x.shape for k, x in tensors.items()} == peft_shapes(folder, 4)
+  np.testing.assert_array_equal(
+    tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"].T,
+    adapter["layers"]["attn_out"]["a"][0],
+  )
+  described = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+  modules = {name.split(".")[-3] for name in tensors}
+  assert {*described["target_modules"]} == modules
+  again, _ = peft.load(tmp_path / "adapter", shape)
+  chex.assert_trees_all_equal(again, adapter)
 
 
 @pytest.mark.parametrize("folder", ["tiny_sdar"], indirect=True)
@@ -343,16 +410,16 @@ def forward_of(step, sampling):
   """
   block, own = step // sampling.steps_per_block, step % sampling.steps_per_block
   return block * int(
-    (sampling_lib.step_counts(sampling) > 0).sum()
+    (sampling_lib.step_amounts(sampling)[0] > 0).sum()
   ) + own, block
 
 
-# One with a shorter last block is not among them: blocks here are all as long.
 MDLM = (
   "qwen2_greedy_lens_b6",
   "qwen2_noise_t1_b8",
   "qwen3_greedy_b8",
   "qwen3_greedy_cfg1",
+  "qwen3_greedy_lastblock_partial",
   "qwen3_greedy_lens_b6",
   "qwen3_greedy_shift",
   "qwen3_greedy_suppress",
@@ -381,7 +448,7 @@ def test_the_released_sampler_token_for_token(tmp_path, case):
   said = types.Network(
     lambda *args: jnp.where(never, -jnp.inf, network.logits(*args))
   )
-  num_blocks = meta["max_new_tokens"] // s["block_size"]
+  num_blocks = -(-meta["max_new_tokens"] // s["block_size"])
   draw = host.Draw(
     sampling_lib.Sampling(
       mask_id=special["mask"],

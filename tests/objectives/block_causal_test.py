@@ -96,20 +96,22 @@ def visits_of(objective, rollout):
   )[0]
 
 
-@pytest.mark.parametrize("num_wanted", [2, C])
-def test_a_block_sees_itself_masked_and_those_before_it_whole(num_wanted):
+# Under the last the completion ends within a block.
+@pytest.mark.parametrize("num_wanted, size", [(2, C), (C, C), (C - 2, C - 2)])
+def test_a_block_sees_itself_masked_and_those_before_it_whole(num_wanted, size):
   """Beside whole rows, in which one block is masked at a time."""
   _, _, network = toy()
   rollout, rng = drawn(), np.random.default_rng(1)
   mask_id = sampling_of().mask_id
-  is_masked = rng.random((B, 2, C)) < 0.5
-  partial = np.where(is_masked, mask_id, rollout.completion[:, None])
-  offset = np.sort(rng.permuted(np.tile(np.arange(C), (B, 2, 1)), axis=2))
-  offset = offset[:, :, rng.permutation(C)[:num_wanted]].astype(np.int32)
+  completion = rollout.completion[:, :size]
+  is_masked = rng.random((B, 2, size)) < 0.5
+  partial = np.where(is_masked, mask_id, completion[:, None])
+  offset = np.sort(rng.permuted(np.tile(np.arange(size), (B, 2, 1)), axis=2))
+  offset = offset[:, :, rng.permutation(size)[:num_wanted]].astype(np.int32)
   policy = block_causal.OfMasks(block_causal.BlockCausal(T))
   prompt = rollout.prompt, rollout.prompt_length
   memory = policy.open(
-    network, None, *prompt, rollout.completion, prompt[1], keeps=False
+    network, None, *prompt, completion, prompt[1], keeps=False
   )
   found = jax.jit(policy.logits, static_argnums=0)(
     network, memory, *prompt, partial, np.zeros((B, 2), np.int32), offset
@@ -120,12 +122,12 @@ def test_a_block_sees_itself_masked_and_those_before_it_whole(num_wanted):
     for state in range(2):
       for place, at in enumerate(offset[row, state]):
         block = at // T * T
-        tokens = np.asarray(rollout.completion[row]).copy()
+        tokens = np.asarray(completion[row]).copy()
         tokens[block:] = partial[row, state, block:]
-        line = np.zeros(P + C, np.int32)
-        line[: length + C] = [*rollout.prompt[row, :length], *tokens]
+        line = np.zeros(P + size, np.int32)
+        line[: length + size] = [*rollout.prompt[row, :length], *tokens]
         expected = whole(
-          line[None], np.array([length + C]), np.array([[length + at]])
+          line[None], np.array([length + size]), np.array([[length + at]])
         )
         np.testing.assert_allclose(
           found[row, state, place], expected[0, 0], atol=3e-4

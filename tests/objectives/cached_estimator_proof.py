@@ -11,7 +11,12 @@ from agrpo_jax.objectives import mc_steps
 from fixtures import cached_gradients
 from fixtures import enumeration
 
-TOYS = [*cached_gradients.TOYS, *cached_gradients.LED]
+TOYS = [
+  *cached_gradients.TOYS,
+  *cached_gradients.SHORT,
+  "short_block",
+  *cached_gradients.LED,
+]
 
 
 @pytest.mark.parametrize(

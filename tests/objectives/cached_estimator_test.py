@@ -45,6 +45,12 @@ def test_the_estimator_is_the_enumerated_gradient(rule):
     ("refreshed", "soft_threshold"),
     ("shifted_prefix", "threshold"),
     ("shifted_dual", "confidence"),
+    # Whose last block is shorter.
+    ("short", "confidence"),
+    ("short_prefix", "random"),
+    ("short_dual", "threshold"),
+    ("shifted_short", "confidence"),
+    ("short_block", "dynamic"),
   ],
 )
 def test_all_steps_under_other_caches(toy, rule):
@@ -130,6 +136,9 @@ def test_what_others_do_does_not_pass(toy, rule):
     ("block", "dynamic"),
     ("led", "random"),
     ("parts", "threshold"),
+    ("short", "origin"),
+    ("short_dual", "confidence"),
+    ("short_block", "soft_threshold"),
   ],
 )
 def test_rollouts_follow_the_enumerated_law(toy, rule):

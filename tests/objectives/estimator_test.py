@@ -210,6 +210,8 @@ TOYS = {
   "one_block": dict(completion_length=3, block_length=3, num_denoise_steps=3),
   "two_at_once": dict(completion_length=4, block_length=4, num_denoise_steps=2),
   "blocks": dict(completion_length=4, block_length=2, num_denoise_steps=4),
+  # 3 positions in 2 steps, then 1.
+  "short_last": dict(completion_length=4, block_length=3, num_denoise_steps=4),
   "cold": dict(
     completion_length=3, block_length=3, num_denoise_steps=3, temperature=0.6
   ),
@@ -285,7 +287,10 @@ def test_the_estimator_is_unbiased(toy, rule, step_rule):
 
 @pytest.mark.parametrize(
   "toy,rule",
-  [*itertools.product(("one_block", "top_k"), RULES), *DREAM_CASES],
+  [
+    *itertools.product(("one_block", "short_last", "top_k"), RULES),
+    *DREAM_CASES,
+  ],
 )
 def test_the_scores_of_all_steps_are_the_gradient_in_float64(toy, rule):
   s = make_sampling(unmask_rule=rule, **RULES[rule], **TOYS[toy])

@@ -285,7 +285,9 @@ BD3LM = (
     for case in BD3LM
     if "cfg" not in case and "shift" not in case
   ]
-  + [(BD3LM[1], "none"), (BD3LM[2], "none"), (BD3LM[4], "none")],
+  + [(BD3LM[1], "none"), (BD3LM[2], "none"), (BD3LM[4], "none")]
+  # Whose last block has 4 of its 6 positions.
+  + [("tiny_a2d_qwen3_greedy_b6_partial_last", "block")],
 )
 def test_bd3lm_token_for_token(tmp_path, case, cache):
   """dllm's, of Tiny-A2D: guided, shifted, until every row has had an EOS."""
@@ -298,14 +300,16 @@ def test_bd3lm_token_for_token(tmp_path, case, cache):
     right_shift_logits=s.get("right_shift_logits", False),
   )
   _, _, network = recordings.network_at(folder)
-  num_blocks = num_tokens // s["block_size"]
+  num_blocks = -(-num_tokens // s["block_size"])
   draw = host.Draw(
     sampling_lib.Sampling(
       mask_id=meta["special"]["mask"],
       eos_id=meta["eos_of_this_run"],
       completion_length=num_tokens,
       block_length=s["block_size"],
-      num_denoise_steps=-(-s["steps"] // num_blocks) * num_blocks,
+      # As released, where both are given the greater number of steps counts.
+      num_denoise_steps=num_blocks
+      * max(-(-s["steps"] // num_blocks), s.get("steps_per_block", 0)),
       schedule="mdlm",
       unmask_rule="confidence",
       temperature=s.get("temperature", 0.0),
@@ -381,13 +385,20 @@ def model_of(blocks_from):
   )
 
 
-def sample(blocks_from, rule="threshold", cache="block", num_slots=0):
+def sample(
+  blocks_from,
+  rule="threshold",
+  cache="block",
+  num_slots=0,
+  num_tokens=16,
+  widths=range(2, 2 + B),
+):
   """(settings, prompts, rollout, what is text of it)."""
   shape = toy(blocks_from)[0]
   sampling = sampling_lib.Sampling(
     mask_id=shape.mask_id,
     eos_id=shape.eos_id,
-    completion_length=16,
+    completion_length=num_tokens,
     block_length=4,
     num_denoise_steps=16,
     unmask_rule=rule,
@@ -396,7 +407,7 @@ def sample(blocks_from, rule="threshold", cache="block", num_slots=0):
   )
   draw = host.Draw(sampling, 0.0, batch_size=B, num_slots=num_slots)
   rng = np.random.default_rng(0)
-  prompts = [rng.integers(0, 30, 2 + row).tolist() for row in range(B)]
+  prompts = [rng.integers(0, 30, width).tolist() for width in widths]
   model = model_of(blocks_from)
   sampler = model.sampler(draw, 1)
   (rollout,) = sampler.sample(
@@ -438,38 +449,86 @@ def test_the_cache_is_exact_and_slots_change_nothing(blocks_from):
 def test_the_first_policy_ratio_is_one(blocks_from, rule, step_rule):
   """And the gradient is that of whole passes, step by step."""
   sampling, _, rollout, _ = sample(blocks_from, rule)
+  cached = draw_of(sampling).policy_for(sampling)
+  assert_alike(
+    *(
+      gradient_on_policy(blocks_from, sampling, rollout, policy, step_rule)
+      for policy in (cached, plain.PLAIN)
+    )
+  )
+
+
+def gradient_on_policy(blocks_from, sampling, rollout, policy, step_rule):
+  """That of a first update, of which nothing is clipped."""
   shape, params = toy(blocks_from)
-  gradients = []
-  for policy in (draw_of(sampling).policy_for(shape), plain.PLAIN):
-    learner = learner_lib.Learner(
-      bind=lambda params, lora: transformer.bind(shape, params),
-      optimizer=optax.sgd(1.0),
-      sampling=sampling,
-      objective=agrpo.Agrpo(step_rule=step_rule, num_mc_steps=5),
-      group_size=4,
-      microbatch=4,
-      policy=policy,
+  learner = learner_lib.Learner(
+    bind=lambda params, lora: transformer.bind(shape, params),
+    optimizer=optax.sgd(1.0),
+    sampling=sampling,
+    objective=agrpo.Agrpo(step_rule=step_rule, num_mc_steps=5),
+    group_size=4,
+    microbatch=4,
+    policy=policy,
+  )
+  if step_rule in mc_steps.DRAWN_BLOCKS and policy is plain.PLAIN:
+    # Its units have one step each.
+    learner = dataclasses.replace(
+      learner, sampling=dataclasses.replace(sampling, cache="none")
     )
-    if step_rule in mc_steps.DRAWN_BLOCKS and policy is plain.PLAIN:
-      # Its units have one step each.
-      learner = dataclasses.replace(
-        learner, sampling=dataclasses.replace(sampling, cache="none")
-      )
-    state, metrics = jax.jit(learner.train_step)(
-      states.initial(learner, params),
-      rollout,
-      jnp.asarray(np.arange(B) % 5, jnp.float32),
-      jax.random.key(2),
-      ROW_ID,
-      None,
-    )
-    assert metrics["policy_ratio/max_deviation"] < 1e-4
-    assert metrics["grad_norm"] > 0
-    if policy is not plain.PLAIN:
-      assert metrics["draws/units"] <= B  # a completion is one
-    gradients.append(jax.tree.map(jnp.subtract, state.params, params))
+  state, metrics = jax.jit(learner.train_step)(
+    states.initial(learner, params),
+    rollout,
+    jnp.asarray(np.arange(B) % 5, jnp.float32),
+    jax.random.key(2),
+    ROW_ID,
+    None,
+  )
+  assert metrics["policy_ratio/max_deviation"] < 1e-4
+  assert metrics["grad_norm"] > 0
+  if policy is not plain.PLAIN:
+    assert metrics["draws/units"] <= B  # a completion is one
+  return jax.tree.map(jnp.subtract, state.params, params)
+
+
+def assert_alike(*gradients):
   for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
     np.testing.assert_allclose(one, other, atol=2e-3 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+  "rule, step_rule", [("threshold", "all"), ("confidence", "uniform")]
+)
+def test_a_last_block_that_is_shorter(rule, step_rule):
+  """Behind prompts of whole blocks, where whole passes tell what is exact.
+
+  It makes no difference there from which end of the prompt blocks are counted.
+  """
+  widths = 4 + np.arange(B) % 3 * 4
+  found, whole = (
+    sample(*kind, num_tokens=14, widths=widths)
+    for kind in (("end", rule, "block"), ("start", rule, "none"))
+  )
+  for name in ("completion", "unmask_step", "num_executed_steps"):
+    np.testing.assert_array_equal(
+      getattr(found[2], name), getattr(whole[2], name)
+    )
+  assert (found[2].unmask_step[:, 12:] >= 12).all()
+  assert_alike(
+    *(
+      gradient_on_policy(
+        kind,
+        sampling,
+        rollout,
+        draw_of(sampling).policy_for(sampling),
+        step_rule,
+      )
+      for kind, (sampling, _, rollout, _) in (("end", found), ("start", whole))
+    )
+  )
+  # Behind prompts of any length.
+  sampling, _, rollout, _ = sample("end", rule, num_tokens=14)
+  policy = draw_of(sampling).policy_for(sampling)
+  gradient_on_policy("end", sampling, rollout, policy, step_rule)
 
 
 @pytest.mark.parametrize(
@@ -479,6 +538,16 @@ def test_the_first_policy_ratio_is_one(blocks_from, rule, step_rule):
     (dict(), dict(cache="block"), "is not block-causal .*'dual'"),
     (dict(attention_block=2), dict(cache="block"), "use block_length=2 or"),
     (dict(attention_block=2), dict(cache="none"), "use block_length=2 or"),
+    (
+      dict(attention_block=12),
+      dict(cache="block"),
+      "use completion_length=12 or 24.$",
+    ),
+    (
+      dict(attention_block=20, blocks_from="end"),
+      dict(cache="none"),
+      "use completion_length=20, or cache='block'.$",
+    ),
   ],
 )
 def test_what_does_not_fit_the_model_is_refused(changes, settings, words):
@@ -493,6 +562,19 @@ def test_what_does_not_fit_the_model_is_refused(changes, settings, words):
   )
   with pytest.raises(errors.UserError, match=words):
     model_lib.check_draw(shape, 8, draw_of(sampling))
+
+
+def test_where_blocks_begin_with_the_completion_its_last_may_be_shorter():
+  shape, _ = recordings.random_network(attention_block=12, blocks_from="end")
+  sampling = sampling_lib.Sampling(
+    mask_id=36,
+    eos_id=35,
+    completion_length=16,
+    block_length=4,
+    num_denoise_steps=16,
+    cache="block",
+  )
+  model_lib.check_draw(shape, 8, draw_of(sampling))
 
 
 def test_guidance_is_refused_where_prompts_share_a_block():

@@ -125,6 +125,39 @@ def test_tokens_and_steps(cache, case):
       )
 
 
+def test_a_last_block_that_is_shorter():
+  """dllm's copy of the sampler, which draws a batch at a time."""
+  name = "fast_dllm_batched_prefix_steps_partial_last"
+  with np.load(FOLDER / f"{name}.npz") as file:
+    arrays = {key: file[key] for key in file.files}
+  meta = json.loads(str(arrays.pop("meta")))
+  s = meta["settings"]
+  sampling = sampling_lib.Sampling(
+    mask_id=meta["special"]["mask"],
+    eos_id=meta["special"]["eos"],
+    completion_length=s["max_new_tokens"],
+    block_length=s["block_size"],
+    num_denoise_steps=s["steps"],
+    schedule="mdlm",
+    unmask_rule="confidence",
+    temperature=0.0,
+    confidence="model",
+    cache=meta["cache"],
+    stop_at_eos=False,
+  )
+  _, _, network = recordings.network(meta["checkpoint"])
+  rollout = jax.jit(
+    lambda prompts: rollout_lib.sample_rollout(
+      network, prompts, sampling, policy=policy_of(sampling)
+    )
+  )(prompts_of(arrays, np.arange(len(arrays["prompt_len"]))))
+  own = slice(-sampling.completion_length, None)
+  np.testing.assert_array_equal(rollout.completion, arrays["final_ids"][:, own])
+  np.testing.assert_array_equal(
+    rollout.unmask_step, arrays["fill_call"][:, own]
+  )
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize(
   "cache,case", [("prefix", "thr"), ("dual", "thr"), ("dual", "steps12")]

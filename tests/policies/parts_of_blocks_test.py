@@ -185,7 +185,10 @@ def test_partial_completions_have_the_logits_of_whole_passes():
   "changes, words",
   [
     (dict(block_length=3), "in blocks of 8; use block_length=8 or a divisor"),
-    (dict(completion_length=12, num_denoise_steps=12), "and a multiple of 8"),
+    (
+      dict(completion_length=12, num_denoise_steps=12),
+      "the last of which must be whole; use completion_length=8 or 16",
+    ),
     (dict(lead_every=4), "use lead_every=8 or 0"),
   ],
 )

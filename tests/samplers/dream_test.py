@@ -126,5 +126,5 @@ def test_tokens_and_steps(case):
 )
 def test_how_many_a_step_unmasks(case):
   arrays, meta = load(case)
-  counts = sampling_lib.step_counts(sampling_of(meta))
+  (counts,) = sampling_lib.step_amounts(sampling_of(meta))
   np.testing.assert_array_equal(counts, arrays["n_transfer"])

@@ -49,20 +49,26 @@ def llada(table: np.ndarray, counts: list[int]) -> list[int]:
   return partial
 
 
-def fast_dllm(table: np.ndarray, threshold: float) -> tuple[list[int], int]:
-  """Fast-dLLM's loop of one row, given up on after T steps of a block."""
+def fast_dllm(
+  table: np.ndarray, threshold: float, length: int
+) -> tuple[list[int], int]:
+  """Fast-dLLM's loop of one row, given up on after `length` steps of a block.
+
+  The last block may be shorter.
+  """
   partial, num_passes = [MASK] * C, 0
-  for block in range(C // T):
-    for _ in range(T):
+  for start in range(0, C, length):
+    end = min(start + length, C)
+    for _ in range(length):
       token, confidence = best(table, partial)
       num_passes += 1
-      masked = [i for i in range((block + 1) * T) if partial[i] == MASK]
+      masked = [i for i in range(end) if partial[i] == MASK]
       masked.sort(key=lambda i: -confidence[i])
       for i in masked[:1] + [
         i for i in masked[1:] if confidence[i] >= threshold
       ]:
         partial[i] = int(token[i])
-      if MASK not in partial[block * T : (block + 1) * T]:
+      if MASK not in partial[start:end]:
         break
   return partial, num_passes
 
@@ -83,7 +89,7 @@ def sample(table: np.ndarray, **settings) -> types.Rollout:
     mask_id=MASK,
     eos_id=0,
     completion_length=C,
-    block_length=T,
+    block_length=settings.pop("block_length", T),
     num_denoise_steps=settings.pop("num_denoise_steps", C),
     temperature=0.0,
     confidence="model",
@@ -114,13 +120,19 @@ def test_llada_as_released(num_steps, counts):
   assert late.any(axis=1).sum() > 10
 
 
-@pytest.mark.parametrize("threshold", [0.4, 0.6, 0.9])
-def test_fast_dllm_as_released_but_bounded(threshold):
+@pytest.mark.parametrize(
+  "threshold, length", [(0.4, T), (0.6, T), (0.9, T), (0.6, 3)]
+)
+def test_fast_dllm_as_released_but_bounded(threshold, length):
   table = tables()
   rollout = sample(
-    table, unmask_rule="threshold", threshold=threshold, redraw_mask=True
+    table,
+    unmask_rule="threshold",
+    threshold=threshold,
+    redraw_mask=True,
+    block_length=length,
   )
-  expected = [fast_dllm(row, threshold) for row in table]
+  expected = [fast_dllm(row, threshold, length) for row in table]
   np.testing.assert_array_equal(
     rollout.completion, [ids for ids, _ in expected]
   )

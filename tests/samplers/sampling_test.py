@@ -31,7 +31,7 @@ def test_step_counts(length, steps, expected):
   sampling = make(
     completion_length=length, block_length=length, num_denoise_steps=steps
   )
-  assert sampling_lib.step_counts(sampling).tolist() == expected
+  assert sampling_lib.step_amounts(sampling).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_counts_of_dream(length, steps, last_time, expected):
     schedule="dream",
     last_time=last_time,
   )
-  assert sampling_lib.step_counts(sampling).tolist() == expected
+  assert sampling_lib.step_amounts(sampling).tolist() == [expected, expected]
   assert sampling.tokens_per_step == max(expected)
 
 
@@ -69,7 +69,7 @@ def test_counts_of_mdlm_are_those_of_the_released_code():
       num_denoise_steps=steps,
       schedule="mdlm",
     )
-    found = sampling_lib.step_counts(sampling)
+    (found,) = sampling_lib.step_amounts(sampling)
     expected = expected[expected > 0].tolist()
     # Steps that it leaves out come last, and never run.
     assert found.tolist() == expected + [0] * (steps - len(expected))
@@ -92,8 +92,41 @@ def test_shares_of_a_rule_of_chance(schedule, expected):
     last_time=0.1,
   )
   shares = sampling_lib.step_amounts(sampling)
-  np.testing.assert_allclose(shares, expected, rtol=1e-6)
-  assert shares[-1] == 1
+  np.testing.assert_allclose(shares, [expected, expected], rtol=1e-6)
+  assert (shares[:, -1] == 1).all()
+
+
+@pytest.mark.parametrize(
+  "settings,expected",
+  [
+    (dict(), [[2, 1, 1], [2, 1, 1], [1, 0, 0]]),
+    (dict(schedule="mdlm"), [[1, 1, 2], [1, 1, 2], [1, 0, 0]]),
+    # Of 1 position 0.3 and 0.43; what is left goes in the last step.
+    (dict(schedule="dream", last_time=0.1), [[1, 1, 2], [1, 1, 2], [0, 0, 1]]),
+    (
+      dict(unmask_rule="origin"),
+      [[1 / 2, 1 / 2, 1], [1 / 2, 1 / 2, 1], [1, 0, 0]],
+    ),
+    (dict(unmask_rule="threshold", threshold=0.5), None),
+  ],
+)
+def test_a_last_block_that_is_shorter(settings, expected):
+  """9 positions in blocks of 4, 3 steps each where there is a schedule."""
+  sampling = make(completion_length=9, num_denoise_steps=9, **settings)
+  assert sampling_lib.problems(sampling) == []
+  assert (sampling.num_blocks, sampling.last_length) == (3, 1)
+  assert sampling.max_steps == (9 if expected else 12)
+  # The last one's steps look back at three positions before it.
+  starts = [int(sampling.window_start(np.int32(block))) for block in range(3)]
+  assert starts == [0, 4, 5]
+  if expected:
+    found = sampling_lib.step_amounts(sampling)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_block_is_no_longer_than_the_completion():
+  (found,) = sampling_lib.problems(make(block_length=9, num_denoise_steps=1))
+  assert found.startswith("block_length=9 is more than completion_length=8")
 
 
 @pytest.mark.parametrize(
