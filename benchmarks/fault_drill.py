@@ -41,6 +41,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -287,7 +288,7 @@ class Command:
       }
 
   def start(
-    self, kill: Kill | None = None, **variables: str
+    self, kill: Kill | None = None, variables: Mapping[str, str] | None = None
   ) -> list[subprocess.Popen[str]]:
     """Starts the run's processes, one of them with an appointment if asked.
 
@@ -318,7 +319,7 @@ class Command:
       processes.append(
         subprocess.Popen(
           [sys.executable, *program, *self._words],
-          env={**self.environment, **joined, **own, **variables},
+          env={**self.environment, **joined, **own, **(variables or {})},
           cwd=self._root,
           stdout=subprocess.PIPE,
           stderr=subprocess.PIPE,
@@ -327,9 +328,9 @@ class Command:
       )
     return processes
 
-  def finish(self, **variables: str) -> str:
+  def finish(self) -> str:
     """Runs to the end and returns what it prints."""
-    processes = self.start(**variables)
+    processes = self.start()
     said = wait(processes)
     for process, (_, err) in zip(processes, said, strict=True):
       if process.returncode:

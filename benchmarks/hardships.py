@@ -157,10 +157,12 @@ def clock(drill: Drill) -> Iterator[Outcome]:
     now.write_text("+0\n")
     began = time.monotonic()
     processes = command.start(
-      LD_PRELOAD=drill.faketime,
-      FAKETIME_TIMESTAMP_FILE=str(now),
-      FAKETIME_NO_CACHE="1",
-      FAKETIME_DONT_FAKE_MONOTONIC="1",
+      variables={
+        "LD_PRELOAD": drill.faketime,
+        "FAKETIME_TIMESTAMP_FILE": str(now),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+      }
     )
     _wait_for(command, processes, _EARLY)
     now.write_text(f"{leap}\n")
@@ -195,7 +197,7 @@ def disk(drill: Drill) -> Iterator[Outcome]:
     if name == "compiled programs":
       programs = drill.folder / "full_programs"
       variables["JAX_COMPILATION_CACHE_DIR"] = str(programs)
-    processes = command.start(**variables)
+    processes = command.start(variables=variables)
     said = fault_drill.wait(processes)
     named = (*parts, str(command.workdir)) if parts else ()
     problems = _problems(said, processes, {code}, named)
@@ -248,10 +250,9 @@ def _full_outputs(drill: Drill) -> Iterator[Outcome]:
 
 def readonly(drill: Drill) -> Iterator[Outcome]:
   command = drill.command("readonly")
-  processes = command.start(
-    LD_PRELOAD=drill.failing_disk,
-    FAILING_DISK=f"30 owmrsu 400 {command.workdir}/*",
-  )
+  fault = f"30 owmrsu 400 {command.workdir}/*"
+  variables = {"LD_PRELOAD": drill.failing_disk, "FAILING_DISK": fault}
+  processes = command.start(variables=variables)
   problems = _problems(
     fault_drill.wait(processes),
     processes,
@@ -279,7 +280,7 @@ def _stopped(drill: Drill, process: int, patience: int = 0) -> Outcome:
   num_processes = 2 if patience else 1
   name = f"stopped_{num_processes}_{process}_{patience}"
   command = drill.command(name, num_processes)
-  processes = command.start(**({_HEARTBEAT: str(patience)} if patience else {}))
+  processes = command.start(variables={_HEARTBEAT: str(patience)})
   _wait_for(command, processes, _EARLY)
   processes[process].send_signal(signal.SIGSTOP)
   at = command.num_logged()

@@ -63,7 +63,7 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def _raise_when_unwritable(error: Exception, directory: pathlib.Path) -> None:
-  """Passes an error on as a UserError when it is that the disk takes no more."""
+  """Passes an error on as a UserError where the disk takes no more."""
   name = repr(str(directory))
   for numbers, problem, remedy in (
     (
@@ -74,7 +74,7 @@ def _raise_when_unwritable(error: Exception, directory: pathlib.Path) -> None:
     (
       _READ_ONLY,
       f"The work directory {name} cannot be written to",
-      "Make it writable, or copy it and give the copy with --config.workdir=...",
+      "Make it writable, or copy it and give that with --config.workdir=...",
     ),
   ):
     for reason in map(os.strerror, numbers):
