@@ -11,10 +11,10 @@ Trains what `fault_drill.py` trains, once undisturbed, and once for each
 hardship, which ends it or does not:
 
   clock     the wall clock leaps a day back, or a year ahead, in mid-run, and is
-            right again at the next start (Debian's libfaketime; clocks that
+            right again at the next start (`hardships.c`, preloaded; clocks that
             only run on are left alone),
   moved     the work directory is moved between two starts,
-  disk      no space at each kind of write (`failing_disk.c`, preloaded): files
+  disk      no space at each kind of write (`hardships.c` too): files
             of the log, of the start, of a checkpoint, its commit; the page, the
             cache of compiled programs, records of an evaluation, an export,
   readonly  the work directory is read-only from some write on,
@@ -28,12 +28,11 @@ path and what to do. The same command then has to come to the same metrics (all
 but seconds), completions and checksums of the last checkpoint's arrays as the
 undisturbed run, bit for bit. A completion whose grading worker was stopped
 loses its points, as documented. Prints a line for each; the exit code is 1 if
-something went wrong, or could not be tried.
+something went wrong. Needs Linux and a C compiler.
 """
 
 import argparse
 import functools
-import glob
 import os
 import pathlib
 import shutil
@@ -82,7 +81,6 @@ class Drill:
   Args:
     folder: of all runs.
     stop_seconds: how long a process is stopped.
-    faketime: the library, "" if there is none.
     previous: the checkout of an earlier commit, or None.
   """
 
@@ -90,12 +88,10 @@ class Drill:
     self,
     folder: pathlib.Path,
     stop_seconds: float,
-    faketime: str,
     previous: pathlib.Path | None,
   ):
     self.folder = folder
     self.stop_seconds = stop_seconds
-    self.faketime = faketime
     self.previous = previous
 
   def command(
@@ -133,10 +129,10 @@ class Drill:
     return found
 
   @functools.cached_property
-  def failing_disk(self) -> str:
-    """The library that makes writes fail, compiled."""
-    library = self.folder / "failing_disk.so"
-    source = pathlib.Path(__file__).with_name("failing_disk.c")
+  def library(self) -> str:
+    """What is preloaded, compiled."""
+    library = self.folder / "hardships.so"
+    source = pathlib.Path(__file__).with_suffix(".c")
     subprocess.run(
       ["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True
     )
@@ -148,24 +144,18 @@ Outcome = tuple[str, str, list[str]]
 
 
 def clock(drill: Drill) -> Iterator[Outcome]:
-  for leap, words in (("-1d", "a day back"), ("+1y", "a year ahead")):
-    if not drill.faketime:
-      yield words, "not tried", ["libfaketime is missing"]
-      continue
-    command = drill.command(f"clock{leap}")
-    now = drill.folder / f"now{leap}"
-    now.write_text("+0\n")
+  for days, words in ((-1, "a day back"), (365, "a year ahead")):
+    command = drill.command(f"clock_{days}")
+    leap = drill.folder / f"leap_{days}"
     began = time.monotonic()
     processes = command.start(
       variables={
-        "LD_PRELOAD": drill.faketime,
-        "FAKETIME_TIMESTAMP_FILE": str(now),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "LD_PRELOAD": drill.library,
+        "LEAPING_CLOCK": f"{days * 86_400} {leap}",
       }
     )
     _wait_for(command, processes, _EARLY)
-    now.write_text(f"{leap}\n")
+    leap.touch()
     _wait_for(command, processes, _LATE)
     processes[0].terminate()
     problems = _problems(fault_drill.wait(processes), processes, {143})
@@ -193,7 +183,7 @@ def moved(drill: Drill) -> Iterator[Outcome]:
 def disk(drill: Drill) -> Iterator[Outcome]:
   for number, (name, (fault, parts, code)) in enumerate(_DISKS.items()):
     command = drill.command(f"disk_{number}")
-    variables = {"LD_PRELOAD": drill.failing_disk, "FAILING_DISK": fault}
+    variables = {"LD_PRELOAD": drill.library, "FAILING_DISK": fault}
     if name == "compiled programs":
       programs = drill.folder / "full_programs"
       variables["JAX_COMPILATION_CACHE_DIR"] = str(programs)
@@ -238,7 +228,7 @@ def _full_outputs(drill: Drill) -> Iterator[Outcome]:
     )
     run = functools.partial(_run, drill, words)
     problems = _problems_of(run(expected), {0})
-    variables = {"LD_PRELOAD": drill.failing_disk, "FAILING_DISK": fault}
+    variables = {"LD_PRELOAD": drill.library, "FAILING_DISK": fault}
     problems += _problems_of(
       run(broken, **variables), {2}, ("ake room", "No space", str(broken))
     )
@@ -251,7 +241,7 @@ def _full_outputs(drill: Drill) -> Iterator[Outcome]:
 def readonly(drill: Drill) -> Iterator[Outcome]:
   command = drill.command("readonly")
   fault = f"30 owmrsu 400 {command.workdir}/*"
-  variables = {"LD_PRELOAD": drill.failing_disk, "FAILING_DISK": fault}
+  variables = {"LD_PRELOAD": drill.library, "FAILING_DISK": fault}
   processes = command.start(variables=variables)
   problems = _problems(
     fault_drill.wait(processes),
@@ -456,10 +446,6 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument(
     "--previous", type=pathlib.Path, help="checkout of an earlier commit"
   )
-  libraries = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
-  parser.add_argument(
-    "--faketime", default=libraries[0] if libraries else "", help="the library"
-  )
   args = parser.parse_args(argv)
   names = args.only.split(",")
   if unknown := {*names} - {*HARDSHIPS}:
@@ -471,7 +457,7 @@ def main(argv: Sequence[str]) -> int:
     folder = pathlib.Path(args.folder or temporary).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     previous = args.previous and args.previous.resolve()
-    drill = Drill(folder, args.stop_seconds, args.faketime, previous)
+    drill = Drill(folder, args.stop_seconds, previous)
     for name in names:
       for what, came, problems in HARDSHIPS[name](drill):
         verdict = "; ".join(problems) or "as it should"

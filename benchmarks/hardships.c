@@ -1,9 +1,12 @@
-/* Calls to the file system that fail, for hardships.py: preloaded into a run.
+/* A disk that fails and a clock that leaps, for hardships.py: preloaded.
 
    FAILING_DISK="ERRNO CALLS AFTER PATTERN" lets so many calls pass and fails all
    that follow. Counted are those that touch a path of the pattern and are named
    in CALLS: w(rite), s(ync), o(pen to make or change), m(ake a folder), r(ename
-   to), u(nlink). Libraries in C++ and Rust write by the same calls as Python. */
+   to), u(nlink). Libraries in C++ and Rust write by the same calls as Python.
+
+   LEAPING_CLOCK="SECONDS FILE" puts the clock of the wall forward by so many
+   seconds, from when the file is there. Who waits for a time waits as before. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,19 +19,23 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static int number;
-static long after, seen;
-static char calls[16], pattern[PATH_MAX];
+static long after, seen, leap;
+static char calls[16], pattern[PATH_MAX], leap_file[PATH_MAX];
 
 __attribute__((constructor)) static void begin(void) {
   const char *said = getenv("FAILING_DISK");
   if (!said ||
       sscanf(said, "%d %15s %ld %4095[^\n]", &number, calls, &after, pattern) != 4)
     number = 0;
+  said = getenv("LEAPING_CLOCK");
+  if (!said || sscanf(said, "%ld %4095[^\n]", &leap, leap_file) != 2) leap = 0;
 }
 
 static int fails(char call, const char *path) {
@@ -158,4 +165,33 @@ int unlinkat(int folder, const char *path, int flags) {
 int rmdir(const char *path) {
   NEXT(int, rmdir, const char *);
   return fails('u', path) ? -1 : next(path);
+}
+
+static long leapt(void) {
+  int before = errno;
+  long found = leap && !access(leap_file, F_OK) ? leap : 0;
+  errno = before;
+  return found;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  NEXT(int, clock_gettime, clockid_t, struct timespec *);
+  int result = next(clock, now);
+  if (!result && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+    now->tv_sec += leapt();
+  return result;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+  NEXT(int, gettimeofday, struct timeval *, void *);
+  int result = next(now, zone);
+  if (!result) now->tv_sec += leapt();
+  return result;
+}
+
+time_t time(time_t *kept) {
+  NEXT(time_t, time, time_t *);
+  time_t now = next(NULL) + leapt();
+  if (kept) *kept = now;
+  return now;
 }
