@@ -21,7 +21,8 @@ hardship, which ends it or does not:
   stopped   SIGSTOP for a while: the process, either of two under a patience
             shorter and longer than that, both halves of a grading worker,
   previous  a run that an earlier version began: trained on, evaluated, exported
-            and read by this one.
+            and read by this one (equal in what both versions log, and as long
+            as neither rounds otherwise).
 
 Where a run ends it has to say why in one message, without a traceback, with the
 path and what to do. The same command then has to come to the same metrics (all
@@ -33,6 +34,7 @@ something went wrong. Needs Linux and a C compiler.
 
 import argparse
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -360,11 +362,27 @@ def previous(drill: Drill) -> Iterator[Outcome]:
     ours = drill.command(f"begun_{rank}", rank=rank)
     at = begun.newest_save()
     ours.finish()
-    found = fault_drill.differences(theirs.workdir, ours.workdir, _NUM_STEPS)
-    # Other versions may compute and log otherwise: no line may be missing.
-    wrong = [one for one in found if "has the train steps" in one]
-    as_theirs = "as theirs" if not found else "not as theirs: " + found[0]
-    yield f"{what}: trained on", f"from {at}, {as_theirs}", wrong
+    found = _differences_of_versions(theirs.workdir, ours.workdir)
+    yield f"{what}: trained on", f"after train step {at}", found
+
+
+def _differences_of_versions(
+  theirs: pathlib.Path, ours: pathlib.Path
+) -> list[str]:
+  """As `fault_drill.differences`, where only one of them has some metrics."""
+  folder = ours.with_name(f"{ours.name}_shared")
+  shutil.copytree(ours, folder)
+  lines = [
+    [json.loads(line) for line in (one / "metrics.jsonl").open()]
+    for one in (theirs, ours)
+  ]
+  shared = [
+    {name: value for name, value in b.items() if name in a}
+    for a, b in zip(*lines, strict=True)
+  ]
+  text = "".join(f"{json.dumps(record)}\n" for record in shared)
+  (folder / "metrics.jsonl").write_text(text)
+  return fault_drill.differences(theirs, folder, _NUM_STEPS)
 
 
 def _run(
