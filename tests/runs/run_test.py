@@ -71,6 +71,17 @@ def test_the_last_train_step_and_a_stop_are_saved_in_any_case(c, monkeypatch):
   assert checkpoint_read.Reader(c.workdir).steps() == [4, 3]
 
 
+def test_a_work_directory_that_was_moved_between_two_starts(c, tmp_path):
+  c.train.num_steps = 2
+  run_steps(c)
+  moved = tmp_path / "elsewhere" / "run"
+  moved.parent.mkdir()
+  pathlib.Path(c.workdir).rename(moved)
+  c.workdir = str(moved)
+  c.train.num_steps = 6
+  assert run_steps(c) == [6, 4, 2]
+
+
 def earlier(c, *keys, versions=()) -> None:
   """Makes a run look as if a version without these settings had begun it."""
   folder = pathlib.Path(c.workdir)
