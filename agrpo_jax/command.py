@@ -1,6 +1,7 @@
 """How the commands start and how they end."""
 
 import difflib
+import errno
 import json
 import logging as python_logging
 import os
@@ -116,6 +117,8 @@ for _name, _meaning in _PROCESSES.items():
   flags.DEFINE_string(_name, None, f"{_meaning} Else AGRPO_{_name.upper()}.")
 
 _HELP = ("help", "?", "helpshort", "helpfull", "helpxml")
+# A disk's refusals; what has a place of its own to write to says more of it.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(
@@ -192,6 +195,12 @@ def main(
       # What can go on says so where it is interrupted.
       _fail(str(error) or "Stopped.", code=130)
     except Exception as error:
+      if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        file = f" {error.filename!r}" if error.filename else ""
+        _fail(
+          f"Cannot write{file}: {error.strerror}. Make room, or give another "
+          "place, and start the same command again."
+        )
       if processes.is_lost(error):
         first_line = str(error).splitlines()[0][:200]
         processes.leave(f"{processes.LOST} ({first_line})")

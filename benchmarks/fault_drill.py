@@ -41,6 +41,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -242,7 +243,16 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Command:
-  """The command of a run, to be started again and again."""
+  """The command of a run, to be started again and again.
+
+  Args:
+    workdir: of the run.
+    num_steps: train steps.
+    flags: that say what is trained.
+    num_processes: that train it.
+    programs: folder of compiled programs, or None: each start compiles.
+    root: of the checkout whose code runs.
+  """
 
   def __init__(
     self,
@@ -251,8 +261,10 @@ class Command:
     flags: Sequence[str],
     num_processes: int = 1,
     programs: pathlib.Path | None = None,
+    root: pathlib.Path = ROOT,
   ):
     self.workdir = workdir
+    self._root = root
     self._trace = workdir.with_suffix(".trace")
     self._seconds_lived = 10.0
     self._num_processes = num_processes
@@ -262,21 +274,28 @@ class Command:
       f"--config.workdir={workdir}",
       f"--config.train.num_steps={num_steps}",
     )
-    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
-    self._environment = {
+    paths = (str(root), os.environ.get("PYTHONPATH"))
+    self.environment = {
       **os.environ,
       "PYTHONPATH": os.pathsep.join(filter(None, paths)),
       "PYTHONUNBUFFERED": "1",
     }
     if programs:
-      self._environment |= {
+      self.environment |= {
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
       }
 
-  def _start(self, kill: Kill | None = None) -> list[subprocess.Popen[str]]:
-    """Starts the run's processes, one of them with an appointment if asked."""
+  def start(
+    self, kill: Kill | None = None, variables: Mapping[str, str] | None = None
+  ) -> list[subprocess.Popen[str]]:
+    """Starts the run's processes, one of them with an appointment if asked.
+
+    Args:
+      kill: the appointment.
+      variables: more of the environment.
+    """
     joined: dict[str, str] = {}
     if self._num_processes > 1:
       with socket.socket() as free:
@@ -300,8 +319,8 @@ class Command:
       processes.append(
         subprocess.Popen(
           [sys.executable, *program, *self._words],
-          env={**self._environment, **joined, **own},
-          cwd=ROOT,
+          env={**self.environment, **joined, **own, **(variables or {})},
+          cwd=self._root,
           stdout=subprocess.PIPE,
           stderr=subprocess.PIPE,
           text=True,
@@ -311,8 +330,8 @@ class Command:
 
   def finish(self) -> str:
     """Runs to the end and returns what it prints."""
-    processes = self._start()
-    said = _wait(processes)
+    processes = self.start()
+    said = wait(processes)
     for process, (_, err) in zip(processes, said, strict=True):
       if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}:\n{err}")
@@ -322,11 +341,11 @@ class Command:
     """Starts the run, sees it killed, and returns what it printed."""
     self._trace.unlink(missing_ok=True)
     began = time.monotonic()
-    processes = self._start(kill)
+    processes = self.start(kill)
     if kill.aim == "anywhere":
       delay = kill.seconds * self._seconds_lived
       threading.Timer(delay, processes[kill.process].kill).start()
-    said = _wait(processes)
+    said = wait(processes)
     for number, process in enumerate(processes):
       expected = -signal.SIGKILL if number == kill.process else _LOST
       if process.returncode != expected:
@@ -363,7 +382,7 @@ class Command:
     return found
 
 
-def _wait(
+def wait(
   processes: Sequence[subprocess.Popen[str]],
 ) -> list[tuple[str, str]]:
   """Returns what processes said, on both streams, when all have ended.

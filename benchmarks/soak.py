@@ -115,7 +115,7 @@ def _run(
 def _measured(pid: int) -> dict[str, float]:
   """Returns what a process and all below it hold."""
   found = dict.fromkeys(("memory", "files", "processes", "threads"), 0.0)
-  for one in _tree(pid):
+  for one in tree(pid):
     proc = pathlib.Path(f"/proc/{one}")
     try:
       pages = int((proc / "statm").read_text().split()[1])
@@ -130,7 +130,8 @@ def _measured(pid: int) -> dict[str, float]:
   return found
 
 
-def _tree(pid: int) -> Iterator[int]:
+def tree(pid: int) -> Iterator[int]:
+  """Yields a process and all below it."""
   yield pid
   for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
     try:
@@ -138,7 +139,7 @@ def _tree(pid: int) -> Iterator[int]:
     except OSError:
       continue
     for one in below:
-      yield from _tree(int(one))
+      yield from tree(int(one))
 
 
 def _judge(series: dict[str, list[float]], codes: Sequence[int | None]) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import errno
 import gc
 import logging
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 from agrpo_jax import __main__ as agrpo
 from agrpo_jax import command
 from agrpo_jax import errors
+from fixtures import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -136,6 +138,25 @@ def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
   assert found == str(package / "configs" / "gsm8k.py")
   with pytest.raises(errors.UserError, match=r"Those are gsm8k\.$"):
     command.find_config("foreign")
+
+
+def test_a_disk_that_takes_no_more_is_no_mistake_of_ours():
+  script = """
+import os
+import sys
+from agrpo_jax import command
+def write(argv):
+  raise OSError(int(argv[1]), os.strerror(int(argv[1])), "runs/sweep.csv")
+command.main(write, num_words=1)
+"""
+  full = commands.run("-c", script, errno.ENOSPC)
+  assert full.returncode == 2
+  assert full.stderr.startswith(
+    "Cannot write 'runs/sweep.csv': No space left on device. Make room"
+  )
+  other = commands.run("-c", script, errno.EBADF)
+  assert other.returncode == 1
+  assert "Traceback" in other.stderr
 
 
 @pytest.mark.parametrize(

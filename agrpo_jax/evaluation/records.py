@@ -51,15 +51,17 @@ class Records:
     self.done += json.loads(json.dumps(list(records)))
     self.seconds += seconds
     if self._output:
-      # Before their timing: a kill in between loses seconds, no records.
-      _append(_path(self._output, "examples.jsonl"), records)
       timing = {"num_records": len(records), "seconds": seconds}
-      _append(_path(self._output, "timing.jsonl"), [timing])
+      with _writing(self._output):
+        # Before their timing: a kill in between loses seconds, no records.
+        _append(_path(self._output, "examples.jsonl"), records)
+        _append(_path(self._output, "timing.jsonl"), [timing])
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Keeps the figures; they say that the evaluation is complete."""
     if self._output:
-      _write(_path(self._output, "result.json"), result)
+      with _writing(self._output):
+        _write(_path(self._output, "result.json"), result)
 
 
 @contextlib.contextmanager
@@ -76,23 +78,21 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
     return
   with contextlib.ExitStack() as stack:
     try:
-      lock = _path(output, "lock.json")
-      lock.parent.mkdir(parents=True, exist_ok=True)
-      stack.enter_context(files.lock(lock))
+      with _writing(output):
+        lock = _path(output, "lock.json")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.lock(lock))
     except files.InUse as owner:
       raise errors.UserError(
         f"Another evaluation is writing to --output={output!r}: {owner}. Wait "
         "for its end, or give another --output."
       ) from None
-    except OSError as error:
-      raise errors.UserError(
-        f"Cannot write to --output={output!r}: {error.strerror}."
-      ) from error
     check(output, settings)
-    # Before the first record: of records without it nobody could tell what they
-    # were made with.
-    _write(_path(output, "settings.json"), settings)
-    kept = Records(output)
+    with _writing(output):
+      # Before the first record: of records without it nobody could tell what
+      # they were made with.
+      _write(_path(output, "settings.json"), settings)
+      kept = Records(output)
     try:
       yield kept
     except KeyboardInterrupt:
@@ -100,6 +100,18 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
         f"Stopped. {len(kept.done)} completions are kept in {output}; the same "
         "command goes on from there."
       ) from None
+
+
+@contextlib.contextmanager
+def _writing(output: str) -> Iterator[None]:
+  """Turns what the system says of a place for records into a UserError."""
+  try:
+    yield
+  except OSError as error:
+    raise errors.UserError(
+      f"Cannot write to --output={output!r}: {error.strerror}. Make room, or "
+      "make it writable, and the same command goes on; or give another."
+    ) from error
 
 
 def check(output: str, settings: Mapping[str, Any]) -> None:

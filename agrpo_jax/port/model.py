@@ -404,6 +404,8 @@ def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
     fields = {
       field.name: _typed(model, field.name, field.type)
       for field in dataclasses.fields(base.Source)
+      # What is newer than the run was what its default is.
+      if field.name in model or field.default is dataclasses.MISSING
     }
     if model.get("network"):  # SFT from random parameters, kept by the run
       workdir, _ = checkpoint_named.split(checkpoint)

@@ -42,8 +42,14 @@ class BaseModel:
   rounded: tuple[int, ...]
 
   @classmethod
-  def from_json(cls, raw: Mapping[str, Any]) -> "BaseModel":
+  def from_json(
+    cls, raw: Mapping[str, Any], made_with: str = ""
+  ) -> "BaseModel":
     """Reads the record of a checkpoint.
+
+    Args:
+      raw: the record.
+      made_with: what `other_versions` says of the checkpoint.
 
     Raises:
       UserError: it is not what this version of the package writes.
@@ -59,7 +65,7 @@ class BaseModel:
     except KeyError as error:
       raise errors.UserError(
         f"The checkpoint's record of its base model lacks {error}: another "
-        "version of agrpo_jax made it. Read it with that version."
+        f"version of agrpo_jax made it. Read it with that version.{made_with}"
       ) from error
 
   def to_json(self) -> dict[str, Any]:
@@ -138,8 +144,9 @@ def check_fit(
     items: the trees that this run would fill.
     base_model: this run's base model, or None for no comparison.
   """
+  made_with = other_versions(meta.get("versions"))
   if base_model and meta.get("base_model"):
-    theirs = BaseModel.from_json(meta["base_model"])
+    theirs = BaseModel.from_json(meta["base_model"], made_with)
     if not theirs.is_same(base_model):
       raise errors.UserError(
         f"The checkpoint {checkpoint!r} was trained from the base model "
@@ -162,7 +169,7 @@ def check_fit(
     raise errors.UserError(
       f"The checkpoint {checkpoint!r} does not fit this run's model or "
       "optimizer. Give the config it was made with or another work directory."
-      "\n  " + "\n  ".join(problems)
+      f"{made_with}\n  " + "\n  ".join(problems)
     )
 
 
@@ -221,6 +228,26 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = "not installed as a package"
   return found
+
+
+def other_versions(made_with: Any) -> str:
+  """Says with which versions something was made, where they are not these.
+
+  Args:
+    made_with: of `versions`, or whatever stands in its place in a file.
+
+  Returns:
+    A sentence that follows another one, or "".
+  """
+  ours = versions()
+  theirs = made_with if isinstance(made_with, Mapping) else {}
+  names = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+  if not names:
+    return ""
+  then, now = (
+    ", ".join(f"{name} {of[name]}" for name in names) for of in (theirs, ours)
+  )
+  return f" It was made with {then}; here are {now}."
 
 
 def _say_array(entry: list[Any] | None) -> str:

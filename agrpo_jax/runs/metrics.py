@@ -258,11 +258,15 @@ class _TensorBoard:
   def __init__(self, directory: pathlib.Path, resume_step: int):
     folder = directory / "tensorboard"
     folder.mkdir(exist_ok=True)
-    # Names have seconds in them; a quick restart must not overwrite.
+    # TensorBoard reads on by names, which have seconds in them: a later file
+    # comes later, also when the clock was set back meanwhile.
+    parts = [path.name.split(".") for path in folder.glob("*.tfevents.*.*")]
+    seconds = [int(one[3]) + 1 for one in parts if one[3].isdecimal()]
+    # A quick restart must not overwrite.
     name = ".".join(
       [
         "events.out.tfevents",
-        str(int(time.time())),
+        str(max([int(time.time()), *seconds])),
         socket.gethostname(),
         str(resume_step),
         secrets.token_hex(4),

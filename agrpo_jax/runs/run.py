@@ -25,6 +25,7 @@ from typing import Protocol
 import jax
 from absl import logging
 
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import types
 from agrpo_jax.parallel import processes
@@ -407,9 +408,11 @@ def _check_config(settings: Settings, file: pathlib.Path) -> str:
   """Raises UserError if the directory holds a run of another config.
 
   It may be made longer, save at other times, and be graded by more processes.
+  A setting that the run's version did not have was what its default is.
 
   Returns:
-    What is to be said of a run that was made longer, "" of others.
+    What is to be said of a run that was made longer, or that an earlier version
+    began, "" of others.
   """
   if not file.exists() or settings.accept_changed_config:
     return ""
@@ -430,22 +433,55 @@ def _check_config(settings: Settings, file: pathlib.Path) -> str:
   if "grading" in now:
     workers = {"num_workers": now["grading"]["num_workers"]}
     before["grading"] = {**before.get("grading", {}), **workers}
+  default = config_lib.sft() if now.get("kind") == "sft" else config_lib.rl()
+  num_new = _add_new_settings(before, now, json.loads(default.to_json()))
   changes = files.differences(before, now, "config")
   if changes:
     raise errors.UserError(
       f"The work directory {str(file.parent)!r} holds a run of another "
-      "config:\n  " + "\n  ".join(changes) + "\nChoose another with "
-      "--config.workdir=..., undo the changes, or go on under them with "
-      "--config.accept_changed_config=true."
+      f"config.{_made_with(file.parent)}\n  " + "\n  ".join(changes) + "\n"
+      "Choose another with --config.workdir=..., undo the changes, or go on "
+      "under them with --config.accept_changed_config=true."
+    )
+  note = ""
+  if num_new:
+    note = (
+      f" An earlier version began it, without {num_new} of the settings, which "
+      "have their defaults."
     )
   if not is_longer:
-    return ""
+    return note
   if now["optimizer"]["schedule"] == "constant":
-    return f" It was of {num_before}."
+    return f"{note} It was of {num_before}."
   return (
-    f" It was of {num_before}: the learning rate, which ends at zero, goes on "
-    "as in a run of the new length."
+    f"{note} It was of {num_before}: the learning rate, which ends at zero, "
+    "goes on as in a run of the new length."
   )
+
+
+def _add_new_settings(
+  before: dict[str, Any], now: Mapping[str, Any], default: Mapping[str, Any]
+) -> int:
+  """Adds the settings of today that a recorded config lacks; how many."""
+  num_new = 0
+  for key, value in default.items():
+    if key not in now:  # another objective's
+      continue
+    if key not in before:
+      before[key] = value
+      num_new += 1
+    elif all(isinstance(one[key], Mapping) for one in (before, now, default)):
+      num_new += _add_new_settings(before[key], now[key], value)
+  return num_new
+
+
+def _made_with(folder: pathlib.Path) -> str:
+  """Says which versions a run began with, where they are not these."""
+  file = folder / "environment.json"
+  if not file.exists():
+    return ""
+  sessions = files.read_json(file, "where this run ran")["sessions"]
+  return checkpoint_meta.other_versions(sessions[-1].get("versions"))
 
 
 def _length(config: Mapping[str, Any]) -> int | None:

@@ -14,6 +14,8 @@ from agrpo_jax.runs import files
 _LOCK = "lock.json"
 # No space, no quota, a file longer than allowed.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a system makes of a disk on which it found errors, for one.
+_READ_ONLY = (errno.EROFS,)
 
 
 @contextlib.contextmanager
@@ -26,7 +28,7 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
   Raises:
     UserError: the directory cannot be made or written, another run has it, or
-      its disk is full, now or by what the caller writes.
+      its disk is full or read-only, now or when the caller writes.
   """
   directory = pathlib.Path(path).expanduser()
   if "://" in str(path):
@@ -48,7 +50,7 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         "that run or choose another directory with --config.workdir=..."
       ) from None
     except OSError as error:
-      _raise_when_full(error, directory)
+      _raise_when_unwritable(error, directory)
       raise errors.UserError(
         f"Cannot write to the work directory {str(directory)!r}: "
         f"{error.strerror}. Choose another with --config.workdir=..."
@@ -56,22 +58,32 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     try:
       yield directory
     except Exception as error:
-      _raise_when_full(error, directory)
+      _raise_when_unwritable(error, directory)
       raise
 
 
-def _raise_when_full(error: Exception, directory: pathlib.Path) -> None:
-  """Passes an error on as a UserError when it is that the disk has no room."""
-  # By its words: libraries wrap the system's errors.
-  reasons = [os.strerror(number) for number in _FULL]
-  reason = next((reason for reason in reasons if reason in str(error)), None)
-  if reason is not None:
-    raise errors.UserError(
-      f"There is no room to write to the work directory {str(directory)!r} "
-      f"({reason}). Its complete checkpoints are intact. Make room, or move "
-      "the directory to a larger disk; the same command then goes on from "
-      "the newest of them."
-    ) from error
+def _raise_when_unwritable(error: Exception, directory: pathlib.Path) -> None:
+  """Passes an error on as a UserError where the disk takes no more."""
+  name = repr(str(directory))
+  for numbers, problem, remedy in (
+    (
+      _FULL,
+      f"There is no room to write to the work directory {name}",
+      "Make room, or move the directory to a larger disk",
+    ),
+    (
+      _READ_ONLY,
+      f"The work directory {name} cannot be written to",
+      "Make it writable, or copy it and give that with --config.workdir=...",
+    ),
+  ):
+    for reason in map(os.strerror, numbers):
+      # By its words: libraries wrap the system's errors.
+      if reason in str(error):
+        raise errors.UserError(
+          f"{problem} ({reason}). Its complete checkpoints are intact. "
+          f"{remedy}; the same command then goes on from the newest of them."
+        ) from error
 
 
 def _remove_unused(directory: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """What a stopped evaluation leaves behind and goes on from."""
 
+import errno
 import json
 import os
 import subprocess
@@ -121,6 +122,22 @@ def test_a_place_that_cannot_be_written(tmp_path):
     records.start(str(tmp_path / "file" / "below"), SETTINGS),
   ):
     pass
+
+
+def test_a_disk_that_fills_up_costs_no_record(tmp_path, monkeypatch):
+  def append(file, lines):
+    if file.name == "timing.jsonl":
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    original(file, lines)
+
+  original = records._append
+  monkeypatch.setattr(records, "_append", append)
+  with (
+    pytest.raises(errors.UserError, match=r"No space left.*goes on"),
+    records.start(str(tmp_path), SETTINGS) as kept,
+  ):
+    kept.append(LINES, 1.0)
+  assert records.Records(str(tmp_path)).done == LINES
 
 
 def test_differences():

@@ -70,6 +70,8 @@ def reward(completion, fields, options):
   if command == "stuck":  # never comes back to Python
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 30))
     time.sleep(1000)
+  if command == "sleep":
+    time.sleep(float(value))
   if command == "nan":
     return {"one": float("nan"), "length": 0.0}
   if command == "print":
@@ -299,11 +301,11 @@ def test_killed_worker_is_replaced(task_path):
     assert graded.num_failed == 0
 
 
-def _run_script(task_path, ending, completion="pid"):
+def _run_script(task_path, ending, completion="pid", settings="num_workers=2"):
   script = f"""
     import os, sys, time
     from agrpo_jax.grading import pool
-    grader = pool.Grader("", task_path={task_path!r}, num_workers=2)
+    grader = pool.Grader("", task_path={task_path!r}, {settings})
     graded = grader.submit([{completion!r}], [{{"gold": ""}}]).result(60)
     print(int(graded.reward_B[0]), flush=True)
   """
@@ -314,6 +316,29 @@ def _run_script(task_path, ending, completion="pid"):
     text=True,
     start_new_session=True,
   )
+
+
+def test_a_pause_of_the_whole_machine_costs_no_completion(task_path):
+  """Longer than a grader may take: three seconds by the clock."""
+  process = _run_script(
+    task_path,
+    """
+pending = grader.submit(["sleep 0.5"], [{"gold": ""}])
+print("submitted", flush=True)
+print(pending.result(60).num_timed_out)
+grader.close()
+""",
+    settings="num_workers=1, timeout_seconds=1.0",
+  )
+  worker = int(process.stdout.readline())
+  assert process.stdout.readline() == "submitted\n"
+  both = process.pid, worker
+  for pid in both:
+    os.kill(pid, signal.SIGSTOP)
+  time.sleep(3.3)
+  for pid in both:
+    os.kill(pid, signal.SIGCONT)
+  assert process.communicate(timeout=30) == ("0\n", "")
 
 
 def _wait_for_end(pid):

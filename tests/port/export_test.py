@@ -15,8 +15,10 @@ from agrpo_jax import errors
 from agrpo_jax import evaluate
 from agrpo_jax import settings
 from agrpo_jax import sft
+from agrpo_jax.models import base as models
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import export
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.runs import checkpoint_read
@@ -196,6 +198,15 @@ def test_a_damaged_record_is_refused(tmp_path, text, part):
     (tmp_path / "config.json").write_text(text)
   with pytest.raises(errors.UserError, match=part):
     export.merged(str(tmp_path), tmp_path / "out")
+
+
+def test_a_run_that_an_earlier_version_began(tmp_path):
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  config = {"model": {"path": "x", "dtype": "float32"}, "lora": {"rank": 0}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  source, lora = model_lib.trained_by(str(tmp_path))
+  assert source == models.Source("x", dtype="float32")
+  assert lora is None
 
 
 def test_a_run_from_random_parameters(tmp_path):

@@ -103,8 +103,16 @@ def test_of_two_dtypes_the_rounded_values_are_compared():
 def test_a_record_of_another_version_is_refused():
   model = of(VALUES, "float32")
   old = {"path": "x", "revision": "", "checksums": list(model.checksums)}
-  with pytest.raises(errors.UserError, match=r"lacks 'dtype'.*version"):
-    checkpoint_meta.BaseModel.from_json(old)
+  made_with = checkpoint_meta.other_versions({"agrpo_jax": "0.0.9"})
+  with pytest.raises(
+    errors.UserError, match=r"lacks 'dtype'.*with agrpo_jax 0\.0\.9; here"
+  ):
+    checkpoint_meta.BaseModel.from_json(old, made_with)
+
+
+@pytest.mark.parametrize("made_with", [checkpoint_meta.versions(), {}, None, 7])
+def test_of_the_same_versions_and_of_no_record_nothing_is_said(made_with):
+  assert checkpoint_meta.other_versions(made_with) == ""
 
 
 def test_rounding_is_that_of_loading():

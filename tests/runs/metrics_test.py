@@ -116,6 +116,18 @@ def test_tensorboard_has_the_scalars(tmp_path):
   assert sorted(starts) == [1, 3]
 
 
+def test_tensorboard_has_later_files_later_though_the_clock_was_set_back(
+  tmp_path, monkeypatch
+):
+  for start, now in enumerate((3000.5, 1000.5, 2000.5, 4000.5)):
+    monkeypatch.setattr(metrics.time, "time", lambda now=now: now)
+    metrics.Writer(tmp_path, start).close()
+  names = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+  parts = [name.split(".") for name in names]
+  assert [one[3] for one in parts] == ["3000", "3001", "3002", "4000"]
+  assert [one[-2] for one in parts] == ["0", "1", "2", "3"]
+
+
 def test_a_resumed_run_has_every_train_step_once(tmp_path):
   """Five train steps, a state saved after three, killed within a line."""
   with metrics.Writer(tmp_path) as writer:

@@ -1,6 +1,8 @@
 """Tests of agrpo_jax.run: when a train step is saved."""
 
+import json
 import os
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -67,6 +69,57 @@ def test_the_last_train_step_and_a_stop_are_saved_in_any_case(c, monkeypatch):
   with pytest.raises(errors.Stopped, match="after train step 4"):
     run_steps(c)
   assert checkpoint_read.Reader(c.workdir).steps() == [4, 3]
+
+
+def test_a_work_directory_that_was_moved_between_two_starts(c, tmp_path):
+  c.train.num_steps = 2
+  run_steps(c)
+  moved = tmp_path / "elsewhere" / "run"
+  moved.parent.mkdir()
+  pathlib.Path(c.workdir).rename(moved)
+  c.workdir = str(moved)
+  c.train.num_steps = 6
+  assert run_steps(c) == [6, 4, 2]
+
+
+def earlier(c, *keys, versions=()) -> None:
+  """Makes a run look as if a version without these settings had begun it."""
+  folder = pathlib.Path(c.workdir)
+  config = json.loads((folder / "config.json").read_text())
+  for group, key in keys:
+    del config[group][key]
+  (folder / "config.json").write_text(json.dumps(config))
+  ran = json.loads((folder / "environment.json").read_text())
+  ran["sessions"][-1]["versions"] |= dict(versions)
+  (folder / "environment.json").write_text(json.dumps(ran))
+
+
+def test_a_setting_newer_than_the_run_is_no_change_at_its_default(c, capsys):
+  c.train.num_steps = 4
+  run_steps(c)
+  keys = ("rollout", "schedule"), ("rollout", "lead_every")
+  earlier(c, *keys)
+  c.train.num_steps = 6
+  assert run_steps(c) == [6, 4, 2]
+  said = capsys.readouterr().out
+  assert "without 2 of the settings, which have their defaults. It was" in said
+
+
+def test_a_setting_newer_than_the_run_is_a_change_where_it_is_used(c):
+  run_steps(c)
+  earlier(
+    c,
+    ("rollout", "schedule"),
+    ("rollout", "num_slots"),
+    versions={"agrpo_jax": "0.0.9", "jax": "0.9.1"},
+  )
+  c.rollout.schedule = "dream"
+  with pytest.raises(errors.UserError) as error:
+    run_steps(c)
+  said = str(error.value)
+  assert "\n  config.rollout.schedule: 'equal' before, 'dream' now\n" in said
+  assert "num_slots" not in said
+  assert "It was made with agrpo_jax 0.0.9, jax 0.9.1; here are " in said
 
 
 def test_the_best_by_eval_accuracy_stays(c, monkeypatch):

@@ -96,6 +96,13 @@ except errors.UserError as error:
   assert "There is no room to write to the work directory" in done.stdout
 
 
+def test_a_disk_that_becomes_read_only_is_a_users_mistake(tmp_path):
+  said = f"Failed to fsync file: {os.strerror(errno.EROFS)}"
+  with pytest.raises(errors.UserError, match=r"Read-only.*config\.workdir="):
+    with workdir.claim(tmp_path):
+      raise ValueError(said)  # as tensorstore does
+
+
 def test_a_bucket_is_refused():
   with pytest.raises(errors.UserError, match=r"'gs://bucket/run' is not a loc"):
     with workdir.claim("gs://bucket/run"):
