@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import TypeVar
 
 from agrpo_jax import errors
 from agrpo_jax.runs import files
+
+_Line = TypeVar("_Line")
+
+
+class Record(Mapping[str, float]):
+  """The metrics of a train step, in the memory that their numbers take.
+
+  A watched run has a hundred thousand of them; as dicts each would take twelve
+  times as much.
+  """
+
+  __slots__ = ("_place", "_values")
+
+  def __init__(self, place: Mapping[str, int], values: array.array[float]):
+    """Takes the numbers, and where that of a name stands: shared by many."""
+    self._place, self._values = place, values
+
+  def __getitem__(self, name: str) -> float:
+    return self._values[self._place[name]]
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._place
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._place)
+
+  def __len__(self) -> int:
+    return len(self._place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +130,23 @@ def read(workdir: str) -> Log:
       "config.json. Give the folder of config.workdir, after the first train "
       "step began."
     )
-  records, bad = _lines(folder / "metrics.jsonl")
-  completions, more = _lines(folder / "completions.jsonl")
+  # Names to places, of every set of names that there is: two or three.
+  places: dict[tuple[str, ...], dict[str, int]] = {}
+
+  def metrics(line: dict[str, Any]) -> Record:
+    names = tuple(line)
+    place = places.setdefault(names, {name: i for i, name in enumerate(names)})
+    values = (math.nan if value is None else value for value in line.values())
+    return Record(place, array.array("d", values))
+
+  records, bad = _lines(folder / "metrics.jsonl", metrics)
+  completions, more = _lines(folder / "completions.jsonl", dict)
   if not completions:
-    completions, more = _lines(folder / "samples.jsonl")
+    completions, more = _lines(folder / "samples.jsonl", dict)
   return Log(
     name=folder.resolve().name,
     config=files.read_json(folder / "config.json", "the config of the run"),
-    records=[
-      {k: math.nan if v is None else v for k, v in record.items()}
-      for record in records
-    ],
+    records=records,
     before=_object(folder / "before.json"),
     completions=completions,
     sessions=_object(folder / "environment.json").get("sessions", ()),
@@ -135,26 +173,30 @@ def _object(file: pathlib.Path) -> dict[str, Any]:
   return files.read_json(file, "a record of the run")
 
 
-def _lines(file: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-  """Returns the records of a file, and how many lines are none.
+def _lines(
+  file: pathlib.Path, kept: Callable[[dict[str, Any]], _Line]
+) -> tuple[list[_Line], int]:
+  """Returns what is kept of the lines of a file, and how many are no records.
 
   What follows the last line's end is being written just now.
   """
-  if not file.exists():
-    return [], 0
+  found: list[_Line] = []
+  bad = 0
   try:
-    content = file.read_bytes()
+    with file.open("rb") as lines:
+      for line in lines:
+        if not line.endswith(b"\n"):
+          break
+        try:
+          record = json.loads(line)
+          int(record["train_step"])
+          found.append(kept(record))
+        except (ValueError, KeyError, TypeError, OverflowError):
+          bad += 1
+  except FileNotFoundError:
+    pass
   except OSError as error:
     raise errors.UserError(
       f"Cannot read {str(file)!r}: {error.strerror}."
     ) from error
-  found, bad = [], 0
-  for line in content[: content.rfind(b"\n") + 1].splitlines():
-    try:
-      record = json.loads(line)
-      int(record["train_step"])
-    except (ValueError, KeyError, TypeError):
-      bad += 1
-    else:
-      found.append(record)
   return found, bad

@@ -293,7 +293,11 @@ def _with_names(read: Sequence[logs.Log]) -> list[logs.Log]:
 
 
 def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
-  points, num_metrics = _points(log)
+  by_metric, num_metrics = _metrics(log)
+  shown, table = {}, []
+  for name, points in by_metric:
+    shown[name] = series.as_json(series.thin(points))
+    table.append(_row(name, points))
   cost = figures.cost(log)
   price = price or log.setting("report.chip_hour_price", 0.0)
   return {
@@ -304,11 +308,9 @@ def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
     "finished": log.is_finished,
     "warnings": [dataclasses.asdict(one) for one in rules.find(log)],
     "missing": figures.missing(log),
-    "series": {
-      name: series.as_json(series.thin(found)) for name, found in points.items()
-    },
+    "series": shown,
     "num_metrics": num_metrics,
-    "table": [_row(name, found) for name, found in points.items()],
+    "table": table,
     "phases": series.phases(log.records),
     "evaluations": [
       {"step": step, **{k: series.brief(v) for k, v in found.items()}}
@@ -329,27 +331,40 @@ def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
   }
 
 
-def _points(
+def _metrics(
   log: logs.Log,
-) -> tuple[dict[str, list[tuple[int, float]]], int]:
-  """Returns (train steps done, value) by metric, and how many metrics are."""
-  found: dict[str, list[tuple[int, float]]] = {}
-  if "accuracy" in log.before:
-    found["eval/accuracy"] = [(0, log.before["accuracy"])]
-  for record in log.records:
-    step = int(record["train_step"]) + 1
-    for name, value in record.items():
-      if name != "train_step":
-        found.setdefault(name, []).append((step, value))
-  found[TOKENS] = figures.tokens_per_second(log)
+) -> tuple[Iterator[tuple[str, list[tuple[int, float]]]], int]:
+  """Returns metrics one by one, as there may be many steps; how many there are.
+
+  Each is its name and its (train steps done, value).
+  """
   speed = figures.flops_per_second(log)
-  found[FLOPS] = [(step, rate / 1e12) for step, rate, _ in speed]
-  found[MFU] = [(step, share) for step, _, share in speed if share is not None]
-  shown = {name for chart in CHARTS for name in chart.lines}
-  found = {name: points for name, points in found.items() if points}
+  figured = {
+    TOKENS: figures.tokens_per_second(log),
+    FLOPS: [(step, rate / 1e12) for step, rate, _ in speed],
+    MFU: [(step, share) for step, _, share in speed if share is not None],
+  }
+  before = {}
+  if "accuracy" in log.before:
+    before["eval/accuracy"] = log.before["accuracy"]
+  logged = dict.fromkeys(name for record in log.records for name in record)
+  names = [*before, *logged, *(n for n, points in figured.items() if points)]
+  names = [name for name in dict.fromkeys(names) if name != "train_step"]
   # What has a chart comes first, and is never left out.
-  names = sorted(found, key=lambda name: name not in shown)
-  return {name: found[name] for name in names[:MAX_METRICS]}, len(names)
+  shown = {name for chart in CHARTS for name in chart.lines}
+  names.sort(key=lambda name: name not in shown)
+
+  def points(name: str) -> list[tuple[int, float]]:
+    if name in figured:
+      return figured[name]
+    found = [(0, before[name])] if name in before else []
+    return found + [
+      (int(record["train_step"]) + 1, record[name])
+      for record in log.records
+      if name in record
+    ]
+
+  return ((name, points(name)) for name in names[:MAX_METRICS]), len(names)
 
 
 def _row(name: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:

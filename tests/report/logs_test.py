@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import tracemalloc
 
 import pytest
 
@@ -32,11 +33,23 @@ def test_a_log_that_is_being_written(tmp_path):
   folder = tmp_path / "run"
   run_logs.write(folder, run_logs.log(2, reward=0.5))
   with open(folder / "metrics.jsonl", "a") as file:
-    file.write('{"train_step": 2, "reward": null}\nnothing\n{"train_')
+    file.write('{"train_step": 2, "reward": null}\nnothing\n')
+    file.write('{"train_step": 3, "reward": "none"}\n{"train_')
   found = logs.read(str(folder))
   assert found.num_done == 3 and math.isnan(found.records[2]["reward"])
-  assert found.num_unreadable == 1
-  assert any("1 lines" in words for words in figures.missing(found))
+  assert found.num_unreadable == 2
+  assert any("2 lines" in words for words in figures.missing(found))
+
+
+def test_a_long_run_takes_little_memory(tmp_path):
+  metrics = {f"metric_{i}": 0.5 + i for i in range(70)}
+  workdir = run_logs.write(tmp_path / "run", run_logs.log(2000, **metrics))
+  tracemalloc.start()
+  found = logs.read(workdir)
+  size, _ = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert len(found.records) == 2000
+  assert size / 2000 < 1000  # bytes of 71 numbers and what holds them
 
 
 def test_a_run_from_before_there_were_reports(tmp_path):
