@@ -278,8 +278,8 @@ def test_draws_what_it_shows():
 
 
 def test_mistakes_are_named():
-  with pytest.raises(errors.UserError, match="block_length=5"):
-    drawing(block_length=5)
+  with pytest.raises(errors.UserError, match="block_length=17"):
+    drawing(block_length=17)
   s = drawing(temperature=0.0)
   with pytest.raises(errors.UserError, match="all be the same"):
     show.draw(s, prompt=PUZZLE, example=None, num_completions=2)
