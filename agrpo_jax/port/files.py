@@ -4,6 +4,7 @@ Only headers are read until a tensor is asked for. Nothing in the folder is
 executed; weights in formats that could be are refused by name.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -39,8 +40,9 @@ class Tensors:
     listed = _listed(folder, single, problems)
     for name in sorted(set(listed.values())) or [single]:
       path = folder / name
-      if not path.is_file():
-        problems.append(f"{name} is missing")
+      # A path's own method raises for a name longer than names can be.
+      if not os.path.isfile(path):
+        problems.append(f"{name:.200} is missing")
         continue
       if found := folder_lib.problem(path):
         problems.append(f"{name} {found}")
