@@ -335,7 +335,7 @@ class TestRefusals:
       model_folder.load(folder)
 
   @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "/a", "a\x00", "\ud800"]
+    "name", ["", ".", "..", "a/b", "/a", "a\x00", "\ud800", "long " * 1000]
   )
   def test_an_index_that_names_no_file_of_the_folder(self, broken, name):
     folder = broken(source=GQA)
