@@ -309,6 +309,7 @@ def grade(
     end: by `time.monotonic`; after it no more are taken.
   """
   failures: list[tuple[str, str]] = []
+  again: list[tuple[str, dict[str, Any]]] = []
   begin = _children_seconds()
   with pool.Grader(
     row.task, num_workers=num_workers, timeout_seconds=1.0
@@ -323,21 +324,18 @@ def grade(
       row.completions += len(batch)
       row.failed += graded.num_failed
       row.timed_out += graded.num_timed_out
-      failures += [
-        (texts[at], why)
-        for at, why in graded.failures.items()
-        if why != pool.TIMED_OUT
-      ]
+      for at, why in graded.failures.items():
+        if why != pool.TIMED_OUT:
+          failures.append((texts[at], why))
+          again.append(batch[at])
       if (
         graded.reward_B.shape != (len(batch),)
         or not np.isfinite(graded.reward_B).all()
       ):
         failures.append(("", "rewards that are no numbers"))
-    for text, _ in list(failures):
-      again = grader.submit([text], [_FIELDS[row.task]]).result(
-        timeout=_TIMEOUT
-      )
-      row.crashed_again += again.num_failed
+    for completion, own in again:
+      once_more = grader.submit([completion], [own]).result(timeout=_TIMEOUT)
+      row.crashed_again += once_more.num_failed
   row.seconds = _children_seconds() - begin
   return failures
 

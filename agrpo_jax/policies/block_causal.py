@@ -173,7 +173,7 @@ def partial_logits(
   """Logits of partial completions whose blocks see whole ones before them.
 
   Args:
-    network: whose attention is block-causal, in blocks of a divisor of C.
+    network: whose attention is block-causal.
     prompt_BxP: int32, padded on the right.
     prompt_length_B: int32.
     completion_BxC: int32, what the blocks behind a block see of it.

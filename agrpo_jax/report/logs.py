@@ -23,8 +23,8 @@ _Line = TypeVar("_Line")
 class Record(Mapping[str, float]):
   """The metrics of a train step, in the memory that their numbers take.
 
-  A watched run has a hundred thousand of them; as dicts each would take twelve
-  times as much.
+  A watched run may have a hundred thousand of them; as dicts they would take
+  ten times as much.
   """
 
   __slots__ = ("_place", "_values")

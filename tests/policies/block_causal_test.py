@@ -475,19 +475,12 @@ def gradient_on_policy(blocks_from, sampling, rollout, policy, step_rule):
     learner = dataclasses.replace(
       learner, sampling=dataclasses.replace(sampling, cache="none")
     )
-  state, metrics = jax.jit(learner.train_step)(
-    states.initial(learner, params),
-    rollout,
-    jnp.asarray(np.arange(B) % 5, jnp.float32),
-    jax.random.key(2),
-    ROW_ID,
-    None,
-  )
+  moved, metrics = states.first_step(learner, params, rollout, ROW_ID)
   assert metrics["policy_ratio/max_deviation"] < 1e-4
   assert metrics["grad_norm"] > 0
   if policy is not plain.PLAIN:
     assert metrics["draws/units"] <= B  # a completion is one
-  return jax.tree.map(jnp.subtract, state.params, params)
+  return moved
 
 
 def assert_alike(*gradients):
@@ -531,6 +524,17 @@ def test_a_last_block_that_is_shorter(rule, step_rule):
   gradient_on_policy("end", sampling, rollout, policy, step_rule)
 
 
+def four_blocks(**settings):
+  return sampling_lib.Sampling(
+    mask_id=36,
+    eos_id=35,
+    completion_length=16,
+    block_length=4,
+    num_denoise_steps=16,
+    **settings,
+  )
+
+
 @pytest.mark.parametrize(
   "changes, settings, words",
   [
@@ -552,40 +556,20 @@ def test_a_last_block_that_is_shorter(rule, step_rule):
 )
 def test_what_does_not_fit_the_model_is_refused(changes, settings, words):
   shape, _ = recordings.random_network(**changes)
-  sampling = sampling_lib.Sampling(
-    mask_id=36,
-    eos_id=35,
-    completion_length=16,
-    block_length=4,
-    num_denoise_steps=16,
-    **settings,
-  )
+  sampling = four_blocks(**settings)
   with pytest.raises(errors.UserError, match=words):
     model_lib.check_draw(shape, 8, draw_of(sampling))
 
 
 def test_where_blocks_begin_with_the_completion_its_last_may_be_shorter():
   shape, _ = recordings.random_network(attention_block=12, blocks_from="end")
-  sampling = sampling_lib.Sampling(
-    mask_id=36,
-    eos_id=35,
-    completion_length=16,
-    block_length=4,
-    num_denoise_steps=16,
-    cache="block",
-  )
+  sampling = four_blocks(cache="block")
   model_lib.check_draw(shape, 8, draw_of(sampling))
 
 
 def test_guidance_is_refused_where_prompts_share_a_block():
   """Of the two kinds only one has prompts that do."""
-  sampling = sampling_lib.Sampling(
-    mask_id=36,
-    eos_id=35,
-    completion_length=16,
-    block_length=4,
-    num_denoise_steps=16,
-  )
+  sampling = four_blocks()
   draw = dataclasses.replace(draw_of(sampling), guidance=1.0)
   with pytest.raises(errors.UserError, match="use guidance=0"):
     model_lib.check_draw(toy("start")[0], 8, draw)

@@ -115,14 +115,7 @@ def test_the_first_policy_ratio_is_one(cache, rule):
       microbatch=4,
       policy=policy,
     )
-    return jax.jit(learner.train_step)(
-      states.initial(learner, params),
-      rollout,
-      jnp.asarray(np.arange(B) % 5, jnp.float32),
-      jax.random.key(2),
-      ROW_ID,
-      None,
-    )[1]
+    return states.first_step(learner, params, rollout, ROW_ID)[1]
 
   metrics = first_step(policy_of(s))
   assert metrics["policy_ratio/max_deviation"] < 1e-4
