@@ -14,11 +14,19 @@ to write equations; the second goes on from it with word problems besides, the
 third mostly with these, the fourth with nothing else, until it solves them. The
 last one's demonstrations add, most of them, what a story takes away: a bad
 habit, which is what reinforcement learning then removes.
+
+`pairs` goes on from the bundled model for a minute, on Countdown with two
+numbers: it stops where half of the problems are solved, for
+configs/countdown_tiny.py to go on from.
 """
 
+import pathlib
+
+import agrpo_jax
 from agrpo_jax import config as config_lib
 
-_STAGES = ("countdown", "both", "words", "clean", "careless")
+_ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
+_STAGES = ("countdown", "both", "words", "clean", "careless", "pairs")
 
 
 def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
@@ -28,6 +36,8 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
   c.workdir = f"runs/sft_reasoning_{arg}"
   if arg in ("clean", "careless"):
     config_lib.use_task(c, "word_problems", max_equations=3, max_value=9)
+  elif arg == "pairs":
+    config_lib.use_task(c, "countdown", protocol="worked", num_numbers=2)
   else:
     c.data.path = f"runs/data/{arg}.jsonl"
   c.data.max_prompt_length = 104
@@ -60,6 +70,13 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.optimizer.learning_rate = 2e-3
     c.train.num_steps = 3000
     c.sft.output = "runs/tiny_reasoning_clean"
+  elif arg == "pairs":
+    c.model.path = str(_ASSETS / "tiny-reasoning")
+    c.optimizer.learning_rate = 2e-3
+    c.sft.completion_length = 16
+    c.sft.batch_size = c.sft.microbatch = 64
+    c.train.num_steps = 300
+    c.sft.output = "runs/tiny_countdown"
   else:
     c.model.path = "runs/tiny_reasoning_clean"
     c.task.options.demonstration = "careless"

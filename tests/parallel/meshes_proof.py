@@ -1,4 +1,4 @@
-"""AGRPO and every other objective on every mesh: the same parameters.
+"""AGRPO, every other objective and every family on every mesh: same parameters.
 
     python -m pytest tests/parallel/meshes_proof.py
 
@@ -14,7 +14,11 @@ from fixtures import mesh_run
 _NAMES = [n for n in objectives.NAMES if n not in ("agrpo", "vine_ppo")]
 
 
-@pytest.fixture(scope="module", params=[[], _NAMES], ids=["agrpo", "others"])
+@pytest.fixture(
+  scope="module",
+  params=[[], _NAMES, [*mesh_run.FAMILIES]],
+  ids=["agrpo", "objectives", "families"],
+)
 def one_device(request, tmp_path_factory):
   output = tmp_path_factory.mktemp("mesh") / "one.npz"
   return request.param, mesh_run.one_device(output, request.param)
