@@ -7,6 +7,7 @@ its part, then all agree on whether everybody could (`_on_all`).
 import os
 import pathlib
 import re
+import stat
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from etils import epath
 
 from agrpo_jax import errors
 from agrpo_jax import types
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint_meta
 
@@ -176,7 +178,7 @@ class Reader:
     def read() -> dict[str, Any] | None:
       if not processes.is_main():
         return None
-      _refuse_links(path)
+      _refuse_strange(path)
       meta = handler.restore(path / "meta")
       checkpoint_meta.check(meta)
       return meta
@@ -222,11 +224,23 @@ class Reader:
     )
 
 
-def _refuse_links(path: epath.Path) -> None:
-  """Raises OSError if there are links in a checkpoint: orbax makes none."""
+def _refuse_strange(path: epath.Path) -> None:
+  """Raises OSError for what orbax makes none of, and cannot be trusted with.
+
+  Links lead out of the checkpoint, and pipes are waited for without end. All
+  but the arrays' values, which lie under "d", is read whole: where memory for
+  it is not to be had, the process aborts.
+  """
   for one in pathlib.Path(path).rglob("*"):
-    if one.is_symlink():
+    status = one.lstat()
+    if stat.S_ISLNK(status.st_mode):
       raise OSError(f"{str(one)!r} is a link")
+    if stat.S_ISDIR(status.st_mode):
+      continue
+    if not stat.S_ISREG(status.st_mode):
+      raise OSError(f"{str(one)!r} is no file")
+    if one.parent.name != "d" and status.st_size > folder_lib.MAX_BYTES:
+      raise OSError(f"{str(one)!r} has {status.st_size:,} bytes")
 
 
 def _on_all(read: Callable[[], Any]) -> Any:

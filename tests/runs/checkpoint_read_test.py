@@ -1,6 +1,7 @@
 """Tests of agrpo_jax.checkpoint_read: beside a run, and by many processes."""
 
 import json
+import os
 import pathlib
 import shutil
 import textwrap
@@ -86,6 +87,24 @@ def test_links_in_a_checkpoint_are_not_followed(tmp_path, caplog):
   folder.symlink_to(tmp_path / "elsewhere")
   assert read(tmp_path) == 1
   assert "is a link" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "trainable/d/*"])
+def test_pipes_in_a_checkpoint_are_not_waited_for(tmp_path, caplog, name):
+  save(tmp_path, 1, 2)
+  file = next((tmp_path / "checkpoints" / "2").glob(name))
+  file.unlink()
+  os.mkfifo(file)
+  assert read(tmp_path) == 1
+  assert "is no file" in caplog.text
+
+
+def test_files_that_no_memory_holds(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  file = tmp_path / "checkpoints" / "2" / "trainable" / "manifest.ocdbt"
+  os.truncate(file, 1 << 36)
+  assert read(tmp_path) == 1
+  assert "has 68,719,476,736 bytes" in caplog.text
 
 
 def test_nothing_to_read_is_no_mistake(tmp_path):
