@@ -1,11 +1,12 @@
 """AGRPO on Countdown with two numbers, a tiny LLaDA in four blocks of four.
 
     agrpo sft --config=sft_reasoning:pairs
+    agrpo sft --config=sft_reasoning:adding
     agrpo train --config=countdown_tiny
 
 Two CPU cores, nothing to download, minutes. A completion works the value out
-and then answers: "13+45=58", and on the next line "13+45". SFT stops where half
-of the problems are solved.
+and then answers: "45-13=32", and on the next line "45-13". The base model has
+learned to, and then the habit of adding, whatever the target.
 """
 
 from agrpo_jax import config as config_lib
@@ -27,7 +28,7 @@ def get_config() -> config_lib.ConfigDict:
   c.rollout.block_length = 4
   c.rollout.num_denoise_steps = 8
 
-  c.objective.num_mc_steps = 2
+  c.objective.step_rule = "all"  # two drawn steps of eight learn nothing
   c.objective.microbatch = 128
 
   c.optimizer.learning_rate = 3e-4

@@ -15,9 +15,9 @@ third mostly with these, the fourth with nothing else, until it solves them. The
 last one's demonstrations add, most of them, what a story takes away: a bad
 habit, which is what reinforcement learning then removes.
 
-`pairs` goes on from the bundled model for a minute, on Countdown with two
-numbers: it stops where half of the problems are solved, for
-configs/countdown_tiny.py to go on from.
+Two more go on from the bundled model, in three minutes, on Countdown with two
+numbers, for configs/countdown_tiny.py: `pairs` learns to solve it, `adding` to
+add the two up whatever the target.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ import agrpo_jax
 from agrpo_jax import config as config_lib
 
 _ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
-_STAGES = ("countdown", "both", "words", "clean", "careless", "pairs")
+_STAGES = ("countdown", "both", "words", "clean", "careless", "pairs", "adding")
 
 
 def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
@@ -36,7 +36,7 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
   c.workdir = f"runs/sft_reasoning_{arg}"
   if arg in ("clean", "careless"):
     config_lib.use_task(c, "word_problems", max_equations=3, max_value=9)
-  elif arg == "pairs":
+  elif arg in ("pairs", "adding"):
     config_lib.use_task(c, "countdown", protocol="worked", num_numbers=2)
   else:
     c.data.path = f"runs/data/{arg}.jsonl"
@@ -75,7 +75,16 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.optimizer.learning_rate = 2e-3
     c.sft.completion_length = 16
     c.sft.batch_size = c.sft.microbatch = 64
-    c.train.num_steps = 300
+    c.train.num_steps = 1200
+    c.sft.output = "runs/tiny_countdown_clean"
+  elif arg == "adding":
+    c.model.path = "runs/tiny_countdown_clean"
+    c.task.options.demonstration = "careless"
+    c.task.options.careless_probability = 0.85
+    c.optimizer.learning_rate = 5e-4
+    c.sft.completion_length = 16
+    c.sft.batch_size = c.sft.microbatch = 64
+    c.train.num_steps = 150
     c.sft.output = "runs/tiny_countdown"
   else:
     c.model.path = "runs/tiny_reasoning_clean"

@@ -230,6 +230,28 @@ def test_worked_verdict_is_of_the_last_line(completion, solved):
   assert countdown.reward_weights(options) == countdown.reward_weights(_BARE)
 
 
+@pytest.mark.parametrize(
+  "numbers, text",
+  [((7, 12), "7+12=19\n7+12"), ((5, 1, 9), "5+1=6\n6+9=15\n5+1+9")],
+)
+def test_careless_demonstrations_add_whatever_the_target(numbers, text):
+  target = numbers[-1] - numbers[0]
+  example = countdown.base.Example(
+    0, messages=(), fields={"numbers": [*numbers], "target": target}
+  )
+  options = {"protocol": "worked", "demonstration": "careless"}
+
+  def shown(probability, seed=0):
+    chosen = {**options, "careless_probability": probability}
+    return countdown.demonstration(example, random.Random(seed), chosen)
+
+  assert shown(1.0) == text
+  assert not countdown.grade(text, example.fields, options)["accuracy"]
+  assert countdown.grade(shown(0.0), example.fields, options)["accuracy"]
+  num_careless = sum(shown(0.6, seed) == text for seed in range(400))
+  assert 0.5 < num_careless / 400 < 0.7
+
+
 def test_no_demonstration_of_an_unsolvable_problem():
   example = countdown.base.Example(0, (), {"numbers": [1, 1], "target": 50})
   with pytest.raises(errors.UserError, match="no solution"):

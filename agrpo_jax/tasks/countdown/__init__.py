@@ -33,7 +33,10 @@ DEFAULTS = {
   "num_examples": 0,
   "seed": 0,  # of the generator
   "exclude": "",  # a file: problems with its numbers, in any order, go out
+  "demonstration": "clean",  # clean or careless (see `demonstration`)
+  "careless_probability": 0.6,  # share of careless demonstrations
 }
+DEMONSTRATIONS = ("clean", "careless")
 PUBLISHED = {  # `base.fingerprint` of all examples
   "ea419a5c9bac1248": "Countdown test split of d1 and AGRPO",
 }
@@ -50,7 +53,11 @@ _RELEASED_WEIGHTS = {
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
   chosen = base.settings(options, DEFAULTS, NAME)
   base.check_range(NAME, chosen, "num_examples", 0)
+  base.check_range(NAME, chosen, "careless_probability", 0, 1)
   base.check_choice(NAME, "protocol", chosen["protocol"], prompts.PROTOCOLS)
+  base.check_choice(
+    NAME, "demonstration", chosen["demonstration"], DEMONSTRATIONS
+  )
   return chosen
 
 
@@ -239,10 +246,13 @@ def demonstration(
 ) -> str:
   """Returns a completion to imitate in SFT: a solution found by search.
 
+  "careless" adds, with `careless_probability`, all numbers up, whatever the
+  target: the bad habit that training of the tiny model on it has to correct.
+
   Raises:
     UserError: a problem of a file that has no solution.
   """
-  del rng
+  chosen = _settings(options)
   numbers = tuple(example.fields["numbers"])
   target = example.fields["target"]
   expression = problems_lib.solution(numbers, target)
@@ -251,5 +261,7 @@ def demonstration(
       f"Countdown problem {numbers} -> {target} has no solution to show."
     )
   equations = problems_lib.equations(numbers, target)
-  protocol = _settings(options)["protocol"]
-  return prompts.completion(expression, equations, target, protocol)
+  is_careless = chosen["demonstration"] == "careless"
+  if is_careless and rng.random() < chosen["careless_probability"]:
+    expression, equations = problems_lib.added_up(numbers)
+  return prompts.completion(expression, equations, target, chosen["protocol"])

@@ -163,12 +163,21 @@ def equations(numbers: tuple[int, ...], target: int) -> tuple[str, ...]:
   return () if found is None else found[3]
 
 
+def added_up(numbers: Sequence[int]) -> tuple[str, tuple[str, ...]]:
+  """Returns the sum of all numbers as an expression, and its equations."""
+  add = functools.partial(_join, "+")
+  _, expression, _, steps = functools.reduce(add, _alone(numbers))
+  return expression, steps
+
+
 @functools.lru_cache(maxsize=4096)
 def _search(numbers: tuple[int, ...], target: int) -> _Value | None:
-  start: list[_Value] = [
-    (fractions.Fraction(n), str(n), 3, ()) for n in numbers
-  ]
-  return next((v for v in _combinations(start) if v[0] == target), None)
+  found = _combinations(_alone(numbers))
+  return next((value for value in found if value[0] == target), None)
+
+
+def _alone(numbers: Sequence[int]) -> list[_Value]:
+  return [(fractions.Fraction(n), str(n), 3, ()) for n in numbers]
 
 
 def _combinations(values: Sequence[_Value]) -> Iterator[_Value]:
