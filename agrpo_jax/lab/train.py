@@ -597,10 +597,14 @@ class _Comparison:
       "many median train steps: no compilation, no evaluation."
     ]
     if asked.is_sweep:
+      number = asked.sweep_seeds
+      seeds = (
+        f"{number} seeds of their own" if number > 1 else "a seed of its own"
+      )
       found.append(
         "The learning rate of each objective is that of the highest accuracy "
-        f"at the end of runs with {asked.sweep_budget}, on {asked.sweep_seeds} "
-        "seeds of their own and on the prompts of the learning curves."
+        f"at the end of runs with {asked.sweep_budget}, on {seeds} and on the "
+        "prompts of the learning curves."
       )
     if self._held_out.is_shared:
       found.append(
