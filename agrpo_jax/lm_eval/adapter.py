@@ -62,6 +62,7 @@ class Adapter:
     quantize: str = "none",
     tokenizer: str = "",
     revision: str = "",
+    attention_block: int = 0,
     bucket: int = 64,
     max_batch_size: int | None = None,
     device: str | None = None,
@@ -79,6 +80,8 @@ class Adapter:
       quantize: how the model's layers are kept, "none" or "int8".
       tokenizer: another folder or hub id, or "bytes".
       revision: on the hub.
+      attention_block: of a block-causal model whose files do not tell, as
+        Tiny-A2D's bd3lm (32).
       bucket: prompts and continuations are padded to a multiple of this.
       max_batch_size: lm-eval passes it; without effect.
       device: lm-eval passes it; without effect, JAX knows its devices.
@@ -104,6 +107,7 @@ class Adapter:
       quantize=quantize,
       tokenizer=tokenizer,
       revision=revision,
+      attention_block=attention_block,
     )
     config_lib.use_sampler(c, sampler)
     config_lib.set_evaluate(c, {**settings, "batch_size": int(batch_size)})

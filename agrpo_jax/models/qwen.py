@@ -42,6 +42,8 @@ _KEYS = {
 }
 _SHIFT = "right_shift_logits"
 
+_PARTIAL = "partial_rotary_factor"
+
 # Key -> (values that we compute, what the original code takes if it is absent).
 _ONLY: dict[str, tuple[tuple[Any, ...], Any]] = {
   "hidden_act": (("silu",), "silu"),
@@ -49,6 +51,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], Any]] = {
   "rope_scaling": ((None,), None),
   "use_sliding_window": ((False, None), False),
   "use_mrope": ((False, None), False),
+  _PARTIAL: ((1, None), 1),
 }
 
 # Our module -> its name, within a layer and outside of the layers.
@@ -104,7 +107,16 @@ def _read(
   raw: Mapping[str, Any],
   switches: Mapping[str, Any],
 ) -> base.Shape:
+  # transformers 5 writes what there is to say of RoPE there.
+  rope = raw.get("rope_parameters") or {}
+  scaling = raw.get("rope_scaling")
+  if scaling in ({"rope_type": "default"}, {"type": "default"}):
+    raw = {**raw, "rope_scaling": None}
   found = base.unsupported(raw, _ONLY)
+  if not isinstance(rope, Mapping):
+    found.append(f"rope_parameters={rope!r} is not an object")
+    rope = {}
+  found += base.unsupported(rope, {_PARTIAL: _ONLY[_PARTIAL]})
   # A bias of the output projection too, which none of the families has.
   if raw.get("attention_bias"):
     found.append(f"attention_bias={raw['attention_bias']!r}: only False works")
@@ -116,11 +128,6 @@ def _read(
     found.append(f"layer_types={kinds!r}: only 'full_attention' works")
   keys = _keys(model_type)
   values: dict[str, Any] = {name: raw.get(key) for name, key in keys.items()}
-  # transformers 5 writes it there.
-  rope = raw.get("rope_parameters") or {}
-  if not isinstance(rope, Mapping):
-    found.append(f"rope_parameters={rope!r} is not an object")
-    rope = {}
   if values["rope_theta"] is None:
     values["rope_theta"] = rope.get("rope_theta")
   if rope.get("rope_type", "default") != "default":

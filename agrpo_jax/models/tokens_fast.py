@@ -58,6 +58,11 @@ class FastTokenizer:
     self._tokenizer = _read(folder, settings)
     self._template = _chat_template(folder, settings)
     self._names = {name: settings[name] for name in _NAMED if name in settings}
+    # A mask that was added as an ordinary token is special all the same.
+    added = self._tokenizer.get_added_tokens_decoder()
+    if vocabulary.mask_id in added:
+      mask = added[vocabulary.mask_id].content
+      self._tokenizer.add_special_tokens([mask])
     _check_ids(folder, self._tokenizer, self._names, vocabulary)
     self.mask_id = vocabulary.mask_id
     self.eos_id = vocabulary.eos_id

@@ -95,6 +95,19 @@ def table(shape: base.Shape, family: base.Family) -> types.Tree:
   )
 
 
+def head_copy(shape: base.Shape, family: base.Family) -> Entry | None:
+  """Returns where a head lies that is the embedding table, stored again.
+
+  Tiny-A2D's checkpoints have one, though their config.json calls it tied. None
+  for a network with a head of its own.
+  """
+  if not shape.tied_head:
+    return None
+  name = f"{family.module_name(('head',), None)}.{_ARRAYS['kernel']}"
+  spec = parameters.specs(shape)["embed"]["table"]
+  return Entry((name,), spec, stacked=False, transposed=False)
+
+
 def ordered(table: types.Tree) -> list[str]:
   """The tensors as the network uses them: embedding, layers, the rest."""
   groups = {"embed": 0, "layers": 1, "last_layer": 2}
@@ -106,11 +119,23 @@ def ordered(table: types.Tree) -> list[str]:
   return [name for _, _, name in sorted(keyed)]
 
 
-def misfits(tensors: files.Tensors, table: types.Tree, dtype: Any) -> list[str]:
-  """Everything that the headers show to be wrong."""
+def misfits(
+  tensors: files.Tensors, table: types.Tree, copy: Entry | None, dtype: Any
+) -> list[str]:
+  """Everything that the headers show to be wrong.
+
+  Args:
+    tensors: of the checkpoint.
+    table: of what the network has.
+    copy: of the embedding table, that the checkpoint may have besides.
+    dtype: that the arrays are read in; None for the stored one.
+  """
   problems = []
   expected: set[str] = set()
-  for entry in jax.tree.leaves(table):
+  entries = jax.tree.leaves(table)
+  if copy and copy.names[0] in tensors.names():
+    entries.append(copy)
+  for entry in entries:
     stored = {}
     for name in entry.names:
       expected.add(name)
@@ -136,6 +161,25 @@ def misfits(tensors: files.Tensors, table: types.Tree, dtype: Any) -> list[str]:
     f"{name} is unexpected" for name in sorted(tensors.names() - expected)
   ]
   return problems
+
+
+def check_copy(
+  tensors: files.Tensors, table: types.Tree, copy: Entry | None
+) -> list[str]:
+  """Returns what is wrong with a stored copy of the embedding table."""
+  if copy is None or copy.names[0] not in tensors.names():
+    return []
+  (name,), (original,) = copy.names, table["embed"]["table"].names
+  num_rows = copy.stored_shape[0]
+  for row in range(0, num_rows, _TRANSPOSE_ROWS):
+    rows = (slice(row, min(row + _TRANSPOSE_ROWS, num_rows)),)
+    one, other = (tensors.read(x, rows) for x in (name, original))
+    if one.dtype != other.dtype or one.tobytes() != other.tobytes():
+      return [
+        f"{name} differs from {original}, though the config calls the head "
+        "tied to the embedding table; if it is not, say so there"
+      ]
+  return []
 
 
 def check_finite(

@@ -50,15 +50,18 @@ def merged(
   source, lora = model_lib.trained_by(checkpoint)
   folder = _base_folder(checkpoint, source, hub.CHECKPOINT)
   dtype = dtype or model_folder.stored_dtype(folder)
+  block = source.attention_block
   if lora is None:
-    shape = model_folder.load_shape(str(folder))
+    shape = model_folder.load_shape(str(folder), attention_block=block)
     params, meta = _read(checkpoint, transformer.abstract_params(shape))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   else:
     # In the run's dtype: the adapter was trained on these very values, or, if
     # the run had them quantized, near them. Never into int8: its error would
     # stay in what is written.
-    shape, params = model_folder.load(folder, dtype=source.dtype)
+    shape, params = model_folder.load(
+      folder, dtype=source.dtype, attention_block=block
+    )
     base_model = checkpoint_meta.describe_base(
       source.path, source.revision, params
     )

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -165,9 +166,11 @@ def check_draw(shape: base.Shape, prompt_length: int, draw: host.Draw) -> None:
   fitting = ("none", "block") if size else ("none", "prefix", "dual")
   if cache not in fitting:
     kind = "block-causal" if size else "not block-causal"
+    is_unset = not size and shape.blocks_from == "end"
     raise errors.UserError(
       f"cache={cache!r} is not for a model whose attention is {kind} "
-      f"(model_type {shape.model_type!r}); use cache={fitting[-1]!r} or 'none'."
+      f"(model_type {shape.model_type!r}); use cache={fitting[-1]!r} or 'none'"
+      + (", or set model.attention_block=32 for bd3lm." if is_unset else ".")
     )
   if cache == "block" and not transformer.has_windows(shape):
     raise errors.UserError(
@@ -432,8 +435,13 @@ def _typed(raw: Mapping[str, Any], name: str, kind: Any) -> Any:
 
 
 def load_shape(source: base.Source) -> base.Shape:
-  """Reads the shape of a network, with what its source says of computing."""
-  return model_folder.load_shape(
+  """Reads the shape of a network, with what its source says of computing.
+
+  Raises:
+    UserError: the files are wrong, or do not tell the blocks of attention that
+      the model's name speaks of.
+  """
+  shape = model_folder.load_shape(
     source.path,
     revision=source.revision or None,
     compute_dtype=source.dtype,
@@ -442,6 +450,22 @@ def load_shape(source: base.Source) -> base.Shape:
     unroll=source.unroll,
     attention_block=source.attention_block,
   )
+  block = _block_in_name(pathlib.PurePath(source.path).name, shape)
+  if block not in (0, shape.attention_block) and not source.attention_block:
+    raise errors.UserError(
+      f"{source.path}: the name speaks of attention in blocks of {block}, and "
+      f"the files of {shape.attention_block or 'none'}. Set "
+      "config.model.attention_block to what it is."
+    )
+  return shape
+
+
+def _block_in_name(name: str, shape: base.Shape) -> int:
+  """Returns the blocks that a released model's name speaks of; 0: of none."""
+  if shape.blocks_from == "end":  # dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1
+    return 32 if "bd3lm" in name else 0
+  sized = re.search(r"-b(\d{1,3})$", name)  # JetLM/SDAR-8B-Chat-b32
+  return int(sized[1]) if sized and shape.attention_block else 0
 
 
 def _check_frozen(quantize: str, lora: lora_lib.Lora | None) -> None:

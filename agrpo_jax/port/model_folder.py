@@ -151,12 +151,15 @@ def _open(
       f"folder holds only {len(tensors.names())} tensors. Correct config.json, "
       "or download the checkpoint again."
     )
-  table = arrays.table(shape, models.family_of(shape))
-  problems = arrays.misfits(tensors, table, dtype)
+  family = models.family_of(shape)
+  table = arrays.table(shape, family)
+  copy = arrays.head_copy(shape, family)
+  problems = arrays.misfits(tensors, table, copy, dtype)
   if problems:
     for name in sorted(tensors.names()):
       arrays.check_finite(tensors, name, tensors.read(name), problems)
     _raise(folder, problems)
+  _raise(folder, arrays.check_copy(tensors, table, copy))
   return folder, shape, tensors, table
 
 
@@ -284,8 +287,14 @@ def save(
     for layer, name in enumerate(entry.names):
       where[name] = (array, entry, layer)
 
-  table = arrays.table(shape, models.family_of(shape))
+  family = models.family_of(shape)
+  table = arrays.table(shape, family)
   jax.tree.map(locate, table, params)
+  names = arrays.ordered(table)
+  copy = arrays.head_copy(shape, family)
+  if copy and origin and copy.names[0] in _stored_names(origin):
+    locate(copy, params["embed"]["table"])
+    names += copy.names
   sizes = {
     name: math.prod(entry.stored_shape) * array.dtype.itemsize
     for name, (array, entry, _) in where.items()
@@ -293,7 +302,7 @@ def save(
   dtypes = [str(array.dtype) for array, _, _ in where.values()]
   write.write(
     pathlib.Path(path),
-    sizes={name: sizes[name] for name in arrays.ordered(table)},
+    sizes={name: sizes[name] for name in names},
     read=lambda name: arrays.stored(*where[name]),
     config=_config_text(
       shape, origin, max(sorted(set(dtypes)), key=dtypes.count)
@@ -303,6 +312,14 @@ def save(
   )
 
 
+def _stored_names(folder: pathlib.Path) -> set[str]:
+  """The names of a folder's tensors; none where it holds no weights."""
+  try:
+    return files.Tensors(folder).names()
+  except errors.UserError:
+    return set()
+
+
 def _config_text(
   shape: base.Shape, source: pathlib.Path | None, dtype: str
 ) -> str:
@@ -310,8 +327,9 @@ def _config_text(
 
   Args:
     shape: of the network.
-    source: the folder whose config.json is kept as it is, but for the dtype;
-      None, or a folder without one: it is written anew.
+    source: the folder whose config.json is kept as it is, but for the dtype
+      and the blocks of attention; None, or a folder without one: it is written
+      anew.
     dtype: of (most of) the tensors.
 
   Raises:
@@ -326,7 +344,8 @@ def _config_text(
   differ = [
     f"{name} {theirs[name]!r} there, {ours[name]!r} here"
     for name in ours
-    if name not in base.SWITCHES and theirs[name] != ours[name]
+    if name not in (*base.SWITCHES, "attention_block")
+    and theirs[name] != ours[name]
   ]
   if differ:
     raise errors.UserError(
@@ -334,4 +353,8 @@ def _config_text(
       "Name the checkpoint that these parameters came from."
     )
   stale = [key for key in _DTYPE_KEYS if raw.get(key) not in (None, dtype)]
-  return write.json_text(raw | dict.fromkeys(stale, dtype)) if stale else text
+  changes: dict[str, Any] = dict.fromkeys(stale, dtype)
+  # Which the run may have set, because their file does not tell.
+  if theirs["attention_block"] != shape.attention_block:
+    changes[models.family_of(shape).block_key] = shape.attention_block
+  return write.json_text(raw | changes) if changes else text

@@ -18,9 +18,12 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import models
 from agrpo_jax import types
+from agrpo_jax.lm_eval import adapter as lm_eval_adapter
+from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.models import transformer
 from agrpo_jax.port import export
+from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
 from agrpo_jax.port import peft
 from agrpo_jax.runs import metrics
@@ -125,6 +128,77 @@ def test_files_both_ways(folder, tmp_path):
   chex.assert_trees_all_equal(new_params, params)
 
 
+@pytest.mark.parametrize("folder", WHOLE[:2], indirect=True)
+def test_a_tied_head_may_be_stored_again(folder, tmp_path):
+  """As the released Tiny-A2D have it; then it is written again too."""
+  file = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  table = tensors["model.embed_tokens.weight"]
+  safetensors.numpy.save_file({**tensors, "lm_head.weight": table}, file)
+  shape, params = model_folder.load(folder)
+  assert "head" not in params
+  model_folder.save(tmp_path / "again", shape, params, source=folder)
+  again = safetensors.numpy.load_file(tmp_path / "again" / file.name)
+  np.testing.assert_array_equal(again["lm_head.weight"], table)
+  assert {*again} == {*tensors, "lm_head.weight"}
+  safetensors.numpy.save_file({**tensors, "lm_head.weight": table + 1}, file)
+  with pytest.raises(errors.UserError, match="differs from model"):
+    model_folder.load(folder)
+  head = {"lm_head.weight": table[:-1]}
+  safetensors.numpy.save_file({**tensors, **head}, file)
+  with pytest.raises(errors.UserError, match=r"lm_head\.weight has shape"):
+    model_folder.load(folder)
+
+
+@pytest.mark.parametrize(
+  "folder, name, key, block",
+  [
+    ("tiny_a2d_qwen3", "Qwen3-0.6B-diffusion-bd3lm-v0.1", "block_size", 32),
+    ("tiny_sdar", "SDAR-8B-Chat-b8", "block_size", 8),
+  ],
+  indirect=["folder"],
+)
+def test_blocks_that_only_a_name_tells(folder, tmp_path, name, key, block):
+  """Must be set, and are kept where the model is written."""
+  path = folder.rename(tmp_path / name)
+  raw = json.loads((path / "config.json").read_text())
+  raw.pop(key, None)
+  (path / "config.json").write_text(json.dumps(raw))
+  source = base.Source(str(path))
+  with pytest.raises(errors.UserError, match=f"in blocks of {block}, and the"):
+    model_lib.load_shape(source)
+  source = dataclasses.replace(source, attention_block=block)
+  shape = model_lib.load_shape(source)
+  _, params = model_folder.load(path)
+  model_folder.save(tmp_path / "trained", shape, params, source=path)
+  written = model_folder.load_shape(str(tmp_path / "trained"))
+  assert written.attention_block == shape.attention_block == block
+  judged = lm_eval_adapter.Adapter(
+    str(path), attention_block=block, sampler="bd3lm", block_length=block
+  )
+  assert judged._model.shape.attention_block == block
+
+
+@pytest.mark.parametrize("folder", WHOLE[1:2], indirect=True)
+def test_a_mask_that_was_added_as_an_ordinary_token(folder):
+  file = folder / "tokenizer.json"
+  tokenizer = json.loads(file.read_text())
+  for token in tokenizer["added_tokens"]:
+    token["special"] &= token["content"] != "<|mask|>"
+  file.write_text(json.dumps(tokenizer))
+  shape = model_folder.load_shape(str(folder))
+  found = model_folder.load_tokenizer(str(folder), shape)
+  assert found.decode([shape.mask_id]) == ""
+  assert shape.mask_id not in found.encode("<|mask|>")
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_rope_that_is_scaled_by_nothing(key):
+  raw = config_json("tiny_dream")
+  scaled = raw | {"rope_scaling": {key: "default"}}
+  assert models.read_shape(scaled) == models.read_shape(raw)
+
+
 @pytest.mark.parametrize("folder", NAMES[:1], indirect=True)
 def test_prompts_ask_for_no_thoughts(folder):
   """Templates of Qwen3 then write an empty thought."""
@@ -166,6 +240,8 @@ def test_what_only_the_code_of_fast_dllm_v2_tells():
     ({"layer_types": ["sliding_attention"] * 2}, "'sliding_attention'"),
     ({"layer_types": 2}, "layer_types=2"),
     ({"rope_parameters": [1e6]}, "rope_parameters=.* is not an object"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "factor=0.5"),
     ({"eos_token_id": []}, "eos_token_id="),
     ({"eos_token_id": [195, "194"]}, "eos_token_id has '194'"),
     ({"eos_token_id": [195, 200]}, "eos_token_id has 200, which is not below"),
