@@ -171,7 +171,8 @@ def main(
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1 + num_words:
       unknown = " ".join(argv[1 + num_words :])
-      _fail(f"Unknown arguments {unknown}; settings start with --.")
+      most = f" (at most {num_words} words)" if num_words else ""
+      _fail(f"Unknown arguments {unknown}{most}; settings start with --.")
     try:
       processes.initialize(**{n: flags.FLAGS[n].value for n in _PROCESSES})
       if not processes.is_main():

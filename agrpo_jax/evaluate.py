@@ -15,6 +15,7 @@ it was stopped. For more than one setting or model: `agrpo_jax.sweep`.
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +70,9 @@ def run(
     examples = data.load_examples(s.task, s.data, s.evaluate.split)
   asked = record_settings(s, examples, checkpoint, num_samples)
   result = accuracy.finished(output, asked, num_samples)
-  if result is None:
+  if result is not None:
+    print(f"Read from {output}, where it is complete.", flush=True)
+  else:
     with s.start_grader() as grader:
       model = model_lib.load_trained(s.model, s.lora, s.mesh.make(), checkpoint)
       result = measure(s, model, examples, grader, asked, output)
@@ -159,7 +162,7 @@ def record_settings(
   return {
     "config": {
       **model_settings(s, checkpoint),
-      "task": dataclasses.asdict(s.task),
+      "task": {**dataclasses.asdict(s.task), **_code_of(s.task)},
       "evaluate": sampling,
     },
     "checkpoint": checkpoint,
@@ -167,6 +170,14 @@ def record_settings(
     "num_samples": num_samples,
     "problems": tasks.provenance(s.task.load(), examples),
   }
+
+
+def _code_of(task: data.Task) -> dict[str, str]:
+  """Returns what names the contents of a user's own task file, if it is one."""
+  if not task.path:
+    return {}
+  content = pathlib.Path(task.path).expanduser().read_bytes()
+  return {"code": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def model_settings(s: settings_lib.Rl, checkpoint: str) -> dict[str, Any]:

@@ -569,8 +569,18 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
   for key in [key for key in own if not _is_like(own[key], usual[key])]:
     kind = type(usual[key]).__name__
     found.append(f"objective.{key}={own.pop(key)!r} must be of type {kind}")
-  objective = _record(record, own)
-  found += [f"objective.{p}" for p in objective.problems(sampling)]
+  try:
+    objective = _record(record, own)
+    found += [f"objective.{p}" for p in objective.problems(sampling)]
+  # A user's own class may do anything.
+  except (TypeError, ValueError) as error:
+    if not own_file:
+      raise
+    found.append(
+      f"objective.path: the settings of {own_file!r} cannot be checked: "
+      f"{type(error).__name__}: {error}"
+    )
+    objective = agrpo.Agrpo()
   evaluate = _evaluate(c, found)
   found.at_least(0, "train", c.train, "keep_best")
   found.at_least(1, "grading", c.grading, "num_workers")

@@ -322,8 +322,9 @@ def export(
   if model.lora_settings is not None:
     params = lora_lib.merge(params, state.lora, model.lora_settings.scale)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  model_folder.save(s.output, model.shape, params, source=source.path)
-  print(f"Wrote {s.output}")
+  folder = pathlib.Path(s.output).expanduser()
+  model_folder.save(folder, model.shape, params, source=source.path)
+  print(f"Wrote {folder}")
 
 
 def main(argv: Sequence[str]) -> None:

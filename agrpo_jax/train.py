@@ -50,6 +50,13 @@ def train(s: settings_lib.Rl, checkpoint: str = "") -> None:
     data.check_size(len(examples), rollout.num_prompts)
     # A run that goes on has weights of its own.
     start = "" if claimed.has_checkpoint else checkpoint
+    if checkpoint and not start:
+      print(
+        f"--checkpoint={checkpoint} is where a run starts; this work directory "
+        "goes on from its own checkpoint. Another start needs another "
+        "--config.workdir.",
+        flush=True,
+      )
     print(f"Loading {s.model.path}.", flush=True)
     model = model_lib.load_first(s.model, s.lora, s.mesh.make(), start, s.seed)
     tokenizer = model.tokenizer

@@ -21,7 +21,7 @@ def load(path: str, what: str) -> types.ModuleType:
   Raises:
     UserError: a missing file, one that is no Python, or one that fails.
   """
-  file = pathlib.Path(path)
+  file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise errors.UserError(f"{what} file {path!r} does not exist.")
   spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -32,7 +32,7 @@ def load(path: str, what: str) -> types.ModuleType:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise errors.UserError(
       f"{what} file {path!r} failed to load: {type(error).__name__}: {error}"
     ) from error

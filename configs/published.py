@@ -41,6 +41,7 @@ _ONE_TOKEN = {"rollout.num_denoise_steps": 256}
 PUBLISHED = {
   "agrpo": {
     "optimizer.learning_rate": 5e-6,
+    "optimizer.warmup_steps": 20,  # 1 %
     "rollout.num_prompts": 16,
     "rollout.group_size": 8,
     "rollout.batch_size": 64,
@@ -96,6 +97,7 @@ PUBLISHED = {
   "dmpo": {
     **_D1,
     "optimizer.learning_rate": 1e-6,
+    "rollout.num_prompts": 4,
     "rollout.group_size": 16,
     "rollout.batch_size": 64,
     "rollout.temperature": 0.2,
@@ -103,6 +105,7 @@ PUBLISHED = {
   },
   "espo": {
     **_D1,
+    "optimizer.warmup_steps": 2,  # 0.1 %
     "optimizer.weight_decay": 0.01,
     "rollout.temperature": 1.0,
     **_ONE_TOKEN,
@@ -128,6 +131,7 @@ PUBLISHED = {
     "rollout.completion_length": 512,
     "rollout.num_denoise_steps": 512,
     "rollout.unmask_rule": "confidence",
+    "rollout.confidence": "model",
     "rollout.temperature": 0.8,
     "rollout.cache": "prefix",
   },
@@ -148,13 +152,16 @@ PUBLISHED = {
     **_FULL,
     "optimizer.learning_rate": 5e-7,
     "optimizer.schedule": "cosine",
+    "optimizer.b2": 0.95,
+    "optimizer.warmup_steps": 15,
     "optimizer.weight_decay": 0.01,
     "rollout.num_prompts": 16,
     "rollout.group_size": 4,
     "rollout.batch_size": 64,
     "rollout.unmask_rule": "confidence",
   },
-  "wd1": _D1,
+  # On half of the devices.
+  "wd1": {**_D1, "rollout.num_prompts": 8, "rollout.batch_size": 48},
 }
 PUBLISHED["trace_rl"] = PUBLISHED["random_mask"]
 """Objective -> what differs from `config.rl()`."""

@@ -45,7 +45,7 @@ def docstring(module: str) -> str:
   [
     ("main", ["--config=gsm8k", "--config:", "agrpo_jax/config.py"]),
     ("evaluate", ["--checkpoint:", "--config:", "--num_samples:"]),
-    ("sweep", ["--output:", "--config:", "sft_sudoku, sudoku_tiny"]),
+    ("sweep", ["--output:", "--config:", "sft_sudoku,"]),
     ("show", ["--html:", "--config:"]),
     ("port", ["--from:", "--to:", "--process_id:"]),
     ("tasks", ["agrpo tasks --show=gsm8k"]),

@@ -2,8 +2,9 @@
 
 Grading runs beside the device work: `submit` returns at once, and the workers
 start while the first rollout compiles. Whatever a completion does to a grader
-costs that completion only: an answer whose grader raises, crashes or takes too
-long scores 0, is counted and logged, and the rest goes on.
+costs that completion only: where its grader raises, crashes or takes too long,
+what that had not decided yet is 0; it is counted and logged, and the rest goes
+on.
 
     with grading.Grader("gsm8k", num_workers=4) as grader:
       pending = grader.submit(completions, fields)
@@ -50,7 +51,8 @@ class Graded:
     grades: name -> float64 [B]; "accuracy" is always there.
     num_failed: completions whose grader raised or crashed.
     num_timed_out: completions whose grader was stopped. Parts that it had
-      decided by then are kept: an answer too hard to check can have its tags.
+      decided by then are kept, as where it raised: an answer too hard to check
+      can have its tags.
     answers: the extracted answer of each completion, "" where there is none.
     failures: row -> what went wrong, of those that failed or timed out.
   """

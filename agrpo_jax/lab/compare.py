@@ -100,7 +100,8 @@ class Pair:
     difference: first minus second, in [0, 1].
     low, high: its 95 % interval by bootstrap.
     won: share of resamples in which the first is better; ties count half.
-    p: two-sided, from the same resamples.
+    p: two-sided, the larger of that of the same resamples and of Student's t
+      over the seeds: few of these, drawn again, vary too little.
     p_holm: adjusted for the number of pairs.
     low_seeds, high_seeds: the 95 % interval by Student's t over the seeds.
   """
@@ -123,7 +124,9 @@ class Pair:
 
   @property
   def excludes_zero(self) -> bool:
-    return self.low > 0 or self.high < 0
+    """Whether both intervals do."""
+    low = min(self.low, self.low_seeds)
+    return low > 0 or max(self.high, self.high_seeds) < 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +219,7 @@ def pairs(
         low=float(low),
         high=float(high),
         won=float((mean_R > 0).mean() + (mean_R == 0).mean() / 2),
-        p=min(1.0, 2.0 * fewest / (num_resamples + 1)),
+        p=max(min(1.0, 2.0 * fewest / (num_resamples + 1)), _student(mean_S)),
         p_holm=math.nan,
         low_seeds=float(mean_S.mean() - width),
         high_seeds=float(mean_S.mean() + width),
@@ -227,6 +230,14 @@ def pairs(
     dataclasses.replace(pair, p_holm=p)
     for pair, p in zip(found, adjusted, strict=True)
   ]
+
+
+def _student(values: np.ndarray) -> float:
+  """Two-sided p of a mean of 0, Student's t; 1 for one value."""
+  mean, error = abs(values.mean()), stats.sem(values) if len(values) > 1 else 0
+  if len(values) < 2 or mean == 0:
+    return 1.0
+  return float(2 * stats.t.sf(mean / error, len(values) - 1)) if error else 0.0
 
 
 def _shares(
@@ -379,15 +390,15 @@ def _verdicts(found: Sequence[Pair]) -> list[str]:
   rest = [pair for pair in found if not pair.excludes_zero]
   lines = [
     f"Paired differences, {_NUM_RESAMPLES:,} resamples of seeds and prompts. "
-    f"Of {len(found)} pairs {len(differ)} differ (Holm's p < 0.05, the 95 % "
-    "interval excludes 0)" + (":" if differ else "."),
+    f"Of {len(found)} pairs {len(differ)} differ (Holm's p < 0.05, both 95 % "
+    "intervals exclude 0)" + (":" if differ else "."),
     "",
     *(_line(pair) for pair in differ),
   ]
   if maybe:
     lines += [
       "",
-      "The interval of these excludes 0 too, which among so many pairs may be "
+      "The intervals of these exclude 0 too, which among so many pairs may be "
       "chance:",
       "",
       *(_line(pair) for pair in maybe),
@@ -397,8 +408,8 @@ def _verdicts(found: Sequence[Pair]) -> list[str]:
     lines += ["", f"No difference was found between {listed}."]
   lines += [
     "",
-    "Intervals from few seeds are too narrow rather than too wide: "
-    "`pairs.csv` has those of Student's t over the seeds beside them.",
+    "A few seeds, drawn again and again, vary less than new ones would: so p "
+    "is the larger of the bootstrap's and of Student's t over the seeds.",
   ]
   return lines
 
@@ -406,7 +417,9 @@ def _verdicts(found: Sequence[Pair]) -> list[str]:
 def _line(pair: Pair) -> str:
   return (
     f"* `{pair.first}` over `{pair.second}`: {100 * pair.difference:+.1f} "
-    f"points ({100 * pair.low:.1f} to {100 * pair.high:.1f}), won "
+    f"points ({100 * pair.low_seeds:.1f} to {100 * pair.high_seeds:.1f} by "
+    "Student's t over the seeds, "
+    f"{100 * pair.low:.1f} to {100 * pair.high:.1f} by bootstrap), won "
     f"{_percent(pair.won)} of resamples, Holm's p {pair.p_holm:.2g}"
   )
 

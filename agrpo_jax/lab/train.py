@@ -437,7 +437,7 @@ class _Comparison:
       return 1.0
     s = asked.settings(
       word,
-      f"calibration/{_folder(word)}",
+      f"calibration/{_folder(word)}/{asked.rates[0]:g}",
       seed=_SWEEP_SEED,
       # One of the sweep's: with a constant schedule its program serves both.
       learning_rate=asked.rates[0],
@@ -603,8 +603,8 @@ class _Comparison:
       )
       found.append(
         "The learning rate of each objective is that of the highest accuracy "
-        f"at the end of runs with {asked.sweep_budget}, on {seeds} and on the "
-        "prompts of the learning curves."
+        f"in the last evaluation of runs with {asked.sweep_budget}, on {seeds} "
+        "and on the prompts of the learning curves."
       )
     if self._held_out.is_shared:
       found.append(

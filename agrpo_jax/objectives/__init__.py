@@ -64,7 +64,8 @@ def get(name: str, path: str = "") -> type[Objective]:
 
 def _checked(made: Any, path: str) -> type[Objective]:
   """Returns it if it is a class with all that the learner asks for."""
-  if not isinstance(made, type) or not dataclasses.is_dataclass(made):
+  # A class below a dataclass is one too, without what it adds.
+  if not isinstance(made, type) or "__dataclass_fields__" not in vars(made):
     raise errors.UserError(
       f"objective file {path!r} has no class `Objective` that is a dataclass "
       "of its settings."
@@ -73,11 +74,23 @@ def _checked(made: Any, path: str) -> type[Objective]:
   # Only asked for where the behaviour policy is recorded.
   if getattr(made, "behaviour", None) != "recorded":
     wanted.remove("recorded")
-  fields = {field.name for field in dataclasses.fields(made)}
-  missing = [x for x in wanted if not hasattr(made, x) and x not in fields]
+  fields = {field.name: field.default for field in dataclasses.fields(made)}
+  # A class below the protocol has its stubs.
+  missing = [
+    x
+    for x in wanted
+    if x not in fields
+    and (not hasattr(made, x) or getattr(made, x) is getattr(Objective, x))
+  ]
   if missing:
     raise errors.UserError(
       f"the class `Objective` of {path!r} lacks {', '.join(missing)}; see "
       "`agrpo_jax/objectives/objective.py`."
+    )
+  bare = [x for x, value in fields.items() if value is dataclasses.MISSING]
+  if bare:
+    raise errors.UserError(
+      f"the class `Objective` of {path!r} has settings without a plain value "
+      f"as default: {', '.join(bare)}."
     )
   return cast(type[Objective], made)

@@ -102,7 +102,9 @@ class Vrpo(masks.Masks):
     num_pairs = jnp.maximum(is_pair_GxG.sum(), 1)
     margin_GxG = self.beta * (gain_G[:, None] - gain_G[None, :])
     preference = -jax.nn.log_sigmoid(margin_GxG)
-    num_tokens_G = masks.drawn(rows).sum(axis=1)
+    # The scale is content tokens over masked ones.
+    num_masked = visits.is_masked.sum(axis=-1)
+    num_tokens_G = (visits.scale * num_masked).sum(axis=(1, 2))
     sft_Gx1 = -self.sft_weight * (value_G / num_tokens_G)[:, None]
     loss = jnp.where(is_pair_GxG, preference + sft_Gx1, 0.0).sum() / num_pairs
     # Weights are of rows; a group's mean shall count as one of N.

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   asked = flags.FLAGS.flag_values_dict()
   _check(asked)
-  to = pathlib.Path(asked["to"])
+  to = pathlib.Path(asked["to"]).expanduser()
   write.refuse_weights(to)
   if asked["push"]:
     hub.check_push(asked["push"])
@@ -118,7 +118,9 @@ def _convert(asked: Mapping[str, Any], to: pathlib.Path) -> int:
   """Copies a model through our parameters; returns how many those are."""
   shape, params = model_folder.load(asked["from"], dtype=asked["dtype"])
   if asked["merge_adapter"]:
-    adapter, settings = peft.load(pathlib.Path(asked["merge_adapter"]), shape)
+    adapter, settings = peft.load(
+      pathlib.Path(asked["merge_adapter"]).expanduser(), shape
+    )
     params = lora_lib.merge(params, adapter, settings.scale)
   model_folder.save(
     to,

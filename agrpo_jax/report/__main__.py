@@ -9,6 +9,7 @@ anew whenever the logs grow, until all runs have ended; an open page reads
 itself again.
 """
 
+import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def main(argv: Sequence[str]) -> None:
       "Give the work directory of a run, or of several: python -m "
       "agrpo_jax.report WORKDIR [WORKDIR ...]"
     )
-  if not _PRICE.value >= 0:
+  if file.is_dir():
+    raise errors.UserError(f"--html={str(file)!r} is a folder; name a file.")
+  if not 0 <= _PRICE.value < math.inf:
     raise errors.UserError(
       f"--chip_hour_price={_PRICE.value:g} must be 0 (not known) or more."
     )

@@ -448,7 +448,8 @@ function lineChart(chart) {
     [e.accuracy_low, e.accuracy_high, e.accuracy]) : [];
   const all = lines.flatMap((one) => one.ys.concat(bounds(one)))
     .filter((y) => isNumber(y) && (!isLog || y > 0));
-  let low = Math.min(...all), high = Math.max(...all);
+  let low = all.reduce((a, b) => Math.min(a, b), Infinity);
+  let high = all.reduce((a, b) => Math.max(a, b), -Infinity);
   if (!all.length) [low, high] = isLog ? [1e-3, 1] : [0, 1];
   if (isLog) {
     low = Math.pow(10, Math.floor(Math.log10(low)));
@@ -1055,7 +1056,8 @@ function grading() {
     el("h2", { id: "grading-title" }, "Not graded"),
     ...runs.map((run) => el("p", {}, (isOne ? "" : run.name + ": ") +
       plural(run.num_failed, "completion") + " whose grader failed, " +
-      run.num_timed_out.toLocaleString("en-US") + " out of time; they count as 0. " +
+      run.num_timed_out.toLocaleString("en-US") + " out of time; what was " +
+      "not decided counts as 0. " +
       "A few of each train step are kept with their reason, and stand among " +
       "the completions.")),
     rows.length ? table([

@@ -127,7 +127,7 @@ CHARTS = (
     "Not graded",
     {"grading/num_failed": "failed", "grading/num_timed_out": "out of time"},
     "Completions",
-    "completions per train step; count as 0",
+    "completions per train step; what is not decided counts as 0",
   ),
   Chart(
     "Tokens per second",
@@ -177,9 +177,11 @@ def write(
     UserError: a folder that holds no run, or a page that cannot be written.
   """
   read = _with_names([logs.read(workdir) for workdir in workdirs])
+  content = render(read, price=price, seconds=seconds).encode()
   try:
-    with files.rewrite(file) as opened:
-      opened.write(render(read, price=price, seconds=seconds).encode())
+    # `--watch` and the run itself may write it at once.
+    with files.rewrite(file, is_shared=True) as opened:
+      opened.write(content)
   except OSError as error:
     raise errors.UserError(
       f"Cannot write --html={str(file)!r}: {error.strerror}."
@@ -292,6 +294,20 @@ def _with_names(read: Sequence[logs.Log]) -> list[logs.Log]:
   return found
 
 
+# What the page reads of an evaluation, and of a start of the run; the command
+# names folders, which are nobody's business elsewhere.
+_EVALUATION = ("accuracy", "accuracy_low", "accuracy_high")
+_SESSION = (
+  "first_step",
+  "since",
+  "device_kind",
+  "platform",
+  "num_devices",
+  "num_processes",
+  "versions",
+)
+
+
 def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
   by_metric, num_metrics = _metrics(log)
   shown, table = {}, []
@@ -313,8 +329,11 @@ def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
     "table": table,
     "phases": series.phases(log.records),
     "evaluations": [
-      {"step": step, **{k: series.brief(v) for k, v in found.items()}}
-      for step, found in log.evaluations()
+      {
+        "step": step,
+        **{k: series.brief(found[k]) for k in _EVALUATION if k in found},
+      }
+      for step, found in series.spread(log.evaluations())
     ],
     "cost": {
       **{k: series.brief(v) for k, v in dataclasses.asdict(cost).items()},
@@ -322,7 +341,7 @@ def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
     },
     "sessions": [
       {
-        **session,
+        **{key: session[key] for key in _SESSION if key in session},
         "chip": chips.of_device(session["device_kind"]) is not None,
       }
       for session in log.sessions

@@ -237,7 +237,7 @@ def _ungraded(log: logs.Log, name: str, what: str) -> str | None:
   share = 100 * num / (per_step * len(recent))
   return (
     f"{what} for {share:.1f} % of the completions of the last {len(recent)} "
-    "train steps; they count as 0."
+    "train steps; what was not decided counts as 0."
   )
 
 
@@ -267,8 +267,9 @@ RULES = (
     "not_finite",
     "stop",
     _not_finite,
-    "Lower optimizer.learning_rate, and start the same command again: it goes "
-    "on from the checkpoint before.",
+    "Lower optimizer.learning_rate, and start the same command again with "
+    "--config.accept_changed_config=true: it goes on from the checkpoint "
+    "before.",
   ),
   Rule(
     "no_spread",
@@ -352,7 +353,8 @@ RULES = (
     lambda log: _ungraded(
       log, "grading/num_timed_out", "Grading ran out of time"
     ),
-    "Raise grading.timeout_seconds, or make the reward function cheaper.",
+    "Raise grading.timeout_seconds (with accept_changed_config=true, in a run "
+    "that goes on), or make the reward function cheaper.",
   ),
   Rule(
     "slow_grading",
@@ -364,7 +366,8 @@ RULES = (
     "slow_evaluation",
     "look",
     lambda log: _slow(log, "evaluate", 0.5, "Evaluation", num=50),
-    "Raise evaluate.every or lower evaluate.num_examples.",
+    "Raise evaluate.every or lower evaluate.num_examples (with "
+    "accept_changed_config=true, in a run that goes on).",
   ),
   Rule(
     "waiting",

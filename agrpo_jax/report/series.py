@@ -41,6 +41,13 @@ def thin(
   return [points[i] for i in sorted(kept)]
 
 
+def spread(items: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
+  """Returns at most `most` of the items, the first and the last among them."""
+  if len(items) <= most:
+    return list(items)
+  return [items[i] for i in np.linspace(0, len(items) - 1, most).astype(int)]
+
+
 def as_json(points: Sequence[tuple[int, float]]) -> list[list[Any]]:
   """Returns [[x ...], [y ...]] of four significant digits; gaps are None."""
   return [[x for x, _ in points], [brief(y) for _, y in points]]

@@ -77,17 +77,29 @@ def _owner(file: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def rewrite(file: pathlib.Path) -> Iterator[BinaryIO]:
+def rewrite(
+  file: pathlib.Path, *, is_shared: bool = False
+) -> Iterator[BinaryIO]:
   """Opens a file to write it anew; until all is written it is what it was.
 
-  What interrupts the writing leaves the old file, and FILE.tmp beside it.
+  What interrupts the writing leaves the old file, and perhaps FILE.tmp beside
+  it.
+
+  Args:
+    file: to write.
+    is_shared: with other processes that write it meanwhile; the last one wins.
   """
-  temporary = file.with_name(f"{file.name}.tmp")
-  with open(temporary, "wb") as opened:
-    yield opened
-    opened.flush()
-    os.fsync(opened.fileno())  # a renamed file may be empty after a power loss
-  os.replace(temporary, file)
+  own = f".{os.getpid()}" if is_shared else ""
+  temporary = file.with_name(f"{file.name}{own}.tmp")
+  try:
+    with open(temporary, "wb") as opened:
+      yield opened
+      opened.flush()
+      os.fsync(opened.fileno())  # a renamed file may be empty after power loss
+    os.replace(temporary, file)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:

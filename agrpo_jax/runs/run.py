@@ -425,6 +425,10 @@ def _check_config(settings: Settings, file: pathlib.Path) -> str:
   before["model"] = {**before.get("model", {}), **source}
   length, num_before = now["train"]["num_steps"], _length(before)
   is_longer = num_before is not None and num_before < length
+  # Where SFT writes what it made, and how much is evaluated at once.
+  for part, key in (("sft", "output"), ("evaluate", "batch_size")):
+    if part in now and part in before:
+      before[part] = {**before[part], key: now[part][key]}
   # All else there says when to save, and what to keep.
   before["train"] = {
     **now["train"],

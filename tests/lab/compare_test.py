@@ -115,6 +115,17 @@ class TestPairs:
     assert found == compare.pairs(grades, num_resamples=500)
 
 
+def test_a_few_seeds_that_agree_prove_little():
+  """Two differ by chance: drawn again and again, both are always ahead."""
+  ones = np.zeros((2, 200))
+  ones[0, :60], ones[1, :5] = 1, 1
+  (pair,) = compare.pairs({"a": ones, "b": np.zeros((2, 200))}, 1000)
+  assert pair.low > 0 and pair.low_seeds < 0
+  # t = 0.1625 / 0.1375 with one degree of freedom.
+  assert pair.p == pytest.approx(1 - 2 / math.pi * math.atan(0.1625 / 0.1375))
+  assert not pair.excludes_zero and not pair.differs
+
+
 def test_the_best_learning_rate_is_chosen():
   assert compare.choose({1e-4: 0.2, 1e-3: 0.5, 1e-2: 0.3}) == 1e-3
   assert compare.choose({1e-2: 0.5, 1e-3: 0.5, 1e-4: 0.3}) == 1e-3
@@ -127,12 +138,12 @@ class TestReport:
     text = compare.report(found, found.pairs())
     assert text.index("| `good`") < text.index("| `bad`")
     assert "Of 3 pairs 2 differ" in text
-    assert "* `good` over `bad`: +100.0 points (100.0 to 100.0)" in text
+    assert "* `good` over `bad`: +100.0 points (100.0 to 100.0 by" in text
     assert "No difference was found between `good` and `same`." in text
     assert "99.0 % to 100.0 % of the budget" in text
 
   def test_it_tells_chance_among_many(self):
-    pair = compare.Pair("a", "b", 0.1, 0.01, 0.2, 0.98, 0.04, 0.4, -0.1, 0.3)
+    pair = compare.Pair("a", "b", 0.1, 0.01, 0.2, 0.98, 0.04, 0.4, 0.01, 0.3)
     lines = "\n".join(compare._verdicts([pair]))
     assert "Of 1 pairs 0 differ" in lines
     assert "may be chance:\n\n* `a` over `b`: +10.0 points" in lines

@@ -14,6 +14,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import learner as learner_lib
 from agrpo_jax import objectives
+from agrpo_jax import settings
 from agrpo_jax import types
 from agrpo_jax.objectives import base
 from agrpo_jax.runs import metrics
@@ -186,6 +187,25 @@ def test_a_run_uses_the_documented_file(tmp_path):
       "lacks .*advantage.*loss",
     ),
     ("import nothing_of_the_kind", "failed to load: ModuleNotFoundError"),
+    ("import sys\nsys.exit(3)", "failed to load: SystemExit"),
+    (
+      "from agrpo_jax.objectives import masks\n"
+      "class Objective(masks.Masks):\n"
+      "  strength: float = 1.0\n",
+      "that is a dataclass of its settings",
+    ),
+    (
+      "import dataclasses\n"
+      "from agrpo_jax.objectives import objective\n"
+      "@dataclasses.dataclass(frozen=True)\n"
+      "class Objective(objective.Objective):\n"
+      "  pass\n",
+      "lacks .*loss",
+    ),
+    (
+      f"{OWN_FILE}\n  x: tuple = dataclasses.field(default_factory=tuple)\n",
+      "as default: x",
+    ),
   ],
 )
 def test_a_file_without_an_objective_is_refused(tmp_path, text, message):
@@ -193,6 +213,15 @@ def test_a_file_without_an_objective_is_refused(tmp_path, text, message):
   file.write_text(text, "utf-8")
   with pytest.raises(errors.UserError, match=message):
     objectives.get("agrpo", str(file))
+
+
+def test_an_objective_that_cannot_check_its_settings(tmp_path):
+  file = tmp_path / "own.py"
+  file.write_text(f"{OWN_FILE}\n  def problems(self, sampling):\n    pass\n")
+  c = runs.small(tmp_path)
+  config_lib.use_objective(c, "", path=str(file))
+  with pytest.raises(errors.UserError, match="cannot be checked: TypeError"):
+    settings.rl(c)
 
 
 def test_a_name_on_the_command_line_brings_its_own_defaults():
