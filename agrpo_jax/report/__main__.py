@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(f"--html={str(file)!r} is a folder; name a file.")
   if not 0 <= _PRICE.value < math.inf:
     raise errors.UserError(
-      f"--chip_hour_price={_PRICE.value:g} must be 0 (not known) or more."
+      f"--chip_hour_price={_PRICE.value:g} must be 0 (not known) or a price."
     )
   if not _SECONDS.value > 0:
     raise errors.UserError(

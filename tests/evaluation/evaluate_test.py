@@ -18,6 +18,7 @@ from agrpo_jax import settings
 from agrpo_jax.evaluation import statistics
 from fixtures import commands
 from fixtures import recordings
+from fixtures import runs
 from fixtures import sudoku
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,6 +111,21 @@ def test_records_of_something_else_are_not_continued(tmp_path):
   file.write_text('{"id": 5, "index": 0}\n')
   with pytest.raises(errors.UserError, match="not the first ones"):
     run(config(), "", str(tmp_path))
+
+
+def test_records_of_a_task_that_was_edited_are_not_those_of_this_one(tmp_path):
+  c = runs.varied(tmp_path)
+  task = tmp_path / "task.py"
+  shutil.copy(c.task.path, task)
+  c.task.path = str(task)
+
+  def asked():
+    return evaluate.record_settings(settings.rl(c), [], "", 1)["config"]["task"]
+
+  before = asked()
+  assert asked() == before
+  task.write_text(task.read_text() + "\n")
+  assert asked() != before
 
 
 def command(*flags: str) -> list[str]:

@@ -6,6 +6,7 @@ The network is a toy whose logits depend on every token of the row.
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from agrpo_jax import objectives
 from agrpo_jax import types
 from agrpo_jax.objectives import advantage as advantage_lib
 from agrpo_jax.objectives import agrpo
+from agrpo_jax.objectives import base
 from agrpo_jax.objectives import bgpo
 from agrpo_jax.objectives import espo
 from agrpo_jax.objectives import gdpo
@@ -354,6 +356,27 @@ def test_wd1_is_reinforce_for_small_advantages():
   np.testing.assert_allclose(
     ours, 2 * centred / GROUP_SIZE / 2, rtol=1e-3, atol=1e-7
   )
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_vrpo_counts_the_winners_tokens_up_to_its_eos(length):
+  """Where every token has log-probability -1 its share of SFT is one weight."""
+  objective, num_rows = objectives.get("vrpo")(sft_weight=0.5), 2
+  completion = jnp.ones((num_rows, C), jnp.int32).at[:, length - 1 :].set(EOS)
+  rows = drawn_rollout()
+  rows = jax.tree.map(lambda x: x[:num_rows], rows).replace(
+    completion=completion
+  )
+  visits, _ = objective.visits(rows, None, None, keys_of()[:num_rows], SAMPLING)
+  visits = jax.tree.map(lambda x: x[0], visits)
+  factors = base.Factors(
+    logprob=-jnp.ones(visits.is_masked.shape), is_factor=visits.is_masked
+  )
+  advantage = jnp.array([0.5, -0.5])
+  found = objective.loss(
+    factors, None, factors.logprob, advantage, visits, rows
+  )
+  np.testing.assert_allclose(found.loss, math.log(2) + 0.5, rtol=1e-5)
 
 
 def test_gdpo_nodes_integrate_cubics():

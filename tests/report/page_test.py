@@ -78,6 +78,19 @@ def test_text_that_would_act_on_a_screen_is_shown():
   assert item["versions"][0]["text"] == "a<U+001B>[31m<U+202E>b<U+D800>"
 
 
+def test_many_evaluations_and_no_command():
+  """Of a start what the page shows: its command names folders."""
+  session = {**run_logs.SESSION, "command": ["train", "--config.workdir=/own"]}
+  found = run_logs.log(
+    1000, eval__accuracy=0.5, eval__extra=1.0, sessions=[session]
+  )
+  (run,) = content(found)["runs"]
+  assert len(run["evaluations"]) == 240
+  first, last = run["evaluations"][0], run["evaluations"][-1]
+  assert first == {"step": 1, "accuracy": 0.5} and last["step"] == 1000
+  assert "/own" not in json.dumps(run)
+
+
 def test_a_long_run_makes_a_bounded_page():
   num_steps = 4000
   evaluated = [

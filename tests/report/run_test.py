@@ -114,6 +114,8 @@ def test_the_command_makes_one_page_of_several_runs(tmp_path):
     ([], "Give the work directory of a run"),
     (["nowhere"], "'nowhere' is not the work directory of a run"),
     (["nowhere", "--chip_hour_price=-1"], "--chip_hour_price=-1 must be 0"),
+    (["nowhere", "--chip_hour_price=inf"], "--chip_hour_price=inf must be 0"),
+    (["nowhere", "--html=."], "--html='.' is a folder"),
     (["nowhere", "--watch", "--watch_seconds=0"], "--watch_seconds=0 must be"),
   ],
 )
