@@ -246,8 +246,8 @@ class TestComparison:
     fake = Fake(monkeypatch, tmp_path)
     found = fake.run(asked(tmp_path))
     assert fake.runs == [
-      "calibration/agrpo 3",
-      "calibration/espo 3",
+      "calibration/agrpo/0.0003 3",
+      "calibration/espo/0.0003 3",
       "runs/agrpo/0.0003-0 20",
       "runs/espo/0.0003-0 10",
       "runs/agrpo/0.0003-1 20",
