@@ -28,7 +28,7 @@ def get_config() -> config_lib.ConfigDict:
   c.rollout.block_length = 4
   c.rollout.num_denoise_steps = 8
 
-  c.objective.step_rule = "all"  # two drawn steps of eight learn nothing
+  c.objective.step_rule = "all"
   c.objective.microbatch = 128
 
   c.optimizer.learning_rate = 3e-4
