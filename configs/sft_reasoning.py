@@ -48,6 +48,9 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
   c.train.keep = 1
   c.sft.completion_length = 64
   c.sft.batch_size = c.sft.microbatch = 32
+  if arg in ("pairs", "adding"):
+    c.sft.completion_length = 16
+    c.sft.batch_size = c.sft.microbatch = 64
   if arg == "countdown":
     c.model.network = dict(num_layers=4, width=64, num_heads=4, mlp_width=192)
     c.optimizer.learning_rate = 3e-3
@@ -73,8 +76,6 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
   elif arg == "pairs":
     c.model.path = str(_ASSETS / "tiny-reasoning")
     c.optimizer.learning_rate = 2e-3
-    c.sft.completion_length = 16
-    c.sft.batch_size = c.sft.microbatch = 64
     c.train.num_steps = 1200
     c.sft.output = "runs/tiny_countdown_clean"
   elif arg == "adding":
@@ -82,8 +83,6 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.task.options.demonstration = "careless"
     c.task.options.careless_probability = 0.85
     c.optimizer.learning_rate = 5e-4
-    c.sft.completion_length = 16
-    c.sft.batch_size = c.sft.microbatch = 64
     c.train.num_steps = 150
     c.sft.output = "runs/tiny_countdown"
   else:

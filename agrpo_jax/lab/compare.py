@@ -234,10 +234,12 @@ def pairs(
 
 def _student(values: np.ndarray) -> float:
   """Two-sided p of a mean of 0, Student's t; 1 for one value."""
-  mean, error = abs(values.mean()), stats.sem(values) if len(values) > 1 else 0
+  mean = abs(values.mean())
   if len(values) < 2 or mean == 0:
     return 1.0
-  return float(2 * stats.t.sf(mean / error, len(values) - 1)) if error else 0.0
+  error = stats.sem(values)
+  ratio = mean / error if error else math.inf
+  return float(2 * stats.t.sf(ratio, len(values) - 1))
 
 
 def _shares(

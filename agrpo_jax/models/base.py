@@ -177,6 +177,8 @@ class Family:
       q_proj". The layer counts from 0; ("last_layer", ...) has one too.
     end_of_turn: name of the token that ends a turn of a chat.
     block_key: of config.json, that tells `Shape.attention_block`.
+    block_in_name: name of a released model -> the `attention_block` that it
+      speaks of; 0: of none.
   """
 
   read: Callable[[Mapping[str, Any], Mapping[str, Any]], Shape]
@@ -184,6 +186,7 @@ class Family:
   module_name: Callable[[tuple[str, ...], int | None], str]
   end_of_turn: str
   block_key: str = "block_size"
+  block_in_name: Callable[[str], int] = lambda name: 0
 
 
 MAX_INT = 2**31 - 1  # of an index

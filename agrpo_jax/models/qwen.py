@@ -16,6 +16,7 @@ The ids of special tokens stand in config.json, or with the tokenizer
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ _OUTSIDE = {
   "head": "lm_head",
 }
 
+_A2D = ("a2d-qwen2", "a2d-qwen3")
 # What a family's members have in common, and the class that computes them.
 _A2D_QWEN2 = dict(qkv_bias=True, qk_norm=False, shift=0, blocks_from="end")
 _A2D_QWEN3 = dict(qkv_bias=False, qk_norm=True, shift=0, blocks_from="end")
@@ -205,6 +207,15 @@ def _module_name(path: tuple[str, ...], layer: int | None) -> str:
   return f"model.layers.{layer}.{_IN_LAYER[path[1]]}"
 
 
+def _block_in_name(model_type: str, name: str) -> int:
+  """Some releases tell their blocks nowhere else."""
+  if model_type == "sdar":
+    sized = re.search(r"-b(\d{1,3})$", name)  # SDAR-8B-Chat-b32
+    return int(sized[1]) if sized else 0
+  # Qwen3-0.6B-diffusion-bd3lm-v0.1
+  return 32 if model_type in _A2D and "bd3lm" in name else 0
+
+
 FAMILIES = {
   model_type: base.Family(
     read=functools.partial(_read, model_type, usual),
@@ -212,6 +223,7 @@ FAMILIES = {
     module_name=_module_name,
     end_of_turn="<|im_end|>",
     block_key=_keys(model_type)["attention_block"],
+    block_in_name=functools.partial(_block_in_name, model_type),
   )
   for model_type, usual in (
     ("a2d-qwen2", _A2D_QWEN2),

@@ -94,7 +94,7 @@ class Vrpo(masks.Masks):
     rows: types.Rollout,
   ) -> base.Terms:
     """Returns the mean over a group's pairs; a mean over groups."""
-    del behaviour
+    del behaviour, rows
     value_G = masks.value(policy, visits)
     gain_G = value_G - masks.value(policy.replace(logprob=reference), visits)
     # [winner, loser]

@@ -5,6 +5,7 @@ transposed; they are read part by part, as the devices that hold them ask.
 """
 
 import dataclasses
+from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,15 +96,18 @@ def table(shape: base.Shape, family: base.Family) -> types.Tree:
   )
 
 
-def head_copy(shape: base.Shape, family: base.Family) -> Entry | None:
+def head_copy(
+  shape: base.Shape, family: base.Family, stored: Collection[str]
+) -> Entry | None:
   """Returns where a head lies that is the embedding table, stored again.
 
   Tiny-A2D's checkpoints have one, though their config.json calls it tied. None
-  for a network with a head of its own.
+  for a network with a head of its own, and where there is none among the names
+  `stored`.
   """
-  if not shape.tied_head:
-    return None
   name = f"{family.module_name(('head',), None)}.{_ARRAYS['kernel']}"
+  if not shape.tied_head or name not in stored:
+    return None
   spec = parameters.specs(shape)["embed"]["table"]
   return Entry((name,), spec, stacked=False, transposed=False)
 
@@ -127,15 +131,12 @@ def misfits(
   Args:
     tensors: of the checkpoint.
     table: of what the network has.
-    copy: of the embedding table, that the checkpoint may have besides.
+    copy: of the embedding table, where the checkpoint has one besides.
     dtype: that the arrays are read in; None for the stored one.
   """
   problems = []
   expected: set[str] = set()
-  entries = jax.tree.leaves(table)
-  if copy and copy.names[0] in tensors.names():
-    entries.append(copy)
-  for entry in entries:
+  for entry in jax.tree.leaves([table, copy]):
     stored = {}
     for name in entry.names:
       expected.add(name)
@@ -164,11 +165,9 @@ def misfits(
 
 
 def check_copy(
-  tensors: files.Tensors, table: types.Tree, copy: Entry | None
+  tensors: files.Tensors, table: types.Tree, copy: Entry
 ) -> list[str]:
   """Returns what is wrong with a stored copy of the embedding table."""
-  if copy is None or copy.names[0] not in tensors.names():
-    return []
   (name,), (original,) = copy.names, table["embed"]["table"].names
   num_rows = copy.stored_shape[0]
   for row in range(0, num_rows, _TRANSPOSE_ROWS):

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from agrpo_jax import errors
+from agrpo_jax import models
 from agrpo_jax import optimizer
 from agrpo_jax import types
 from agrpo_jax.models import base
@@ -450,22 +450,16 @@ def load_shape(source: base.Source) -> base.Shape:
     unroll=source.unroll,
     attention_block=source.attention_block,
   )
-  block = _block_in_name(pathlib.PurePath(source.path).name, shape)
+  name = pathlib.PurePath(source.path).name
+  block = models.family_of(shape).block_in_name(name)
   if block not in (0, shape.attention_block) and not source.attention_block:
     raise errors.UserError(
       f"{source.path}: the name speaks of attention in blocks of {block}, and "
       f"the files of {shape.attention_block or 'none'}. Set "
-      "config.model.attention_block to what it is."
+      "config.model.attention_block to what it is (with --config=..., where "
+      "a command can do without one)."
     )
   return shape
-
-
-def _block_in_name(name: str, shape: base.Shape) -> int:
-  """Returns the blocks that a released model's name speaks of; 0: of none."""
-  if shape.blocks_from == "end":  # dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1
-    return 32 if "bd3lm" in name else 0
-  sized = re.search(r"-b(\d{1,3})$", name)  # JetLM/SDAR-8B-Chat-b32
-  return int(sized[1]) if sized and shape.attention_block else 0
 
 
 def _check_frozen(quantize: str, lora: lora_lib.Lora | None) -> None:

@@ -153,13 +153,14 @@ def _open(
     )
   family = models.family_of(shape)
   table = arrays.table(shape, family)
-  copy = arrays.head_copy(shape, family)
+  copy = arrays.head_copy(shape, family, tensors.names())
   problems = arrays.misfits(tensors, table, copy, dtype)
   if problems:
     for name in sorted(tensors.names()):
       arrays.check_finite(tensors, name, tensors.read(name), problems)
     _raise(folder, problems)
-  _raise(folder, arrays.check_copy(tensors, table, copy))
+  if copy:
+    _raise(folder, arrays.check_copy(tensors, table, copy))
   return folder, shape, tensors, table
 
 
@@ -291,8 +292,8 @@ def save(
   table = arrays.table(shape, family)
   jax.tree.map(locate, table, params)
   names = arrays.ordered(table)
-  copy = arrays.head_copy(shape, family)
-  if copy and origin and copy.names[0] in _stored_names(origin):
+  copy = arrays.head_copy(shape, family, _stored_names(origin))
+  if copy:
     locate(copy, params["embed"]["table"])
     names += copy.names
   sizes = {
@@ -312,8 +313,10 @@ def save(
   )
 
 
-def _stored_names(folder: pathlib.Path) -> set[str]:
-  """The names of a folder's tensors; none where it holds no weights."""
+def _stored_names(folder: pathlib.Path | None) -> set[str]:
+  """The names of a folder's tensors; none where there are no weights."""
+  if folder is None:
+    return set()
   try:
     return files.Tensors(folder).names()
   except errors.UserError:
