@@ -178,7 +178,7 @@ class Learner:
       "clip_ratio/region_mean": (terms.clip_low + terms.clip_high).sum()
       / num_factors,
       "entropy": rollout.entropy.sum() / jnp.maximum(carries_BxC.sum(), 1),
-      "frac_reward_zero_std": (advantage_NxG == 0).all(axis=1).mean(),
+      "frac_reward_zero_std": (jnp.ptp(paid_NxG, axis=1) == 0).mean(),
       # Run with a gradient; of a loss that is no sum there may be fewer than
       # were asked for, and read.
       "draws/pairs": norms["num_units"].sum(),
@@ -227,7 +227,7 @@ class Learner:
       lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), visits
     )
     # A unit is run up to its last state that counts: those come first.
-    order_BxS = jnp.argsort(visits.weight <= 0, axis=-1, stable=True)
+    order_BxS = jnp.argsort(visits.weight == 0, axis=-1, stable=True)
     return jax.tree.map(
       lambda x: jax.vmap(lambda x_S, at: x_S[at])(x, order_BxS)[:, None],
       visits,
@@ -315,7 +315,7 @@ class Learner:
       factors = self._read(network, rows, unit)
       if weight_PxSxF is not None:
         # Padding of a microbatch repeats a unit, without weight.
-        is_used = factors.is_factor & (unit.weight > 0)[..., None]
+        is_used = factors.is_factor & (unit.weight != 0)[..., None]
         loss = jnp.where(is_used, weight_PxSxF * factors.logprob, 0.0).sum()
         return loss, base.Terms.zeros()
       reference_PxSxF = None
@@ -373,7 +373,7 @@ class Learner:
 
   def _is_asked(self, visits: base.Visits, advantage_B: jax.Array) -> jax.Array:
     """bool [B, Q, S], which visits of an update can change the gradient."""
-    is_asked_BxQxS = visits.weight > 0
+    is_asked_BxQxS = visits.weight != 0
     if self.objective.skips_zero_advantage:
       # All states of a unit lie in one block.
       advantage_BxQ = base.advantage_at(advantage_B, visits.block[..., 0])
@@ -462,6 +462,9 @@ class Learner:
       partial_PxSxC,
       unit.block * self.sampling.block_length,
       unit.offset,
+      # Units of several states have all those of a memory, in order.
+      is_start=unit.denoise_step.shape[1] > 1
+      or self.sampling.steps_per_memory == 1,
     )
 
     # The rows keep their place on the mesh; the states of a unit are together.

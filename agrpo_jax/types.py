@@ -29,18 +29,18 @@ TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 Of equal values the first come first, as `jax.lax.top_k` has it.
 """
 
-KeysValuesFn = Callable[[jax.Array, jax.Array], Tree]
-"""(tokens_BxL, length_B) -> keys and values of all layers, at all positions.
+KeysValuesFn = Callable[..., Tree]
+"""(tokens_BxL, length_B, window_BxQ=None) -> keys and values of all layers.
 
-Arrays [..., B, H, L, Dh]. Where logits are shifted and attention is
-block-causal, beside them what predicts the first position of each block, which
+Of all positions, arrays [..., B, H, L, Dh]. Beside them the outputs of a window
+of positions, [B, 1, Q, D], if there is one (where attention is to whole rows);
+or where logits are shifted and attention is block-causal what predicts the first position of each block, which
 stands before any window that begins there: [B, 1, blocks, D].
 """
 
-WindowLogitsFn = Callable[
-  [Tree, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
-]
-"""(shared, length_B, tokens_BxSxQ, start_BxS, positions_BxSxW) -> logits.
+WindowLogitsFn = Callable[..., jax.Array]
+"""(shared, length_B, tokens_BxSxQ, start_BxS, positions_BxSxW, is_kept=False)
+-> logits.
 
 float32 [B, S, W, V]: logits of S states of each row, each with a window of Q
 positions from its `start` on ([B, 1]: all of a row from the same). Keys and
@@ -48,6 +48,11 @@ values of the positions outside it are `shared`: a `KeysValuesFn` returned them,
 or they are those of the tokens [B, L] that stand there, computed layer by layer
 beside the windows. The positions are those of the row, as in `LogitsFn`; what
 tells of them comes out within the windows (`Network.shift`).
+
+The state that is shared needs no window. Where it runs beside them positions
+may be asked for that are its own, before those of the windows: [B, 1 + S, W].
+Where it was kept with the outputs of the windows, bool `is_kept` says whether
+it is what the windows hold, which then are not run.
 """
 
 ExtendFn = Callable[[Tree, jax.Array, jax.Array, jax.Array], Tree]

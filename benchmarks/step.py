@@ -289,7 +289,8 @@ class Subject:
       visits = float(metrics["draws/visits"])
       total = visits * self._flops(1, 0) + units * self._flops(0, 1, True)
     else:
-      num_states = shares if self.visits_blocks else 1
+      # A drawn step is scored beside its start state, which is another.
+      num_states = shares if self.visits_blocks else 2
       total = units * self._flops(num_states, 1)
     self.flops["update"].append(passes * total)
 
@@ -298,7 +299,9 @@ class Subject:
   ) -> float:
     """FLOPs of steps of a row that read `num_opened` memories.
 
-    Of an exact cache only the last block is added, unless `is_whole`.
+    The first step of each is its start state, which has no window. Of an exact
+    cache, which has no such step, only the last block is added, unless
+    `is_whole`.
     """
     s, config = self.sampling, self.model.shape
     length = self.preset.prompt_length + s.completion_length
@@ -306,9 +309,12 @@ class Subject:
     if s.cache == "none":
       return num_steps * transformer.forward_flops(config, length, wanted)
     num_tokens = s.block_length
-    opened = transformer.forward_flops(config, length, 0)
-    if s.cache == "block" and not is_whole:
-      opened = transformer.forward_flops(config, length, 0, num_tokens)
+    opened = transformer.forward_flops(config, length, wanted)
+    if s.cache == "block":
+      row_tokens = length if is_whole else num_tokens
+      opened = transformer.forward_flops(config, length, 0, row_tokens)
+    else:
+      num_steps -= num_opened
     if s.cache == "prefix":  # the mean over blocks: each has its own length
       num_tokens = (s.completion_length + s.block_length) // 2
     windows = transformer.forward_flops(config, length, wanted, num_tokens)

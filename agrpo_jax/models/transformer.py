@@ -400,19 +400,25 @@ class Transformer(nn.Module):
     return self._run(tokens_BxL, None, of, self._output(positions_BxS))[0]
 
   def keys_values(
-    self, tokens_BxL: jax.Array, length_B: jax.Array
+    self,
+    tokens_BxL: jax.Array,
+    length_B: jax.Array,
+    window_BxQ: jax.Array | None = None,
   ) -> types.Tree:
     """Returns what `window_hidden` reads: keys and values of every layer.
 
     Args:
       tokens_BxL: as in `hidden`.
       length_B: as in `hidden`.
+      window_BxQ: int32, positions whose outputs are returned too; what lies
+        behind the row gives any. For attention to whole rows only.
 
     Returns:
-      (of all layers but the last, of the last, first), each of the two keys and
-      values [layers, B, H, L, Dh] or [B, H, L, Dh]. Where logits are shifted
-      and attention is block-causal `first` is what predicts the first position
-      of each block, as `hidden` has it, [B, 1, blocks, D]; else None.
+      (of all layers but the last, of the last, outputs), each of the two keys
+      and values [layers, B, H, L, Dh] or [B, H, L, Dh]. Outputs are normalised,
+      [B, 1, Q, D], those of `window_BxQ`; where logits are shifted and
+      attention is block-causal what predicts the first position of each block,
+      as `hidden` has it, [B, 1, blocks, D]; else None.
     """
     of = self._row_pass(tokens_BxL, length_B).replace(keeps=True)
     # The last layer's other output is thrown away, and so not computed.
@@ -420,8 +426,26 @@ class Transformer(nn.Module):
     if _is_led(self.shape):
       begin_N = jnp.arange(0, tokens_BxL.shape[1], self.shape.attention_block)
       wanted_BxN += self._output(begin_N)[None]
+    elif window_BxQ is not None:
+      wanted_BxN = window_BxQ
+    has_outputs = _is_led(self.shape) or window_BxQ is not None
     hidden_BxNxD, kept = self._run(tokens_BxL, None, of, wanted_BxN)
-    return *kept, hidden_BxNxD[:, None] if _is_led(self.shape) else None
+    return *kept, hidden_BxNxD[:, None] if has_outputs else None
+
+  def kept_hidden(
+    self, shared: types.Tree, start_BxS: jax.Array, positions_BxSxW: jax.Array
+  ) -> jax.Array:
+    """As `window_hidden`, of the state that was kept, [B, S, W, D].
+
+    Args:
+      shared: what `keys_values` returned, with the outputs of a window.
+      start_BxS: int32, where that begins.
+      positions_BxSxW: int32, as in `window_hidden`.
+    """
+    offset_BxSxW = self._output(positions_BxSxW) - start_BxS[:, :, None]
+    return jax.vmap(take_positions, (None, 1), 1)(
+      shared[2][:, 0], jnp.maximum(offset_BxSxW, 0)
+    )
 
   def extend(
     self,
@@ -485,7 +509,8 @@ class Transformer(nn.Module):
     Args:
       shared: what `keys_values` returned for the state whose keys and values
         stand outside the windows; or that state's tokens, int [B, L], which
-        then go through the layers beside the windows.
+        then go through the layers beside the windows. Of these S may be one
+        more than there are windows: it comes first, and is that state itself.
       length_B: as in `hidden`.
       tokens_BxSxQ: int, the windows; what is at or behind `length` is padding.
       start_BxS: int32, the position at which each window begins; [B, 1]: all
@@ -498,8 +523,12 @@ class Transformer(nn.Module):
     Returns:
       [B, S, W, D].
     """
-    num_states, num_positions = positions_BxSxW.shape[1:]
+    num_states, num_positions = tokens_BxSxQ.shape[1], positions_BxSxW.shape[2]
     has_rows = isinstance(shared, jax.Array)
+    # Of the row itself, and of the windows.
+    row_BxRxW, positions_BxSxW = jnp.split(
+      positions_BxSxW, [positions_BxSxW.shape[1] - num_states], axis=1
+    )
     of, tokens_BxN = self._window_pass(
       shared,
       length_B,
@@ -518,26 +547,33 @@ class Transformer(nn.Module):
     wanted_BxN = wanted_BxSxW.reshape(-1, num_states * num_positions)
     is_led = _is_led(self.shape)
     begin_BxS = jnp.broadcast_to(start_BxS, tokens_BxSxQ.shape[:2])
+    wanted_rows_BxN = self._output(row_BxRxW).reshape(len(row_BxRxW), -1)
     if is_led and has_rows:
-      wanted_BxN = jnp.concatenate(
-        [self._output(begin_BxS), wanted_BxN], axis=1
+      wanted_rows_BxN = jnp.concatenate(
+        [wanted_rows_BxN, self._output(begin_BxS)], axis=1
       )
-      of = of.replace(num_wanted_rows=num_states)
     hidden, _ = self._run(
-      tokens_BxN, None if has_rows else shared, of, wanted_BxN
+      tokens_BxN,
+      None if has_rows else shared,
+      of.replace(num_wanted_rows=wanted_rows_BxN.shape[1]),
+      jnp.concatenate([wanted_rows_BxN, wanted_BxN], axis=1),
     )
-    first_BxSxD = hidden[:, : of.num_wanted_rows]
-    hidden = hidden[:, of.num_wanted_rows :]
-    hidden = hidden.reshape(-1, num_states, num_positions, hidden.shape[-1])
-    if not is_led:
-      return hidden
-    if not has_rows:
-      block_BxS = begin_BxS // self.shape.attention_block
-      first_BxSxD = take_positions(shared[2][:, 0], block_BxS)
-    # What predicts a block's first position is the output before the block.
-    return jnp.where(
-      offset_BxSxW[..., None] < 0, first_BxSxD[:, :, None], hidden
+    of_row, first_BxSxD, hidden = jnp.split(
+      hidden, [row_BxRxW[0].size, wanted_rows_BxN.shape[1]], axis=1
     )
+    of_row, hidden = (
+      x.reshape(len(x), -1, num_positions, x.shape[-1])
+      for x in (of_row, hidden)
+    )
+    if is_led:
+      if not has_rows:
+        block_BxS = begin_BxS // self.shape.attention_block
+        first_BxSxD = take_positions(shared[2][:, 0], block_BxS)
+      # What predicts a block's first position is the output before the block.
+      hidden = jnp.where(
+        offset_BxSxW[..., None] < 0, first_BxSxD[:, :, None], hidden
+      )
+    return jnp.concatenate([of_row, hidden], axis=1)
 
   def _output(self, position: jax.Array) -> jax.Array:
     """Returns at which positions those come out that predict some."""
@@ -663,20 +699,6 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     return self.unembed(self.hidden(tokens_BxL, length_B, positions_BxS))
 
-  def window_logits(
-    self,
-    shared: types.Tree,
-    length_B: jax.Array,
-    tokens_BxSxQ: jax.Array,
-    start_BxS: jax.Array,
-    positions_BxSxW: jax.Array,
-  ) -> jax.Array:
-    return self.unembed(
-      self.window_hidden(
-        shared, length_B, tokens_BxSxQ, start_BxS, positions_BxSxW
-      )
-    )
-
 
 class Embed(nn.Module):
   """The table of token embeddings."""
@@ -733,8 +755,12 @@ def bind(
     # The columns beyond are no tokens: they must not enter a softmax.
     return logits_BxSxE[..., : shape.vocab_size]
 
-  def keys_values(tokens_BxL: jax.Array, length_B: jax.Array) -> types.Tree:
-    return run(Transformer.keys_values, tokens_BxL, length_B)
+  def keys_values(
+    tokens_BxL: jax.Array,
+    length_B: jax.Array,
+    window_BxQ: jax.Array | None = None,
+  ) -> types.Tree:
+    return run(Transformer.keys_values, tokens_BxL, length_B, window_BxQ)
 
   def window_logits(
     shared: types.Tree,
@@ -742,15 +768,22 @@ def bind(
     tokens_BxSxQ: jax.Array,
     start_BxS: jax.Array,
     positions_BxSxW: jax.Array,
+    is_kept: jax.Array | bool = False,
   ) -> jax.Array:
-    logits_BxSxWxE = run(
-      Transformer.window_logits,
-      shared,
-      length_B,
-      tokens_BxSxQ,
-      start_BxS,
-      positions_BxSxW,
+    def of_windows() -> jax.Array:
+      windows = length_B, tokens_BxSxQ, start_BxS, positions_BxSxW
+      return run(Transformer.window_hidden, shared, *windows)
+
+    def of_row() -> jax.Array:
+      wanted = start_BxS, positions_BxSxW
+      return run(Transformer.kept_hidden, shared, *wanted)
+
+    hidden_BxSxWxD = (
+      of_windows()
+      if is_kept is False
+      else jax.lax.cond(is_kept, of_row, of_windows)
     )
+    logits_BxSxWxE = run(Transformer.unembed, hidden_BxSxWxD)
     return logits_BxSxWxE[..., : shape.vocab_size]
 
   def extend(

@@ -74,6 +74,7 @@ class Policy(Protocol):
     partial_BxSxC: jax.Array,
     block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
     """Computes the logits of S present states of each row.
 
@@ -89,6 +90,9 @@ class Policy(Protocol):
       offset_BxSxW: int32, completion positions at which logits are wanted. Of
         a policy that runs the block alone, some before it may be asked for too:
         any finite logits will do there, since nobody reads them.
+      is_start: bool, whether the first of the states is the start state, which
+        a policy has run where it opened the memory; Python's where it was not
+        kept.
 
     Returns:
       float32 [B, S, W, V].

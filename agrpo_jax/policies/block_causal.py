@@ -83,9 +83,12 @@ class BlockCausal:
     partial_BxSxC: jax.Array,
     block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
     """Runs B * S blocks; see `base.Policy.logits`."""
     del prompt_BxP  # the memory tells of it
+    # It shows finished blocks, where the states have theirs masked.
+    del is_start
     size, num_tokens = network.attention_block, partial_BxSxC.shape[2]
     begin_BxS = _begin(block_start_BxS, size)
     # A last block that is not whole ends in padding.
@@ -128,6 +131,7 @@ class OfMasks:
     partial_BxSxC: jax.Array,
     block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
     """Runs the blocks of the positions asked for, or all if these are fewer."""
     del block_start_BxS
@@ -156,6 +160,7 @@ class OfMasks:
       jnp.repeat(partial_BxSxC, start_BxSxN.shape[2], axis=1),
       of_blocks(start_BxSxN),
       of_blocks(wanted),
+      is_start,
     )
     logits = logits.reshape(num_rows, num_states, -1, logits.shape[-1])
     if is_each:
@@ -196,6 +201,7 @@ def partial_logits(
     partial_BxC[:, None],
     no_start_B[:, None],
     offset_BxC[:, None],
+    is_start=False,
   )[:, 0]
 
 

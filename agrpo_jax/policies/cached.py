@@ -7,8 +7,8 @@ the start state's. So the logits are a function of the present state and the
 start state, and their gradient flows through the start state's keys and values
 too.
 
-The first step needs no case of its own: its present state is the start state,
-and its window gives what the whole pass would.
+The first step's present state is the start state: its logits come out of the
+whole pass, and no window is run for it.
 """
 
 import dataclasses
@@ -54,12 +54,16 @@ class Cached:
     keeps: bool,
   ) -> types.Tree:
     """Runs the start state, or leaves it to `logits` to run it alongside."""
-    del before, block_start_B
+    del before
     tokens_BxL = jax.vmap(row.join)(prompt_BxP, prompt_length_B, start_BxC)
     if not keeps:
       return tokens_BxL
     length_B = prompt_length_B + start_BxC.shape[1]
-    return network.keys_values(tokens_BxL, length_B)
+    begin_B = _begin(network, prompt_length_B, block_start_B)
+    offset_Q = jnp.arange(self.block_length + network.shift)
+    return network.keys_values(
+      tokens_BxL, length_B, begin_B[:, None] + offset_Q[None]
+    )
 
   def logits(
     self,
@@ -70,13 +74,20 @@ class Cached:
     partial_BxSxC: jax.Array,
     block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
-    """Runs B * S windows; see `base.Policy.logits`."""
-    num_tokens = partial_BxSxC.shape[2]
-    # Where logits are shifted, those of a window's first position are what
-    # comes out one before it.
-    start_BxS = prompt_length_B[:, None] + block_start_BxS - network.shift
-    start_BxS = jnp.maximum(start_BxS, 0)
+    """Runs B * S windows, none of the start; see `base.Policy.logits`."""
+    num_states, num_tokens = partial_BxSxC.shape[1:]
+    length_B = prompt_length_B + num_tokens
+    position_BxSxW = prompt_length_B[:, None, None] + offset_BxSxW
+    if isinstance(memory, jax.Array) and is_start:
+      # It runs beside the windows of the others.
+      if num_states == 1:
+        return network.logits(memory, length_B, position_BxSxW[:, 0])[:, None]
+      partial_BxSxC, is_start = partial_BxSxC[:, 1:], False
+    # All states of a row are of one block.
+    start_B = _begin(network, prompt_length_B, block_start_BxS[:, 0])
+    start_BxS = jnp.broadcast_to(start_B[:, None], partial_BxSxC.shape[:2])
     tokens_BxSxL = jax.vmap(jax.vmap(row.join, (None, None, 0)))(
       prompt_BxP, prompt_length_B, partial_BxSxC
     )
@@ -87,11 +98,11 @@ class Cached:
       padded_BxSxL = jnp.pad(tokens_BxSxL, ((0, 0), (0, 0), (0, size)))
       return network.window_logits(
         memory,
-        prompt_length_B + num_tokens,
+        length_B,
         row.windows(padded_BxSxL, start_BxS, size),
-        # All states of a row are of one block.
-        start_BxS[:, :1],
-        prompt_length_B[:, None, None] + offset_BxSxW,
+        start_B[:, None],
+        position_BxSxW,
+        is_start,
       )
 
     if not self.reaches_end:
@@ -101,6 +112,15 @@ class Cached:
     needed = num_tokens - block_start_BxS[:, 0].min()
     branch = jnp.searchsorted(jnp.asarray(sizes), needed)
     return jax.lax.switch(branch, [lambda s=s: run(s) for s in sizes])
+
+
+def _begin(
+  network: types.Network, prompt_length: jax.Array, block_start: jax.Array
+) -> jax.Array:
+  """Where the window of a block begins in its row."""
+  # Where logits are shifted, those of a window's first position are what comes
+  # out one before it.
+  return jnp.maximum(prompt_length + block_start - network.shift, 0)
 
 
 def _lengths(num_tokens: int, block_length: int) -> list[int]:

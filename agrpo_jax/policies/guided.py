@@ -32,10 +32,17 @@ class Guided(plain.Plain):
     partial_BxSxC: jax.Array,
     block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
     """Runs every row twice, with its prompt and with a masked one."""
     run = super().logits
-    rest = prompt_length_B, partial_BxSxC, block_start_BxS, offset_BxSxW
+    rest = (
+      prompt_length_B,
+      partial_BxSxC,
+      block_start_BxS,
+      offset_BxSxW,
+      is_start,
+    )
     logits = run(network, memory, prompt_BxP, *rest)
     # The padding too, which stands behind the row and is without effect.
     masked_BxP = jnp.full_like(prompt_BxP, self.mask_id)

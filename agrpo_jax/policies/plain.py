@@ -42,9 +42,10 @@ class Plain:
     partial_BxSxC: jax.Array,
     block_start_BxS: jax.Array,
     offset_BxSxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
     """Runs B * S whole rows; see `base.Policy.logits`."""
-    del memory, block_start_BxS
+    del memory, block_start_BxS, is_start
     num_rows, num_states = partial_BxSxC.shape[:2]
     logits = row.logits_at(
       network,

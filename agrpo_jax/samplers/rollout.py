@@ -120,7 +120,11 @@ def sample_rollout(
     return jnp.where(is_masked_BxC, sampling.mask_id, row_B.completion)
 
   def logits_at(
-    row_B: _Row, of: types.Prompts, memory: types.Tree, offset_BxW: jax.Array
+    row_B: _Row,
+    of: types.Prompts,
+    memory: types.Tree,
+    offset_BxW: jax.Array,
+    is_start: jax.Array | bool,
   ) -> jax.Array:
     start_B = sampling.window_start(_block(row_B, sampling))
     position_BxW = start_B[:, None] + offset_BxW
@@ -133,13 +137,19 @@ def sample_rollout(
       partial(row_B)[:, None],
       _block_start(row_B, sampling)[:, None],
       position_BxW[:, None],
+      is_start,
     )[:, 0]
 
-  def denoise(row_B: _Row, of: types.Prompts, memory: types.Tree) -> _Row:
+  def denoise(
+    row_B: _Row,
+    of: types.Prompts,
+    memory: types.Tree,
+    is_start: jax.Array | bool,
+  ) -> _Row:
     offset_BxW, is_chosen_BxW = jax.vmap(
       lambda row, key: _choose_before(row, key, sampling, noise)
     )(row_B, of.key)
-    logits_BxWxV = logits_at(row_B, of, memory, offset_BxW)
+    logits_BxWxV = logits_at(row_B, of, memory, offset_BxW, is_start)
     return mesh_lib.vmap_rows(
       lambda *row: _unmask_row(
         *row, sampling=sampling, noise=noise, top_k=network.top_k
@@ -173,18 +183,19 @@ def sample_rollout(
       num_whole_passes=row_B.num_whole_passes + is_whole_B,
     )
     if policy.refresh == 1:
-      return denoise(row_B, of, memory), memory
+      return denoise(row_B, of, memory, is_start=True), memory
 
     def goes_on(carry: tuple[jax.Array, _Row]) -> jax.Array:
       count, row_B = carry
       is_fresh = count < policy.refresh if policy.refresh else True
       return (~row_B.stays).any() & is_fresh
 
-    _, row_B = jax.lax.while_loop(
-      goes_on,
-      lambda carry: (carry[0] + 1, denoise(carry[1], of, memory)),
-      (jnp.int32(0), row_B),
-    )
+    def go_on(carry: tuple[jax.Array, _Row]) -> tuple[jax.Array, _Row]:
+      count, row_B = carry
+      # The memory was opened of the states as they are before the first step.
+      return count + 1, denoise(row_B, of, memory, is_start=count == 0)
+
+    _, row_B = jax.lax.while_loop(goes_on, go_on, (jnp.int32(0), row_B))
     return row_B, memory
 
   def in_slots(slot_S: jax.Array, tree: Any) -> Any:
@@ -224,6 +235,7 @@ def sample_rollout(
         prompts,
         open_memory(row_B, prompts),
         jnp.zeros((num_rows, 1), jnp.int32),
+        is_start=False,
       ),
       row_B,
     ).shape[-1]

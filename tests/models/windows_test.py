@@ -109,6 +109,12 @@ def _slow_logits(shape, params, tokens_L, length, windows_SxQ, start):
   return (x @ head)[..., : shape.vocab_size]
 
 
+def keep(network, tokens):
+  """Keys and values, and the outputs of the window of each row."""
+  at = START[:, None] + np.arange(Q)
+  return network.keys_values(tokens, LENGTH, jnp.asarray(at))
+
+
 def window_logits(params, keeps, lora=None, **changes):
   shape, _, tokens, windows = toy()
   shape = recordings.random_network(**changes)[0] if changes else shape
@@ -190,6 +196,34 @@ def test_a_window_of_the_same_tokens_gives_what_the_row_does():
         np.testing.assert_allclose(
           found[row, state, : real(row)], whole[row, : real(row)], atol=2e-4
         )
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_state_that_is_shared_needs_no_window(shift):
+  """Beside windows, where they are told to be it, and where they are not."""
+  shape, params, tokens, windows = toy()
+  network = bind(dataclasses.replace(shape, shift=shift), params)
+  wanted = positions() + shift
+  of_row = network.logits(tokens, LENGTH, wanted[:, 0])
+  rest = LENGTH, windows, START[:, None]
+  of_windows = network.window_logits(jnp.asarray(tokens), *rest, wanted)
+  beside = network.window_logits(
+    jnp.asarray(tokens), *rest, jnp.concatenate([wanted[:, :1], wanted], axis=1)
+  )
+  kept = keep(network, tokens)
+  is_it, is_not = (
+    network.window_logits(kept, *rest, wanted, jnp.bool_(is_kept))
+    for is_kept in (True, False)
+  )
+  for row in range(B):
+    for found in (beside[:, 0], is_it[:, 0], is_it[:, 1]):
+      np.testing.assert_allclose(
+        found[row, : real(row)], of_row[row, : real(row)], atol=2e-4
+      )
+    for found in (beside[:, 1:], is_not):
+      np.testing.assert_allclose(
+        found[row, :, : real(row)], of_windows[row, :, : real(row)], atol=2e-4
+      )
 
 
 def test_padding_batch_mates_and_other_states_change_nothing():

@@ -21,6 +21,9 @@ from agrpo_jax.objectives import advantage as advantage_lib
 from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import base
 from agrpo_jax.objectives import bgpo
+from agrpo_jax.objectives import clip
+from agrpo_jax.objectives import dipo
+from agrpo_jax.objectives import dmpo
 from agrpo_jax.objectives import espo
 from agrpo_jax.objectives import gdpo
 from agrpo_jax.objectives import just_grpo
@@ -139,6 +142,7 @@ def read(objective, params: dict, rollout, visits):
       partial[None, None],
       visit.block[None, None] * SAMPLING.block_length,
       visit.offset[None, None],
+      is_start=False,
     )[0, 0]
     return objective.score(logits, row, visit, SAMPLING, jax.lax.top_k)
 
@@ -260,12 +264,34 @@ def test_settings_out_of_range_are_named(name):
   (problem,) = wrong.problems(SAMPLING)
   assert problem.startswith("updates_per_batch=0 must be")
   for field in dataclasses.fields(objective):
-    if isinstance(getattr(objective, field.name), float):
-      wrong = dataclasses.replace(objective, **{field.name: float("nan")})
-      assert any(
-        problem.startswith(f"{field.name}=nan")
-        for problem in wrong.problems(SAMPLING)
-      ), field.name
+    for value in (math.nan, math.inf):
+      # Without bound nothing is truncated.
+      is_legal = (field.name, value) == ("max_weight", math.inf)
+      if isinstance(getattr(objective, field.name), float) and not is_legal:
+        wrong = dataclasses.replace(objective, **{field.name: value})
+        assert any(
+          problem.startswith(f"{field.name}={value}")
+          for problem in wrong.problems(SAMPLING)
+        ), field.name
+
+
+@pytest.mark.parametrize(
+  "objective,problem",
+  [
+    (
+      clip.Clip(clip_high=math.inf),
+      "clip_high=inf must be positive and finite",
+    ),
+    (clip.Clip(kl_coef=math.inf), "kl_coef=inf must be at least 0 and finite"),
+  ],
+)
+def test_a_setting_without_bound_is_told_to_be_finite(objective, problem):
+  assert clip.problems(objective) == [problem]
+
+
+def test_masks_in_pairs_are_some():
+  (problem,) = dmpo.Dmpo(num_masks=0).problems(SAMPLING)
+  assert problem.startswith("num_masks=0 must be even and positive")
 
 
 def any_order_bound(params: dict, row: types.Rollout) -> float:
@@ -285,15 +311,17 @@ def any_order_bound(params: dict, row: types.Rollout) -> float:
         partial[None, None],
         jnp.array([[0]]),
         jnp.array([[[position]]]),
+        is_start=False,
       )[0, 0, 0]
       total += float(jax.nn.log_softmax(logits)[row.completion[position]])
       is_masked[position] = False
   return total / len(orders)
 
 
-def test_espo_has_one_kl_estimator():
+@pytest.mark.parametrize("record", [espo.Espo, gdpo.Gdpo])
+def test_bounds_have_one_kl_estimator(record):
   """Another one would be accepted and do nothing."""
-  (problem,) = espo.Espo(kl_estimator="k3_ratio").problems(SAMPLING)
+  (problem,) = record(kl_estimator="k3_ratio").problems(SAMPLING)
   assert problem == "kl_estimator='k3_ratio' must be left at k3: see kl_coef"
 
 
@@ -384,6 +412,71 @@ def test_gdpo_nodes_integrate_cubics():
     for power in range(4):
       total = sum(weight * node**power for node, weight in nodes)
       assert abs(total - 1 / (power + 1)) < 1e-12
+
+
+def test_gdpo_penalises_the_whole_bound():
+  """As ported: k3 of B_ref - B, where the policy ratio has a C-th of it."""
+  objective = gdpo.Gdpo(kl_coef=0.5)
+  rollout = drawn_rollout()
+  visits, _ = objective.visits(rollout, None, None, keys_of(), SAMPLING)
+  visits = jax.tree.map(lambda x: x[0], visits)
+  # Where every token has the same log-probability, B is C times it.
+  of_token = -jnp.ones(visits.is_masked.shape)
+  factors = base.Factors(logprob=of_token, is_factor=visits.is_masked)
+  found = objective.loss(
+    factors, of_token, 1.25 * of_token, jnp.zeros(NUM_ROWS), visits, rollout
+  )
+  expected = math.exp(-0.25 * C) + 0.25 * C - 1
+  np.testing.assert_allclose(found.kl, NUM_ROWS * expected, rtol=1e-5)
+  np.testing.assert_allclose(found.loss, 0.5 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "objective,log_ratio,advantage,ratio,gradient",
+  [
+    # Infinity times no advantage, or times the gradient of what is clipped.
+    (clip.Clip(), 90.0, 0.0, math.exp(80), 0.0),
+    (clip.Clip(), 90.0, 1.0, math.exp(80), 0.0),
+    (clip.Clip(), 70.0, -1.0, math.exp(70), math.exp(70)),
+    (dipo.Dipo(), 12.0, -1.0, math.exp(10), 0.0),
+    (dipo.Dipo(), -12.0, 1.0, math.exp(-10), 0.0),
+    (dipo.Dipo(), 9.0, -1.0, math.exp(9), math.exp(9)),
+  ],
+)
+def test_policy_ratios_do_not_overflow(
+  objective, log_ratio, advantage, ratio, gradient
+):
+  def loss(logprob):
+    factors = base.Factors(logprob[None], jnp.ones((1,), bool))
+    terms = clip.surrogate(
+      factors,
+      jnp.zeros(1),
+      factors.logprob,
+      jnp.float32(advantage),
+      jnp.float32(1.0),
+      dataclasses.replace(objective, kl_coef=0.1),
+    )
+    return terms.loss, terms
+
+  found, terms = jax.grad(loss, has_aux=True)(jnp.float32(log_ratio))
+  assert np.isfinite(terms.loss)
+  np.testing.assert_allclose(terms.ratio, ratio, rtol=1e-4)
+  np.testing.assert_allclose(found, gradient, rtol=1e-4)
+
+
+def test_visits_of_negative_weight_count():
+  """Those of a user's own objective may have some."""
+  factors = base.Factors(
+    jnp.full((1, 2, 1, 3), -2.0), jnp.ones((1, 2, 1, 3)) > 0
+  )
+  weight, advantage = jnp.array([[[-0.5], [0.0]]]), jnp.array([3.0])
+  found = clip.reinforce(factors, advantage, weight)
+  assert (float(found.loss), float(found.num_factors)) == (-9.0, 3.0)
+  found = clip.over_visits(
+    factors, factors.logprob, None, advantage, weight, clip.Clip()
+  )
+  assert (float(found.loss), float(found.num_factors)) == (4.5, 3.0)
+  assert float(found.ratio) == 3.0
 
 
 def test_spg_bounds_are_in_order():

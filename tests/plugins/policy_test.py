@@ -55,7 +55,10 @@ class TwoStates:
     partial_BxSxC,
     block_start_BxS,
     offset_BxSxW,
+    is_start,
   ):
+    del is_start
+
     def one_state(partial_BxC, offset_BxW):
       tokens = jnp.concatenate([memory, partial_BxC], axis=1)
       return network.logits(tokens, prompt_length_B, offset_BxW)

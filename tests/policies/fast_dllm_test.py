@@ -194,6 +194,7 @@ def test_logits_of_cached_steps(cache, case, keeps):
       *rest,
       jnp.array([[start]], jnp.int32),
       jnp.asarray(offset_W[None, None], jnp.int32),
+      is_start=False,
     )[0, 0]
     expected = arrays[f"logits_row0_cached{number}"]
     np.testing.assert_allclose(found, expected[:, : found.shape[-1]], atol=3e-4)
