@@ -149,7 +149,10 @@ def main(
       missing = [name for name in required if flags.FLAGS[name].value is None]
       if CONFIG.value is not None:
         _ = CONFIG.value.workdir  # raises what went wrong in the config file
-        config_lib.choose_objective(CONFIG.value, given_keys())
+        config_lib.choose_objective(
+          CONFIG.value,
+          {x: flags.FLAGS[f"config.{x}"].default for x in given_keys()},
+        )
     except SystemExit:
       if any(word.lstrip("-") in _HELP for word in argv):
         sys.exit(0)  # absl's own code would be 1

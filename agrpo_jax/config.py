@@ -160,21 +160,26 @@ def use_objective(
   c.objective.update(name=name, path=path, **kept | settings)
 
 
-def choose_objective(c: ConfigDict, given: set[str]) -> None:
+def choose_objective(c: ConfigDict, given: Mapping[str, Any]) -> None:
   """Makes room for an objective that the command line names.
 
-  The settings of the config file are those of another objective then, and go;
-  those of the command line stay.
+  Unless it is the config file's own, the settings there are those of another,
+  and go; those of the command line stay.
 
   Args:
     c: changed in place.
-    given: the keys that stand on the command line.
+    given: the keys that stand on the command line, with what the file says.
   """
   prefix = "objective."
-  if given & {"objective.name", "objective.path"}:
+  if given.keys() & {"objective.name", "objective.path"}:
     keys = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]
     chosen = {key: c.objective[key] for key in {"name", *keys}}
-    use_objective(c, **chosen)
+    own = [
+      given.get(prefix + key, c.objective.get(key, ""))
+      for key in ("name", "path")
+    ]
+    if own != [chosen["name"], chosen.get("path", "")]:
+      use_objective(c, **chosen)
 
 
 def use_cache(c: ConfigDict, cache: str) -> None:
@@ -294,7 +299,8 @@ def rl() -> ConfigDict:
 
   c.evaluate = e = ConfigDict()
   _sampling(e)
-  e.every = 0  # train steps between evaluations; 0: never
+  # Train steps between evaluations; one more is after the last. 0: never.
+  e.every = 0
   e.split = "test"  # test or train
   e.num_examples = 256  # the first ones; 0: all
   e.guidance = 0.0  # scale of classifier-free guidance; 0: off

@@ -542,10 +542,15 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     rollout.batch_size,
     f"a divisor of num_prompts * group_size = {rollout.num_rows}",
   )
-  found.at_least(1, "objective", c.objective, "microbatch")
-  price = c.objective.step_price
+  microbatch, price = c.objective.microbatch, c.objective.step_price
   found.want(
-    isinstance(price, (int, float)) and 0 <= price < math.inf,
+    _is_like(microbatch, 1) and microbatch >= 1,
+    "objective.microbatch",
+    microbatch,
+    "a whole number, at least 1",
+  )
+  found.want(
+    _is_like(price, 0.0) and 0 <= price < math.inf,
     "objective.step_price",
     price,
     "0 (none) or more",
@@ -563,23 +568,17 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     f"{own_file or c.objective.name!r}, which has {', '.join(sorted(usual))}; "
     "config.use_objective sets another"
     for key in c.objective
-    if key not in {*usual, "name", "path", "microbatch", "step_price"}
+    if key not in {*usual, *objectives.SHARED_KEYS}
   ]
   own = {key: value for key, value in c.objective.items() if key in usual}
   for key in [key for key in own if not _is_like(own[key], usual[key])]:
     kind = type(usual[key]).__name__
     found.append(f"objective.{key}={own.pop(key)!r} must be of type {kind}")
   try:
-    objective = _record(record, own)
-    found += [f"objective.{p}" for p in objective.problems(sampling)]
-  # A user's own class may do anything.
-  except (TypeError, ValueError) as error:
-    if not own_file:
-      raise
-    found.append(
-      f"objective.path: the settings of {own_file!r} cannot be checked: "
-      f"{type(error).__name__}: {error}"
-    )
+    objective, wrong = objectives.make(record, own, sampling, own_file)
+    found += [f"objective.{p}" for p in wrong]
+  except errors.UserError as error:
+    found.append(f"objective.path: {error}")
     objective = agrpo.Agrpo()
   evaluate = _evaluate(c, found)
   found.at_least(0, "train", c.train, "keep_best")
@@ -593,7 +592,7 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     **_run(c, found, num_updates),
     rollout=rollout,
     objective=objective,
-    microbatch=c.objective.microbatch,
+    microbatch=microbatch,
     step_price=price,
     grading=_record(Grading, c.grading),
     evaluate=evaluate,

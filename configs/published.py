@@ -41,7 +41,7 @@ _ONE_TOKEN = {"rollout.num_denoise_steps": 256}
 PUBLISHED = {
   "agrpo": {
     "optimizer.learning_rate": 5e-6,
-    "optimizer.warmup_steps": 20,  # 1 %
+    "optimizer.warmup_steps": 20,  # 1 % of the updates
     "rollout.num_prompts": 16,
     "rollout.group_size": 8,
     "rollout.batch_size": 64,
@@ -105,7 +105,7 @@ PUBLISHED = {
   },
   "espo": {
     **_D1,
-    "optimizer.warmup_steps": 2,  # 0.1 %
+    "optimizer.warmup_steps": 16,  # 0.1 % of 2000 times 8 updates
     "optimizer.weight_decay": 0.01,
     "rollout.temperature": 1.0,
     **_ONE_TOKEN,
@@ -134,6 +134,7 @@ PUBLISHED = {
     "rollout.confidence": "model",
     "rollout.temperature": 0.8,
     "rollout.cache": "prefix",
+    "objective.max_eos": 0,
   },
   "spg": _D1,
   "tbrm": _D1,

@@ -126,6 +126,25 @@ def test_a_config_by_name_for_programs():
     command.load_config("sudoku_tinny")
 
 
+@pytest.mark.parametrize(
+  "flags,baseline",
+  [
+    (["--config.objective.name=agrpo"], "group_mean"),
+    (["--config.objective.name=vine_ppo"], "none"),
+    (["--config.objective.path=agrpo.py"], "none"),
+  ],
+)
+def test_the_configs_own_objective_keeps_its_settings(flags, baseline):
+  script = """
+from agrpo_jax import command
+command.main(
+  lambda argv: print(command.CONFIG.value.objective.get("baseline", "none"))
+)
+"""
+  said = commands.run("-c", script, "--config=published:agrpo", *flags).stdout
+  assert said == f"{baseline}\n"
+
+
 def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
   """Others' may lie beside it: site-packages belongs to everybody."""
   for folder in ("configs", "agrpo_jax/configs"):

@@ -45,6 +45,53 @@ def test_published_recipes_hold(name):
     recordings.config("published", name + "s")
 
 
+@pytest.mark.parametrize("name,share", [("agrpo", 0.01), ("espo", 0.001)])
+def test_published_warm_ups_are_shares_of_the_updates(name, share):
+  optimizer = settings.rl(recordings.config("published", name)).optimizer
+  assert optimizer.warmup_steps == share * optimizer.num_updates
+
+
+@pytest.mark.parametrize("name", ["trace_rl", "random_mask"])
+def test_no_eos_is_scored_as_published(name):
+  assert recordings.config("published", name).objective.max_eos == 0
+
+
+@pytest.mark.parametrize(
+  "config,changes,parts",
+  [
+    (
+      ("published", "dipo"),
+      {"rollout.unmask_rule": "dynamics", "objective.kl_coef": -1.0},
+      ["config.rollout.unmask_rule='dynamics'", "config.objective.kl_coef=-1"],
+    ),
+    (
+      ("gsm8k", "dual"),
+      {"rollout.block_length": 0, "objective.num_mc_blocks": 0},
+      ["config.rollout.block_length=0", "config.objective.num_mc_blocks=0"],
+    ),
+    (
+      ("published", "dipo"),
+      {
+        "rollout.num_denoise_steps": 256,
+        "rollout.cache": "prefix",
+        "rollout.cache_refresh": 3,
+      },
+      [
+        "config.objective.name: whole blocks are visited, their 4 steps in "
+        "lots of config.rollout.cache_refresh=3"
+      ],
+    ),
+  ],
+)
+def test_an_objective_copes_with_a_sampler_that_cannot_be(
+  config, changes, parts
+):
+  c = recordings.config(*config)
+  c.update_from_flattened_dict(changes)
+  for problem, part in zip(settings.inspect(c)[1], parts, strict=True):
+    assert problem.startswith(part)
+
+
 @pytest.mark.parametrize("arg", ["exact", "debug", "v5e", "v6e,exact", "v5p"])
 def test_variants_of_gsm8k_hold(arg):
   c = recordings.config("gsm8k", arg)

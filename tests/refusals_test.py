@@ -89,6 +89,12 @@ def test_config_files_that_are_broken(tmp_path, text, part):
     ("objective.step_price", -0.1, "step_price=-0.1"),
     ("objective.step_price", float("nan"), "step_price=nan"),
     ("objective.step_price", "dear", "step_price='dear'"),
+    ("objective.step_price", True, "step_price=True"),
+    ("objective.microbatch", 0, "microbatch=0 must be a whole number"),
+    ("objective.microbatch", "8", "microbatch='8' must be a whole number"),
+    ("objective.microbatch", None, "microbatch=None"),
+    ("objective.microbatch", 2.5, "microbatch=2.5"),
+    ("objective.microbatch", True, "microbatch=True"),
   ],
 )
 def test_values_that_cannot_be(tmp_path, key, value, part):

@@ -9,12 +9,15 @@ class `Objective`, given by its path.
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 from typing import cast
 
 from agrpo_jax import errors
 from agrpo_jax import user_file
+from agrpo_jax.objectives import base
 from agrpo_jax.objectives import objective
+from agrpo_jax.samplers import sampling as sampling_lib
 
 Objective = objective.Objective
 Valued = objective.Valued
@@ -41,6 +44,16 @@ _CLASSES = {
   "wd1": "Wd1",
 }
 NAMES = tuple(_CLASSES)
+SHARED_KEYS = ("name", "path", "microbatch", "step_price")
+"""Keys of `config.objective` that are no settings of one objective."""
+
+_BEHAVIOURS = ("recorded", "scored", "none")
+_FLAGS = (
+  "replays",
+  "is_sum_over_visits",
+  "has_reference",
+  "skips_zero_advantage",
+)
 
 
 def get(name: str, path: str = "") -> type[Objective]:
@@ -60,6 +73,67 @@ def get(name: str, path: str = "") -> type[Objective]:
     )
   module = importlib.import_module(f"agrpo_jax.objectives.{name}")
   return getattr(module, _CLASSES[name])
+
+
+def make(
+  record: type[Objective],
+  settings: Mapping[str, Any],
+  sampling: sampling_lib.Sampling,
+  path: str = "",
+) -> tuple[Objective, list[str]]:
+  """Returns an objective, and what is wrong with its settings, a sentence each.
+
+  Args:
+    record: its class, see `get`.
+    settings: those that are not as the class has them.
+    sampling: how rollouts are to be drawn.
+    path: of the file of an objective of your own.
+
+  Raises:
+    UserError: one of your own fails, or tells what the learner cannot read.
+  """
+  if not path:
+    made = record(**settings)
+    return made, made.problems(sampling)
+  try:
+    made = record(**settings)
+    wrong = _misread(made)
+    # What is wrong with the class is told first, and alone.
+    found = [] if wrong else made.problems(sampling)
+    if not isinstance(found, list):
+      raise TypeError(f"problems() returned {found!r}, no list of sentences")
+  # A user's own class may do anything.
+  except Exception as error:
+    raise errors.UserError(
+      f"the settings of {path!r} cannot be checked: "
+      f"{type(error).__name__}: {error}"
+    ) from error
+  if wrong:
+    raise errors.UserError(
+      f"in the class `Objective` of {path!r} {'; '.join(wrong)}; see "
+      "`agrpo_jax/objectives/objective.py`."
+    )
+  return made, found
+
+
+def _misread(made: Objective) -> list[str]:
+  """Returns what an objective tells of itself that the learner cannot read."""
+  updates = made.updates_per_batch
+  found = base.problems_of(
+    made,
+    updates_per_batch=(
+      type(updates) is int and updates >= 1,
+      "a whole number, at least 1",
+    ),
+    **{
+      name: (isinstance(getattr(made, name), bool), "True or False")
+      for name in _FLAGS
+    },
+  )
+  found += base.one_of(made, behaviour=_BEHAVIOURS)
+  if isinstance(made, Valued) and not made.is_sum_over_visits:
+    found.append("is_sum_over_visits must be True: it has `block_advantage`")
+  return found
 
 
 def _checked(made: Any, path: str) -> type[Objective]:
@@ -92,5 +166,23 @@ def _checked(made: Any, path: str) -> type[Objective]:
     raise errors.UserError(
       f"the class `Objective` of {path!r} has settings without a plain value "
       f"as default: {', '.join(bare)}."
+    )
+  taken = [x for x in SHARED_KEYS if x in fields]
+  if taken:
+    raise errors.UserError(
+      f"the class `Objective` of {path!r} has settings with names that "
+      f"config.objective has for others: {', '.join(taken)}; rename them."
+    )
+  # A function in place of a value would count as true.
+  confused = [
+    x
+    for x in wanted
+    if callable(getattr(made, x)) != callable(getattr(Objective, x))
+  ]
+  if confused:
+    raise errors.UserError(
+      f"the class `Objective` of {path!r} has functions for values, or values "
+      f"for functions: {', '.join(confused)}; a function that stands for a "
+      "value needs @property."
     )
   return cast(type[Objective], made)

@@ -62,6 +62,11 @@ class Agrpo(mc_steps.McSteps, advantage_lib.Baseline, clip_lib.Clip):
       value = getattr(self, name)
       if value not in known:
         found.append(f"{name}={value!r} must be one of {', '.join(known)}")
+    if self.budget == "batch" and self.kl_coef:
+      found.append(
+        f"kl_coef={self.kl_coef:g} would act only where there is an advantage "
+        "under budget='batch', which draws nothing else"
+      )
     updates = self.updates_per_batch
     if self.step_rule == "all":
       if updates < 1:
@@ -72,15 +77,18 @@ class Agrpo(mc_steps.McSteps, advantage_lib.Baseline, clip_lib.Clip):
         f"updates_per_batch={updates!r} must be a divisor of "
         f"num_mc_{what}={self.num_draws}"
       )
+    if sampling_lib.problems(sampling):
+      return found  # how many steps a block has is told by legal settings only
     shares = sampling.steps_per_memory
     if (
       self.step_rule not in mc_steps.DRAWN_STEPS
       and sampling.steps_per_block % shares
     ):
+      # No key of its own is named: those that replay all steps have none.
       found.append(
-        f"step_rule={self.step_rule!r} visits the {sampling.steps_per_block} "
-        f"steps of a block in lots of cache_refresh={shares}, which must be a "
-        "divisor"
+        f"name: whole blocks are visited, their {sampling.steps_per_block} "
+        f"steps in lots of config.rollout.cache_refresh={shares}, which must "
+        "be a divisor"
       )
     return found
 

@@ -26,8 +26,8 @@ class Visits(flax.struct.PyTreeNode):
     block: int32 [...], the block that the visit belongs to.
     denoise_step: int32 [...], the recorded denoising step that it rebuilds; for
       a mask of the objective's own it means nothing.
-    weight: float32 [...], of the visit in the loss, with all denominators. A
-      unit whose weights are all 0 is not run.
+    weight: float32 [...], of the visit in the loss, with all denominators; it
+      may be negative. A unit whose weights are all 0 is not run.
     scale: float32 [...], what multiplies a visit's log-probabilities where an
       objective makes one value of several visits, such as 1 / mask ratio; None
       where it makes none.
@@ -172,7 +172,21 @@ def at_least(least: float, settings: object, *names: str) -> list[str]:
   return problems_of(
     settings,
     **{
-      name: (least <= getattr(settings, name) < math.inf, f"at least {least}")
+      name: (
+        least <= getattr(settings, name) < math.inf,
+        f"at least {least} and finite",
+      )
+      for name in names
+    },
+  )
+
+
+def positive(settings: object, *names: str) -> list[str]:
+  """Returns a sentence for each setting that is not, or not finite."""
+  return problems_of(
+    settings,
+    **{
+      name: (0 < getattr(settings, name) < math.inf, "positive and finite")
       for name in names
     },
   )

@@ -1,7 +1,7 @@
 """The clipped policy ratio, and the KL penalty."""
 
 import dataclasses
-import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ class Clip:
   kl_coef: float = 0.0
   kl_estimator: str = "k3"
 
+  # To which log-ratios are clamped, on both sides: exp(89) is infinite in
+  # float32, and times 0, an advantage or the gradient of what is clipped, NaN.
+  max_log_ratio: ClassVar[float] = 80.0
+
   @property
   def has_reference(self) -> bool:
     return self.kl_coef > 0
@@ -55,19 +59,11 @@ class Clip:
 
 def problems(clip: Clip) -> list[str]:
   """Returns what is wrong with the settings, a sentence each."""
-  found = []
-  for name in ("clip_low", "clip_high"):
-    value = getattr(clip, name)
-    if not 0 < value < math.inf:
-      found.append(f"{name}={value!r} must be positive")
-  if not 0 <= clip.kl_coef < math.inf:
-    found.append(f"kl_coef={clip.kl_coef!r} must be 0 or more")
-  if clip.kl_estimator not in KL_ESTIMATORS:
-    found.append(
-      f"kl_estimator={clip.kl_estimator!r} must be one of "
-      f"{', '.join(KL_ESTIMATORS)}"
-    )
-  return found
+  return (
+    base.positive(clip, "clip_low", "clip_high")
+    + base.at_least(0, clip, "kl_coef")
+    + base.one_of(clip, kl_estimator=KL_ESTIMATORS)
+  )
 
 
 def surrogate(
@@ -100,13 +96,15 @@ def surrogate(
   # Zero, not minus infinity, where there is no factor: 0 * inf is NaN in the
   # gradient even behind a mask.
   log_ratio_F = jnp.where(is_factor_F, policy.logprob - behaviour_F, 0.0)
-  ratio_F = jnp.exp(log_ratio_F)
+  ratio_F = jnp.exp(
+    jnp.clip(log_ratio_F, -clip.max_log_ratio, clip.max_log_ratio)
+  )
   clipped_F = jnp.clip(ratio_F, 1 - clip.clip_low, 1 + clip.clip_high)
   loss_F = -jnp.minimum(ratio_F * advantage, clipped_F * advantage)
   kl_F = jnp.zeros_like(loss_F)
   if reference_F is not None:
     log_ref_F = jnp.where(is_factor_F, reference_F - policy.logprob, 0.0)
-    kl_F = jnp.exp(log_ref_F) - log_ref_F - 1
+    kl_F = k3(log_ref_F)
     if clip.kl_estimator == "k3_ratio":
       kl_F *= ratio_F
     loss_F += clip.kl_coef * kl_F
@@ -115,7 +113,7 @@ def surrogate(
   is_low_F = (ratio_F < 1 - clip.clip_low) & (advantage < 0)
   is_high_F = (ratio_F > 1 + clip.clip_high) & (advantage > 0)
   # A visit of weight 0 fills up a microbatch; it must not show in the metrics.
-  is_counted_F = is_factor_F & (weight > 0)
+  is_counted_F = is_factor_F & (weight != 0)
 
   def count(x_F: jax.Array) -> jax.Array:
     return masked_total(x_F.astype(jnp.float32), is_counted_F)
@@ -130,6 +128,11 @@ def surrogate(
     clip_high=count(is_high_F),
     kl=count(kl_F),
   )
+
+
+def k3(log_ratio: jax.Array) -> jax.Array:
+  """Estimates the KL to a policy from its logprobs minus those of this one."""
+  return jnp.exp(log_ratio) - log_ratio - 1
 
 
 def surrogates(
@@ -185,7 +188,7 @@ def reinforce(
   policy: base.Factors, advantage_G: jax.Array, weight_GxQxS: jax.Array
 ) -> base.Terms:
   """-A times the sum of the factors, visit by visit: no ratio, no clipping."""
-  is_counted = policy.is_factor & (weight_GxQxS > 0)[..., None]
+  is_counted = policy.is_factor & (weight_GxQxS != 0)[..., None]
   total_GxQxS = jnp.where(is_counted, policy.logprob, 0.0).sum(axis=-1)
   num = is_counted.sum().astype(jnp.float32)
   loss_GxQxS = -advantage_G[:, None, None] * weight_GxQxS * total_GxQxS

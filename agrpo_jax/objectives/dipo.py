@@ -8,6 +8,7 @@ of positions adds to the likelihood is left out as published.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class Dipo(replay.ClippedReplay):
   """Settings of DiPO; defaults as published."""
 
   clip_high: float = 0.28
+
+  max_log_ratio: ClassVar[float] = 10.0
 
   def advantage(self, reward_NxG: jax.Array) -> jax.Array:
     """Returns the standard scores of the rewards in their groups, [N, G]."""

@@ -69,16 +69,16 @@ class Dmpo(masks.Masks):
     del sampling
     return (
       base.at_least(1, self, "updates_per_batch")
+      + base.positive(self, "alpha")
       + base.at_least(0, self, "centring_strength", "coefficient")
       + base.one_of(self, centring=CENTRINGS)
       + base.problems_of(
         self,
-        alpha=(self.alpha > 0, "positive"),
         min_ratio=(0 <= self.min_ratio < 1, "in [0, 1)"),
         **{
           name: (
             getattr(self, name) >= 2 and getattr(self, name) % 2 == 0,
-            "even: masks come with their complements",
+            "even and positive: masks come with their complements",
           )
           for name in ("num_masks", "num_bound_masks")
         },

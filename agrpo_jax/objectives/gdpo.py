@@ -39,7 +39,7 @@ class Gdpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
 
   Attributes:
     num_nodes: of the quadrature, 2 or 3; each costs a pass.
-    kl_coef: of k3 of the completion's values, over C.
+    kl_coef: of k3 of the completion's values, as ported not divided by C.
   """
 
   updates_per_batch: int = 12
@@ -56,7 +56,12 @@ class Gdpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
       base.at_least(1, self, "updates_per_batch")
       + clip_lib.problems(self)
       + advantage_lib.problems(self)
-      + base.problems_of(self, num_nodes=(self.num_nodes in _NODES, "2 or 3"))
+      + base.problems_of(
+        self,
+        num_nodes=(self.num_nodes in _NODES, "2 or 3"),
+        # Of another estimator nothing would come of it.
+        kl_estimator=(self.kl_estimator == "k3", "left at k3: see kl_coef"),
+      )
     )
 
   def visits(
@@ -100,15 +105,21 @@ class Gdpo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
   ) -> base.Terms:
     """Returns the clipped surrogate of every completion, with the penalty."""
     num_tokens_G = masks.drawn(rows).sum(axis=1)
-
-    def per_token(logprob: jax.Array) -> jax.Array:
-      return masks.value(policy.replace(logprob=logprob), visits) / num_tokens_G
-
-    return clip_lib.surrogates(
-      masks.one_factor(per_token(policy.logprob)),
-      per_token(behaviour)[:, None],
-      None if reference is None else per_token(reference)[:, None],
+    weight_G = masks.row_weight(visits)
+    value_G = masks.value(policy, visits)
+    behaviour_G = masks.value(policy.replace(logprob=behaviour), visits)
+    terms = clip_lib.surrogates(
+      masks.one_factor(value_G / num_tokens_G),
+      (behaviour_G / num_tokens_G)[:, None],
+      None,
       advantage_G,
-      masks.row_weight(visits),
+      weight_G,
       self,
+    )
+    if reference is None:
+      return terms
+    reference_G = masks.value(policy.replace(logprob=reference), visits)
+    kl_G = clip_lib.k3(reference_G - value_G)
+    return terms.replace(
+      loss=terms.loss + self.kl_coef * (weight_G * kl_G).sum(), kl=kl_G.sum()
     )

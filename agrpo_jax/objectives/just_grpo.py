@@ -42,10 +42,12 @@ class JustGrpo(masks.Masks):
   def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
     """Returns what is wrong with the settings, a sentence each."""
     del sampling
-    return base.at_least(1, self, "updates_per_batch") + base.problems_of(
-      self,
-      visited_share=(0 < self.visited_share <= 1, "in (0, 1]"),
-      temperature=(self.temperature > 0, "positive"),
+    return (
+      base.at_least(1, self, "updates_per_batch")
+      + base.positive(self, "temperature")
+      + base.problems_of(
+        self, visited_share=(0 < self.visited_share <= 1, "in (0, 1]")
+      )
     )
 
   def advantage(self, reward_NxG: jax.Array) -> jax.Array:

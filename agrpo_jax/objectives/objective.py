@@ -49,7 +49,12 @@ class Objective(Protocol):
   def skips_zero_advantage(self) -> bool: ...
 
   def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
-    """Returns what is wrong with the settings, a sentence each."""
+    """Returns what is wrong with the settings, a sentence each.
+
+    Args:
+      sampling: how rollouts are to be drawn; what is wrong with that alone is
+        told by others.
+    """
 
   def advantage(self, reward_NxG: jax.Array) -> jax.Array:
     """Returns float32 [N, G], advantages; a row has one prompt's completions.

@@ -19,7 +19,7 @@ from agrpo_jax.samplers import sampling as sampling_lib
 
 @dataclasses.dataclass(frozen=True)
 class RandomMask(trace_rl.TokenMean):
-  """Settings; defaults as published.
+  """Settings; defaults as published, but for `max_eos`: released is 0.
 
   Attributes:
     num_masks: per completion; twice as many visits if coupled.

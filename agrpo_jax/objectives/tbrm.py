@@ -49,9 +49,7 @@ class Tbrm(replay.Replay):
 
   def problems(self, sampling: sampling_lib.Sampling) -> list[str]:
     """Returns what is wrong with the settings, a sentence each."""
-    return self.step_problems(sampling) + base.problems_of(
-      self, beta=(self.beta > 0, "positive")
-    )
+    return self.step_problems(sampling) + base.positive(self, "beta")
 
   def advantage(self, reward_NxG: jax.Array) -> jax.Array:
     """Returns the rewards minus their mean, [N, G]."""

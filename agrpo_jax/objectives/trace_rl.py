@@ -88,7 +88,7 @@ class TokenMean(masks.Masks):
     if not self.behaviour_kl_coef:
       return terms
     drift = jnp.where(policy.is_factor, behaviour - policy.logprob, 0.0)
-    kl = (jnp.exp(drift) - drift - 1).sum(axis=-1)
+    kl = clip_lib.k3(drift).sum(axis=-1)
     penalty = self.behaviour_kl_coef * (visits.weight * kl).sum()
     return terms.replace(loss=terms.loss + penalty)
 

@@ -54,7 +54,7 @@ class Vrpo(masks.Masks):
     return (
       base.at_least(1, self, "updates_per_batch", "num_masks")
       + base.at_least(0, self, "sft_weight")
-      + base.problems_of(self, beta=(self.beta > 0, "positive"))
+      + base.positive(self, "beta")
     )
 
   def advantage(self, reward_NxG: jax.Array) -> jax.Array:

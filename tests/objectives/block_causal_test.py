@@ -114,7 +114,7 @@ def test_a_block_sees_itself_masked_and_those_before_it_whole(num_wanted, size):
     network, None, *prompt, completion, prompt[1], keeps=False
   )
   found = jax.jit(policy.logits, static_argnums=0)(
-    network, memory, *prompt, partial, np.zeros((B, 2), np.int32), offset
+    network, memory, *prompt, partial, np.zeros((B, 2), np.int32), offset, False
   )
   whole = jax.jit(network.logits)
   for row in range(B):

@@ -206,6 +206,16 @@ def test_a_run_uses_the_documented_file(tmp_path):
       f"{OWN_FILE}\n  x: tuple = dataclasses.field(default_factory=tuple)\n",
       "as default: x",
     ),
+    (
+      f"{OWN_FILE}\n  microbatch: int = 2\n",
+      "config.objective has .*microbatch",
+    ),
+    (f"{OWN_FILE}\n  has_reference = lambda self: False\n", "has_reference; a"),
+    (
+      f"{OWN_FILE}\n  def updates_per_batch(self):\n    return 1\n",
+      "updates_per_batch; .* needs @property",
+    ),
+    (f"{OWN_FILE}\n  advantage = 1\n", "values for functions: advantage"),
   ],
 )
 def test_a_file_without_an_objective_is_refused(tmp_path, text, message):
@@ -215,22 +225,76 @@ def test_a_file_without_an_objective_is_refused(tmp_path, text, message):
     objectives.get("agrpo", str(file))
 
 
-def test_an_objective_that_cannot_check_its_settings(tmp_path):
+@pytest.mark.parametrize(
+  "line,message",
+  [
+    ("pass", "TypeError: problems.. returned None"),
+    ("return 'a word'", "TypeError: problems.. returned 'a word'"),
+    ("return [self.nothing]", "AttributeError: "),
+    ("return [{}[1]]", "KeyError: 1"),
+    ("assert False, 'no'", "AssertionError: no"),
+  ],
+)
+def test_an_objective_that_cannot_check_its_settings(tmp_path, line, message):
+  said = refused(tmp_path, f"def problems(self, sampling):\n    {line}")
+  assert re.search(rf"'.*own\.py' cannot be checked: {message}", said)
+
+
+@pytest.mark.parametrize(
+  "text,message",
+  [
+    (
+      "behaviour = 'rememberd'",
+      "behaviour='rememberd' must be one of recorded",
+    ),
+    (
+      "updates_per_batch: int = 0",
+      "updates_per_batch=0 must be a whole number",
+    ),
+    (
+      "updates_per_batch: str = '2'",
+      "updates_per_batch='2' must be a whole number",
+    ),
+    ("updates_per_batch: float = 2.0", "updates_per_batch=2.0"),
+    ("updates_per_batch: bool = True", "updates_per_batch=True"),
+    ("updates_per_batch: object = None", "updates_per_batch=None"),
+    ("replays = None", "replays=None must be True or False"),
+    (
+      "is_sum_over_visits = False\n"
+      "  def restarts(self, sampling): ...\n"
+      "  def block_advantage(self, reward, value, sampling): ...",
+      "is_sum_over_visits must be True",
+    ),
+  ],
+)
+def test_an_objective_that_tells_wrong_things_of_itself(
+  tmp_path, text, message
+):
+  said = refused(tmp_path, text)
+  assert re.search(
+    r"objective\.path: in the class `Objective` of '.*own\.py'", said
+  )
+  assert message in said and "seed=-1" in said  # with all other mistakes
+
+
+def refused(tmp_path: pathlib.Path, text: str) -> str:
+  """What is said of the documented file with more text in its class."""
   file = tmp_path / "own.py"
-  file.write_text(f"{OWN_FILE}\n  def problems(self, sampling):\n    pass\n")
+  file.write_text(f"{OWN_FILE}\n  {text}\n", "utf-8")
   c = runs.small(tmp_path)
+  c.seed = -1
   config_lib.use_objective(c, "", path=str(file))
-  with pytest.raises(errors.UserError, match="cannot be checked: TypeError"):
+  with pytest.raises(errors.UserError) as caught:
     settings.rl(c)
+  return str(caught.value)
 
 
 def test_a_name_on_the_command_line_brings_its_own_defaults():
   c = config_lib.rl()
   with c.objective.unlocked():
     c.objective.update(name="espo", num_masks=5, microbatch=3)
-  config_lib.choose_objective(
-    c, {"objective.name", "objective.num_masks", "seed"}
-  )
+  given = {"objective.name": "agrpo", "objective.num_masks": None, "seed": 0}
+  config_lib.choose_objective(c, given)
   assert dict(c.objective) == {
     "name": "espo",
     "path": "",
@@ -238,3 +302,16 @@ def test_a_name_on_the_command_line_brings_its_own_defaults():
     "microbatch": 3,
     "step_price": 0.0,
   }
+
+
+def test_the_configs_own_name_changes_nothing():
+  c = config_lib.rl()
+  before = c.to_dict()
+  config_lib.choose_objective(c, {"objective.name": "agrpo"})
+  assert c.to_dict() == before
+  config_lib.use_objective(c, "agrpo", path="own.py", num_masks=5)
+  config_lib.choose_objective(c, {"objective.path": "own.py"})
+  assert c.objective.num_masks == 5
+  # The name alone: the file is left out, and with it what it was given.
+  config_lib.choose_objective(c, {"objective.name": "agrpo"})
+  assert c.objective.path == "" and "num_masks" not in c.objective

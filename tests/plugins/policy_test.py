@@ -32,6 +32,7 @@ class TwoStates:
 
   refresh: int = 0
   spans: bool = False
+  passes: int = 1
 
   def open(
     self,
