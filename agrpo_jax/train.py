@@ -10,6 +10,7 @@ import numpy as np
 
 from agrpo_jax import actor as actor_lib
 from agrpo_jax import data
+from agrpo_jax import errors
 from agrpo_jax import optimizer
 from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
@@ -56,6 +57,16 @@ def train(s: settings_lib.Rl, checkpoint: str = "") -> None:
         "goes on from its own checkpoint. Another start needs another "
         "--config.workdir.",
         flush=True,
+      )
+    if start and s.objective.has_reference and s.lora is None:
+      # Training changes the weights it begins with, which no later start of
+      # this run could have again.
+      raise errors.UserError(
+        f"--checkpoint={start} trains all parameters, and the objective's "
+        "reference policy is the model that config.model.path names. Write the "
+        f"checkpoint out (agrpo port --checkpoint={start} --to=FOLDER) and "
+        "begin with --config.model.path=FOLDER; or train an adapter "
+        "(config.lora.rank), whose reference is the base."
       )
     print(f"Loading {s.model.path}.", flush=True)
     model = model_lib.load_first(s.model, s.lora, s.mesh.make(), start, s.seed)
@@ -172,7 +183,10 @@ def train(s: settings_lib.Rl, checkpoint: str = "") -> None:
         np.mean([len(prompt.tokens) for prompt in prompts])
       )
       kept: list[dict[str, Any]] = []
-      if s.evaluate.every and (train_step + 1) % s.evaluate.every == 0:
+      is_last = train_step + 1 == s.train.num_steps
+      if s.evaluate.every and (
+        is_last or (train_step + 1) % s.evaluate.every == 0
+      ):
         result, shown = evaluate(state)
         scalars |= result.scalars("eval/")
         kept = shown

@@ -28,6 +28,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import evaluate
 from agrpo_jax import settings as settings_lib
 from agrpo_jax import train
+from agrpo_jax.lab import train as lab_train
 from agrpo_jax.runs import metrics
 
 _DUAL = {"rollout.cache": "dual", "objective.step_rule": "all"}
@@ -105,7 +106,7 @@ def learn(asked: Any, arm: str, seed: int) -> list[dict[str, Any]]:
   """Trains unless that is done; returns held-out accuracy as it went."""
   s = settings_lib.rl(config(asked, arm, seed, {}))
   log = pathlib.Path(s.workdir) / "metrics.jsonl"
-  if not log.exists() or len([*metrics.read(log)]) < s.train.num_steps:
+  if not lab_train.is_done(s):
     train.train(s)
   records = [*metrics.read(log)]
   seconds = [

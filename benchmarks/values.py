@@ -7,10 +7,10 @@ The prompts of a run's first batch are drawn and graded again and again. Of each
 draw the gradient of all denoising steps is computed with the leave-one-out
 advantages of AGRPO, and with those of VinePPO from the same completions, with
 more and more restarts. All are unbiased; their variance, relative to the square
-of the mean gradient, says how many batches a given precision takes. A rollout's
-step and a restart's are forward passes, a third of what a scored step costs;
-completions with nothing to teach are not scored. Variance times passes is what
-a precision costs: `cost_ratio`, in that of leave-one-out.
+of the mean gradient, says how many batches a given precision takes. Passes are
+those of `agrpo_jax/lab/prices.py`: of the rollout, the restarts and the scored
+steps; completions with nothing to teach are not scored. Variance times passes
+is what a precision costs: `cost_ratio`, in that of leave-one-out.
 """
 
 import csv
@@ -30,6 +30,7 @@ from agrpo_jax import data
 from agrpo_jax import settings as settings_lib
 from agrpo_jax import types
 from agrpo_jax.grading import shares
+from agrpo_jax.lab import prices
 from agrpo_jax.objectives import base
 from agrpo_jax.objectives import vine_ppo
 from agrpo_jax.port import model as model_lib
@@ -59,7 +60,7 @@ def gradients(
   @jax.jit
   def gradient(
     rollout: types.Rollout, advantage_BxN: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     key = jax.random.key(0)  # all steps are visited: nothing is drawn
     visits, _ = objective.visits(
       rollout, advantage_BxN, key, jax.random.split(key, num_rows), sampling
@@ -67,7 +68,8 @@ def gradients(
     first = jax.tree.map(lambda x: x[0], visits)
     tree, _, num_units = learner.gradient(state, rollout, advantage_BxN, first)
     leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
-    return jnp.concatenate(leaves), num_units
+    asked = learner.asked(visits, advantage_BxN)
+    return jnp.concatenate(leaves), (num_units, *asked)
 
   blocks = objective.restarts(sampling).blocks
   with s.start_grader() as grader:
@@ -78,7 +80,13 @@ def gradients(
       )
       rollout, pending = actor.sample(state, batch, draw_key)
       reward_B = shares.collect(pending).reward_B
-      one_by_one, num_passes = [], 0.0
+      price = prices.of_policy(
+        sampling,
+        model.shape,
+        rollout.prompt.shape[1],
+        has_adapter=model.lora is not None,
+      )
+      one_by_one, restarted = [], 0.0
       for restart in range(max(NUM_RESTARTS)):
         value_BxV, scalars = actor.values(
           base.Restarts(blocks, num=1),
@@ -90,8 +98,13 @@ def gradients(
           jax.random.fold_in(value_key, restart),
         )
         one_by_one.append(value_BxV)
-        num_passes = scalars["values/mean_whole_passes"]
-      reward_NxG = jnp.asarray(reward_B, jnp.float32).reshape(-1, size)
+        restarted = prices.of_rollout(
+          price,
+          scalars["values/mean_denoise_steps"],
+          scalars["values/mean_whole_passes"],
+        )
+      paid_B = reward_B - np.asarray(learner.price(rollout.num_executed_steps))
+      reward_NxG = jnp.asarray(paid_B, jnp.float32).reshape(-1, size)
       loo_B = objective.advantage(reward_NxG).reshape(-1)
       advantages = {
         ("leave_one_out", 0): jnp.tile(loo_B[:, None], sampling.num_blocks)
@@ -105,11 +118,16 @@ def gradients(
           advantages[target, num] = arm.block_advantage(
             reward_NxG, value_NxGxV, sampling
           ).reshape(num_rows, -1)
-      whole = float(rollout.num_whole_passes.mean())
+      drawn = prices.of_rollout(
+        price,
+        float(rollout.num_executed_steps.mean()),
+        float(rollout.num_whole_passes.mean()),
+      )
       found = {}
       for (name, num), advantage_BxN in advantages.items():
-        flat, num_units = gradient(rollout, advantage_BxN)
-        passes = (whole + num * num_passes) / 3 + float(num_units) / num_rows
+        flat, counts = gradient(rollout, advantage_BxN)
+        updates = prices.of_updates(objective, price, *map(float, counts))
+        passes = drawn + num * restarted + updates / num_rows
         found[name, num] = np.asarray(flat, np.float64), passes
       print(f"drew {draw + 1} of {num_draws}", flush=True)
       yield found

@@ -136,7 +136,7 @@ small = settings.rl(c)
 batch = gradients.draw(small)
 words = [f"agrpo/step_rule=uniform/num_mc_steps={m}" for m in (1, 4)]
 words += ["diffu_grpo"]
-estimators = {word: gradients.parse(word, batch.sampling) for word in words}
+estimators = {word: gradients.parse(c, word) for word in words}
 rows = gradients.measure(batch, estimators, DRAWS)
 
 figure, axes = plt.subplots(figsize=(6, 3), layout="tight")

@@ -13,7 +13,8 @@ computes the exact gradient of every denoising step, and says of every estimate
 how biased and how noisy it is, and what it costs. An estimate is
 OBJECTIVE/SETTING=VALUE/..., with one optimizer update per rollout; without
 --estimators it is all objectives, at several budgets. FOLDER gets
-`gradients.csv` and `gradients.png`.
+`gradients.csv` and `gradients.png`. In both commands the config's own objective
+has the settings that it has there, others those of their classes.
 
 `train` trains every objective with every seed at equal compute (one of
 --budget_passes, --budget_seconds, --budget_steps), each with its best learning
@@ -25,6 +26,7 @@ report `train.md`, its figure, and the tables.
 import pathlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from absl import flags
@@ -44,16 +46,14 @@ def measure_gradients() -> None:
   asked = flags.FLAGS
   if asked.draws < 2:
     raise errors.UserError(f"--draws={asked.draws}: at least 2.")
-  s = settings_lib.rl(command.CONFIG.value)
+  c = command.CONFIG.value
+  s = settings_lib.rl(c)
   words = asked.estimators or gradients.default_estimators(s.rollout.sampling)
-  objectives = {
-    word: gradients.parse(word, s.rollout.sampling) for word in words
-  }
+  objectives = {word: gradients.parse(c, word) for word in words}
+  folder = output_folder(asked.output) if asked.output else None
   batch = gradients.draw(s)
   rows = gradients.measure(batch, objectives, asked.draws)
-  if asked.output:
-    folder = pathlib.Path(asked.output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+  if folder:
     gradients.write(rows, folder)
 
 
@@ -78,7 +78,7 @@ def compare_training() -> None:
     given = ", ".join(f"--budget_{b.unit}={b.amount:g}" for b in budgets)
     raise errors.UserError(f"{given}: a run has one budget; give one of them.")
   rates = command.numbers("learning_rates", asked.learning_rates, float)
-  folder = pathlib.Path(asked.output).expanduser()
+  folder = output_folder(asked.output)
   outcomes = train.run(
     train.Asked(
       config=command.CONFIG.value,
@@ -101,7 +101,34 @@ def compare_training() -> None:
     print(f"{folder / 'train.md'}", flush=True)
 
 
+def output_folder(given: str) -> pathlib.Path:
+  """Makes the folder of --output, to which all comes at the end.
+
+  Raises:
+    UserError: it cannot be made or written.
+  """
+  folder = pathlib.Path(given).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      return folder
+  except OSError as error:
+    raise errors.UserError(
+      f"Cannot write to --output={str(folder)!r}: {error.strerror}. Give "
+      "another folder."
+    ) from error
+
+
 _COMMANDS = {"gradients": measure_gradients, "train": compare_training}
+# Flags of one command alone.
+_OWN = {
+  "gradients": ("estimators", "draws"),
+  "train": (
+    *("objectives", "seeds", "work", "evaluations", "final_examples"),
+    *("learning_rates", "sweep_seeds", "sweep_share"),
+    *(f"budget_{unit}" for unit in train.UNITS),
+  ),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,6 +138,14 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(
       f"agrpo_jax.lab {word}: the command is one of {', '.join(_COMMANDS)}."
     )
+  others = [
+    f"--{flag}"
+    for command_word, own in _OWN.items()
+    for flag in own
+    if command_word != word and flags.FLAGS[flag].present
+  ]
+  if others:
+    raise errors.UserError(f"agrpo_jax.lab {word} has no {', '.join(others)}.")
   _COMMANDS[word]()
 
 

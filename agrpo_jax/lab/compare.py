@@ -77,8 +77,8 @@ class Rate:
   Attributes:
     objective: OBJECTIVE/SETTING=VALUE/...
     learning_rate: the highest of the schedule.
-    accuracy: at the end of its runs, on the prompts of the learning curves; 0
-      if a loss was not finite.
+    accuracy: at the end of its runs, on the prompts of the learning curves;
+      NaN if a loss was not finite.
     is_chosen: whether the comparison takes it.
     is_edge: whether it is the smallest or the largest that was tried.
   """
@@ -437,14 +437,16 @@ def _rates(outcome: Outcome) -> list[str]:
   ]
   for word in ranked(outcome):
     tried = {r.learning_rate: r for r in outcome.rates if r.objective == word}
-    cells = [
-      f"**{_percent(tried[rate].accuracy)}**"
-      if tried[rate].is_chosen
-      else _percent(tried[rate].accuracy)
-      for rate in rates
-    ]
+    cells = [_cell(tried[rate]) for rate in rates]
     lines.append(f"| `{word}` | " + " | ".join(cells) + " |")
   return lines
+
+
+def _cell(rate: Rate) -> str:
+  if math.isnan(rate.accuracy):
+    return "not finite"
+  found = _percent(rate.accuracy)
+  return f"**{found}**" if rate.is_chosen else found
 
 
 def _plot(outcome: Outcome, file: pathlib.Path) -> None:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import learner as learner_lib
@@ -60,7 +61,7 @@ class Batch:
     sampling: how the rollout was drawn.
     policy: through which.
     rollout: B completions.
-    reward_NxG: float32.
+    reward_NxG: float32, the price of steps taken off.
     num_states: partial completions per forward and backward pass.
   """
 
@@ -122,21 +123,23 @@ def default_estimators(sampling: sampling_lib.Sampling) -> list[str]:
   return found + [f"bgpo/num_masks={num}" for num in (2, 64)]
 
 
-def parse(
-  word: str, sampling: sampling_lib.Sampling
-) -> objectives_lib.Objective:
-  """Returns the objective that OBJECTIVE/SETTING=VALUE/... means.
+def parse(c: config_lib.ConfigDict, word: str) -> objectives_lib.Objective:
+  """Returns the objective that OBJECTIVE/SETTING=VALUE/... means in a config.
 
   One optimizer update per rollout, and no KL penalty: at the parameters that
   drew the batch it has no gradient.
 
   Raises:
-    UserError: see `words.parse`; or an objective with values, whose advantages
-      are what it is about and would have to be drawn beside the batch.
+    UserError: an unknown objective or setting, or a value that is not legal; or
+      an objective with values, whose advantages are what it is about and would
+      have to be drawn beside the batch.
   """
-  objective = words.parse(
-    word, sampling, {"updates_per_batch": 1, "kl_coef": 0.0}
-  )
+  c = c.copy_and_resolve_references()
+  try:
+    words.put(c, word, updates_per_batch=1, kl_coef=0.0)
+    objective = settings_lib.rl(c).objective
+  except errors.UserError as error:
+    raise errors.UserError(f"{word}: {error}") from None
   if isinstance(objective, objectives_lib.Valued):
     raise errors.UserError(
       f"{word}: given its advantages, its estimate is that of agrpo with the "
@@ -152,7 +155,7 @@ def draw(s: settings_lib.Rl) -> Batch:
   model = model_lib.load_model(s.model, s.lora, mesh, seed=s.seed)
   dataset = data.load_dataset(s.task, s.data, model.tokenizer, "train")
   data.check_size(len(dataset), s.rollout.num_prompts)
-  mesh_lib.check_rows(mesh, "config.objective.microbatch", s.microbatch)
+  learner = s.make_learner(model.bind, model.tokenizer, mesh)
   # All in one call: it is one batch.
   whole = dataclasses.replace(s.rollout, batch_size=s.rollout.num_rows)
   model.check_draw(s.data.max_prompt_length, whole)
@@ -171,6 +174,7 @@ def draw(s: settings_lib.Rl) -> Batch:
       sampler.drawn(rollout), batch, model.tokenizer, grader
     )
     reward_B = shares.collect([graded]).reward_B
+  reward_B = reward_B - np.asarray(learner.price(rollout.num_executed_steps))
   if not np.ptp(reward_B.reshape(-1, s.rollout.group_size), axis=1).any():
     raise errors.UserError(
       "No group of the batch has rewards that differ: there is no gradient to "
@@ -178,8 +182,8 @@ def draw(s: settings_lib.Rl) -> Batch:
     )
   return Batch(
     model=model,
-    sampling=s.rollout.sampling_for(model.tokenizer),
-    policy=s.rollout.policy_for(model.tokenizer),
+    sampling=learner.sampling,
+    policy=learner.policy,
     rollout=rollout,
     reward_NxG=jnp.asarray(reward_B, jnp.float32).reshape(
       -1, s.rollout.group_size
@@ -232,7 +236,12 @@ def estimator(
     asked = learner.asked(jax.tree.map(lambda x: x[None], visits), advantage_B)
     return jnp.concatenate(leaves), (num_units, *asked)
 
-  price = prices.of_policy(sampling, model.shape, batch.rollout.prompt.shape[1])
+  price = prices.of_policy(
+    sampling,
+    model.shape,
+    batch.rollout.prompt.shape[1],
+    has_adapter=model.lora is not None,
+  )
 
   def run(key: jax.Array) -> tuple[np.ndarray, float]:
     found, counts = gradient(state, batch.rollout, key)

@@ -51,6 +51,8 @@ from agrpo_jax.runs import workdir
 UNITS = ("passes", "seconds", "steps")
 
 _CALIBRATION_STEPS = 3
+# Train steps that tell what one of a run takes; of fewer, calibration does.
+_FEWEST_TIMED = 3
 # Seeds of calibration and sweep start so much behind those of the comparison.
 _SWEEP_SEED = 1000
 
@@ -72,22 +74,24 @@ class Budget:
     unit = "train steps" if self.unit == "steps" else self.unit
     return f"{self.amount:g} {unit}"
 
-  def num_steps(self, word: str, cost: float) -> int:
+  def num_steps(self, word: str, cost: float, share: float = 1.0) -> int:
     """Returns how many train steps the budget pays for.
 
     Args:
       word: the objective, for the message.
       cost: of a train step.
+      share: of the budget, --sweep_share if not all.
 
     Raises:
       UserError: not even one.
     """
     # A budget that is a multiple of the cost pays for all of it.
-    num_steps = math.floor(self.amount / cost * (1 + 1e-9))
+    num_steps = math.floor(self.amount * share / cost * (1 + 1e-9))
     if num_steps < 1:
+      part = "" if share == 1 else f" times --sweep_share={share:g}"
       raise errors.UserError(
-        f"--budget_{self.unit}={self.amount:g} is less than a train step of "
-        f"{word}, which takes {cost:.3g}."
+        f"--budget_{self.unit}={self.amount:g}{part} is less than a train step "
+        f"of {word}, which takes {cost:.3g}."
       )
     return num_steps
 
@@ -163,9 +167,6 @@ class Asked:
       UserError: naming all that is wrong with them.
     """
     c = self.config.copy_and_resolve_references()
-    name, given = words.split(word)
-    words.parse(word, self.shared.rollout.sampling, _usual(c, name))
-    config_lib.use_objective(c, name, **{**_usual(c, name), **given})
     c.seed += seed
     c.optimizer.learning_rate = learning_rate
     c.train.num_steps = num_steps
@@ -175,7 +176,9 @@ class Asked:
     c.evaluate.every = math.ceil(num_steps / evaluations) if evaluations else 0
     c.report.before = False  # it would be the same for all
     c.workdir = str(self.work / folder)
+    c.accept_changed_config = False  # then it would be no comparison
     c.wandb.name = folder
+    words.put(c, word)
     return settings_lib.rl(c)
 
   @functools.cached_property
@@ -184,14 +187,6 @@ class Asked:
     c = self.config.copy_and_resolve_references()
     c.workdir = c.workdir or str(self.work)
     return settings_lib.rl(c)
-
-
-def _usual(c: config_lib.ConfigDict, name: str) -> dict[str, Any]:
-  """The settings that an objective has where its word says nothing."""
-  own = c.objective.to_dict()
-  if own.pop("name") != name or own.pop("path", ""):
-    return {}
-  return {k: v for k, v in own.items() if k not in ("microbatch", "step_price")}
 
 
 def check(asked: Asked) -> None:
@@ -212,10 +207,10 @@ def check(asked: Asked) -> None:
   legal = f"from 2, for there to be a spread, to {_SWEEP_SEED}"
   want(2 <= seeds <= _SWEEP_SEED, "seeds", seeds, legal)
   amount = asked.budget.amount
-  is_fine = 0 < amount < math.inf
+  is_fine, legal = 0 < amount < math.inf, "positive and finite"
   if asked.budget.unit == "steps":
-    is_fine &= amount == int(amount)
-  want(is_fine, f"budget_{asked.budget.unit}", f"{amount:g}", "positive")
+    is_fine, legal = is_fine and amount.is_integer(), "a positive whole number"
+  want(is_fine, f"budget_{asked.budget.unit}", f"{amount:g}", legal)
   want(asked.sweep_seeds >= 1, "sweep_seeds", asked.sweep_seeds, "at least 1")
   share = asked.sweep_share
   want(0 < share <= 1, "sweep_share", share, "in (0, 1]")
@@ -235,8 +230,7 @@ def check(asked: Asked) -> None:
           evaluations=1,
         )
       except errors.UserError as error:
-        text = str(error)
-        found.append(text if text.startswith(word) else f"{word}: {text}")
+        found.append(f"{word}: {error}")
         break
   if found:
     raise errors.UserError("Nothing was run.\n" + "\n".join(found))
@@ -262,10 +256,9 @@ def run(
   Raises:
     UserError: anything that the user has to change.
     Stopped: asked to stop; the same command goes on.
-    FloatingPointError: a loss that is not finite, of a run of the comparison.
   """
   check(asked)
-  with workdir.claim(asked.work):
+  with workdir.claim(asked.work, "--work"):
     _same_comparison(asked)
     # Runs that differ by their seeds alone are the same programs.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -343,7 +336,7 @@ def held_out(s: settings_lib.Rl, num_final: int) -> _HeldOut:
   wanted = num_final or num_curve
   curve = examples[:num_curve]
   final = examples[num_curve : num_curve + wanted]
-  if len(final) < wanted / 2:
+  if len(final) < min(wanted, len(curve)) / 2:
     final = curve
   return _HeldOut(curve=curve, final=final, longest=dataset.longest)
 
@@ -361,7 +354,10 @@ class _Comparison:
       s.rollout.sampling,
       model_lib.load_shape(s.model),
       -(-self._held_out.longest // bucket) * bucket,
+      has_adapter=s.lora is not None,
     )
+    # Objective -> seconds of a train step of its calibration.
+    self._calibrated: dict[str, float] = {}
     num_runs = len(asked.objectives) * asked.num_seeds
     if asked.is_sweep:
       num_runs += (
@@ -374,14 +370,14 @@ class _Comparison:
     before_N = self._before()
     num_final = len(self._held_out.final)
     costs = {word: self._calibrate(word) for word in asked.objectives}
-    num_steps = self._num_steps(asked.budget, costs)
+    num_steps = self._num_steps(costs)
     for word, count in num_steps.items():
       print(
         f"{word}: {costs[word]:.3g} {asked.budget.unit} a train step, about "
         f"{count} train steps"
       )
     rates, chosen = self._sweep(costs)
-    num_steps = self._num_steps(asked.budget, costs)
+    num_steps = self._num_steps(costs)
     runs: list[compare.Run] = []
     for seed in range(asked.num_seeds):
       for word in asked.objectives:
@@ -426,9 +422,12 @@ class _Comparison:
     return result.grades["accuracy"]
 
   def _num_steps(
-    self, budget: Budget, costs: Mapping[str, float]
+    self, costs: Mapping[str, float], share: float = 1.0
   ) -> dict[str, int]:
-    return {word: budget.num_steps(word, cost) for word, cost in costs.items()}
+    return {
+      word: self._asked.budget.num_steps(word, cost, share)
+      for word, cost in costs.items()
+    }
 
   def _calibrate(self, word: str) -> float:
     """Returns what a train step costs, in units of the budget."""
@@ -437,14 +436,21 @@ class _Comparison:
       return 1.0
     s = asked.settings(
       word,
-      f"calibration/{_folder(word)}/{asked.rates[0]:g}",
+      f"calibration/{_folder(word)}",
       seed=_SWEEP_SEED,
-      # One of the sweep's: with a constant schedule its program serves both.
-      learning_rate=asked.rates[0],
+      # Whatever --learning_rates are: more may be added.
+      learning_rate=asked.config.optimizer.learning_rate,
       num_steps=_CALIBRATION_STEPS,
       evaluations=0,
     )
-    return self._costs([self._trained(s)])
+    run = self._finite(
+      word,
+      s,
+      "Costs are measured at --config.optimizer.learning_rate: give a smaller "
+      "one, and another --work.",
+    )
+    self._calibrated[word] = run.end.seconds / run.num_steps
+    return self._costs([run])
 
   def _costs(self, runs: Sequence["_Trained"]) -> float:
     """Returns what a train step of these runs cost, in units of the budget."""
@@ -467,7 +473,7 @@ class _Comparison:
     asked = self._asked
     if not asked.is_sweep:
       return [], dict.fromkeys(asked.objectives, asked.rates[0])
-    num_steps = self._num_steps(asked.sweep_budget, costs)
+    num_steps = self._num_steps(costs, asked.sweep_share)
     tried, chosen = [], {}
     for word in asked.objectives:
       runs = {
@@ -475,22 +481,24 @@ class _Comparison:
         for rate in asked.learning_rates
       }
       accuracies = {
-        rate: _mean([run.end.accuracy for run in found] or [0.0])
+        rate: _mean([run.end.accuracy for run in found])
         for rate, found in runs.items()
+        if found
       }
-      best = chosen[word] = compare.choose(accuracies)
-      if not runs[best]:
-        raise FloatingPointError(
+      if not accuracies:
+        raise errors.UserError(
           f"{word}: the loss was not finite with any of --learning_rates="
-          f"{','.join(f'{rate:g}' for rate in asked.learning_rates)}."
+          f"{','.join(f'{rate:g}' for rate in asked.learning_rates)}. Add "
+          "smaller ones, or leave the objective out."
         )
+      best = chosen[word] = compare.choose(accuracies)
       costs[word] = self._costs(runs[best])
       edges = min(asked.learning_rates), max(asked.learning_rates)
       tried += [
         compare.Rate(
           objective=word,
           learning_rate=rate,
-          accuracy=accuracies[rate],
+          accuracy=accuracies.get(rate, math.nan),
           is_chosen=rate == best,
           is_edge=rate in edges,
         )
@@ -513,7 +521,7 @@ class _Comparison:
       name = f"{word}, learning rate {rate:g}"
       with self._watch.run(name, seed) as say:
         try:
-          run = self._trained(s)
+          run = self._trained(word, s)
         except FloatingPointError as error:
           say(str(error).partition(":")[0])
           return []
@@ -534,7 +542,12 @@ class _Comparison:
       evaluations=self._asked.evaluations,
     )
     with self._watch.run(word, seed) as say:
-      trained = self._trained(s)
+      trained = self._finite(
+        word,
+        s,
+        "Give --learning_rates that are all smaller, or leave the objective "
+        "out: other runs are kept.",
+      )
       grade_N = self._evaluate(
         s,
         s.workdir,
@@ -557,12 +570,28 @@ class _Comparison:
       curve=trained.curve,
     )
 
-  def _trained(self, s: settings_lib.Rl) -> "_Trained":
+  def _finite(self, word: str, s: settings_lib.Rl, remedy: str) -> "_Trained":
+    """Trains a run that the comparison cannot do without."""
+    try:
+      return self._trained(word, s)
+    except FloatingPointError as error:
+      raise errors.UserError(
+        f"{word}, learning rate {s.optimizer.learning_rate:g}, config.seed "
+        f"{s.seed}, in {s.workdir}: {error}. {remedy}"
+      ) from error
+
+  def _trained(self, word: str, s: settings_lib.Rl) -> "_Trained":
     """Trains unless that is done, and reads what the run logged."""
     folder = pathlib.Path(s.workdir)
-    if not _is_done(s):
-      with _aside(folder):
+    if not is_done(s):
+      with run_lib.stop_requests() as stop, _aside(folder):
         self._train_fn(s)
+      if stop.signal:
+        raise errors.Stopped(
+          f"Stopped behind a run, which is saved in {folder}. The same command "
+          "goes on with the next.",
+          code=128 + stop.signal,
+        )
     records = [*metrics.read(folder / "metrics.jsonl")]
     passes = np.cumsum(
       [
@@ -570,9 +599,9 @@ class _Comparison:
         for r in records
       ]
     )
-    # Train steps are alike, but those that compile: the first of a process, and
-    # the first of each width of prompts.
-    second = float(np.median([_seconds(record) for record in records]))
+    second, num_timed = _second(folder, records)
+    if num_timed < _FEWEST_TIMED:
+      second = self._calibrated.get(word, second)
     points = [
       compare.Point(
         train_step=index + 1,
@@ -583,7 +612,8 @@ class _Comparison:
       for index, record in enumerate(records)
     ]
     curve = tuple(p for p in points if not math.isnan(p.accuracy))
-    # Its accuracy is that of the last evaluation, at or shortly before the end.
+    # Its accuracy is that of the last evaluation: earlier versions may have
+    # ended with train steps that were not evaluated.
     last = curve[-1].accuracy if curve else math.nan
     return _Trained(curve, dataclasses.replace(points[-1], accuracy=last))
 
@@ -591,10 +621,11 @@ class _Comparison:
     """Returns how it was done, a sentence each."""
     asked = self._asked
     found = [
-      "A pass is one row's forward and backward pass, a forward one alone a "
-      "third; a run's passes are those of its rollouts and updates, per "
-      "completion of a train step, summed over train steps. Seconds are so "
-      "many median train steps: no compilation, no evaluation."
+      "A pass is one row's forward and backward pass, a forward one alone "
+      f"{self._policy.read:.2f} of it; a run's passes are those of its "
+      "rollouts and updates, per completion of a train step, summed over train "
+      "steps. Seconds are so many median train steps: no compilation, no "
+      "evaluation."
     ]
     if asked.is_sweep:
       number = asked.sweep_seeds
@@ -603,7 +634,7 @@ class _Comparison:
       )
       found.append(
         "The learning rate of each objective is that of the highest accuracy "
-        f"in the last evaluation of runs with {asked.sweep_budget}, on {seeds} "
+        f"at the end of runs with {asked.sweep_budget}, on {seeds} "
         "and on the prompts of the learning curves."
       )
     if self._held_out.is_shared:
@@ -636,12 +667,11 @@ class _Trained:
     return self.end.train_step
 
 
-def _is_done(s: settings_lib.Rl) -> bool:
+def is_done(s: settings_lib.Rl) -> bool:
   """Returns whether a run has ended; one of another config is refused."""
-  log = pathlib.Path(s.workdir) / "metrics.jsonl"
-  if not log.exists():
+  if not (pathlib.Path(s.workdir) / "config.json").exists():
     return False
-  with run_lib.claim(s):
+  with run_lib.claim(s, "Give another --work, or undo the changes."):
     try:
       saved = checkpoint_named.find_train_step(s.workdir)
     except errors.UserError:
@@ -659,6 +689,19 @@ def _aside(folder: pathlib.Path) -> Iterator[None]:
     contextlib.redirect_stderr(out),
   ):
     yield
+
+
+def _second(
+  folder: pathlib.Path, records: Sequence[Mapping[str, float]]
+) -> tuple[float, int]:
+  """Returns what a train step of a run takes, and how many of them tell."""
+  ran = files.read_json(folder / "environment.json", "where this run ran")
+  # The first of a process compiles. That of a new width of prompts does too, as
+  # a few do, which a median passes over.
+  compile_at = {session["first_step"] for session in ran["sessions"]}
+  timed = [_seconds(r) for r in records if r["train_step"] not in compile_at]
+  found = timed or [_seconds(record) for record in records]
+  return float(np.median(found)), len(timed)
 
 
 def _seconds(record: Mapping[str, float]) -> float:

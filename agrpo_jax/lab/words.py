@@ -2,28 +2,46 @@
 
 import ast
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import objectives as objectives_lib
-from agrpo_jax.samplers import sampling as sampling_lib
 
 
-def split(word: str) -> tuple[str, dict[str, Any]]:
-  """Returns the objective's name, and the settings that the word gives.
+def put(c: config_lib.ConfigDict, word: str, **usual: Any) -> None:
+  """Puts the objective that a word means into a config.
+
+  One that has the name of the config's own starts from the settings there, any
+  other from those of its class.
+
+  Args:
+    c: changed in place; whether values are legal is for `settings` to say.
+    word: OBJECTIVE/SETTING=VALUE/...
+    **usual: settings in place of these, where the word says nothing; those that
+      the objective does not have are passed over.
 
   Raises:
     UserError: an unknown objective or setting.
   """
+  name, given = _split(word)
+  own = c.objective.to_dict()
+  if own.pop("name") != name or own.pop("path", ""):
+    own = {}
+  usual = {k: v for k, v in usual.items() if k in _fields(name)}
+  config_lib.use_objective(c, name, **{**own, **usual, **given})
+
+
+def _split(word: str) -> tuple[str, dict[str, Any]]:
+  """Returns the objective's name, and the settings that the word gives."""
   name, *changes = word.split("/")
-  fields = _fields(objectives_lib.get(name))
+  fields = _fields(name)
   values: dict[str, Any] = {}
   for change in changes:
     key, _, text = change.partition("=")
     if key not in fields or not text:
       raise errors.UserError(
-        f"{word}: {change!r} is no SETTING=VALUE of {name}, which has "
+        f"{change!r} is no SETTING=VALUE of {name}, which has "
         f"{', '.join(sorted(fields))}."
       )
     try:
@@ -33,32 +51,6 @@ def split(word: str) -> tuple[str, dict[str, Any]]:
   return name, values
 
 
-def parse(
-  word: str, sampling: sampling_lib.Sampling, usual: Mapping[str, Any]
-) -> objectives_lib.Objective:
-  """Returns the objective that a word means.
-
-  Args:
-    word: OBJECTIVE/SETTING=VALUE/...
-    sampling: how completions are drawn.
-    usual: settings that hold where the word says nothing; those that the
-      objective does not have are passed over.
-
-  Raises:
-    UserError: an unknown objective or setting, or a value that is not legal.
-  """
-  name, given = split(word)
-  record = objectives_lib.get(name)
-  values = {k: v for k, v in usual.items() if k in _fields(record)} | given
-  try:
-    objective = record(**values)
-    problems = objective.problems(sampling)
-  except TypeError as error:
-    problems = [str(error)]
-  if problems:
-    raise errors.UserError(f"{word}: " + "; ".join(problems) + ".")
-  return objective
-
-
-def _fields(record: type) -> set[str]:
+def _fields(name: str) -> set[str]:
+  record: type = objectives_lib.get(name)
   return {field.name for field in dataclasses.fields(record)}

@@ -34,10 +34,15 @@ from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import checkpoint_read
 from agrpo_jax.runs import files
 from agrpo_jax.runs import metrics
+from agrpo_jax.runs import progress
 from agrpo_jax.runs import workdir
 
 # Keys that say where and how to log, not what to compute.
 _FREE_KEYS = ("workdir", "accept_changed_config", "wandb", "report")
+_REMEDY = (
+  "Choose another with --config.workdir=..., undo the changes, or go on under "
+  "them with --config.accept_changed_config=true."
+)
 # Starts of a run that its record of the environment keeps, the newest.
 _MAX_SESSIONS = 50
 
@@ -112,7 +117,11 @@ class Claim:
   """
 
   def __init__(
-    self, settings: Settings, folder: pathlib.Path, stop: "StopRequest"
+    self,
+    settings: Settings,
+    folder: pathlib.Path,
+    stop: "StopRequest",
+    remedy: str,
   ):
     self.folder = folder
     self._settings = settings
@@ -120,7 +129,7 @@ class Claim:
     self._run: Run | None = None
     self._note = ""  # for the line that says from where it goes on
     if processes.is_main():
-      self._note = _check_config(settings, folder / "config.json")
+      self._note = _check_config(settings, folder / "config.json", remedy)
 
   @property
   def has_begun(self) -> bool:
@@ -238,6 +247,8 @@ class Run:
   ) -> None:
     """Logs a train step and saves when it is time.
 
+    The last train step of a run ends it as if nobody had asked it to stop.
+
     A save that is due while the one before is still being written is put off to
     the next train step; the last one and that of a stopped run are not.
 
@@ -308,15 +319,19 @@ class Run:
 
 
 @contextlib.contextmanager
-def claim(settings: Settings) -> Iterator[Claim]:
+def claim(settings: Settings, remedy: str = _REMEDY) -> Iterator[Claim]:
   """Claims the work directory of a run, and ends the run cleanly.
+
+  Args:
+    settings: of the run.
+    remedy: what to do where the directory holds a run of another config.
 
   Raises:
     UserError: a directory that cannot be used, is in use, or holds a run of
       another config.
   """
   with workdir.claim(settings.workdir) as folder, stop_requests() as stop:
-    claimed = Claim(settings, folder, stop)
+    claimed = Claim(settings, folder, stop, remedy)
     try:
       yield claimed
     finally:
@@ -324,7 +339,7 @@ def claim(settings: Settings) -> Iterator[Claim]:
 
 
 class StopRequest:
-  """A note that somebody asked the process to stop.
+  """A note that somebody asked the process to stop, which signals call.
 
   Attributes:
     signal: the signal's number, 0 if there was none.
@@ -332,35 +347,38 @@ class StopRequest:
 
   signal = 0
 
+  def __call__(self, number: int, frame: Any) -> None:
+    del frame
+    if self.signal and number == signal.SIGINT:
+      raise KeyboardInterrupt(
+        "Stopped at once. The same command goes on from the newest checkpoint, "
+        "or from the start if there is none yet."
+      )
+    self.signal = number
+    progress.say(
+      "Stopping after this train step (Ctrl-C again: at once, unsaved).",
+      sys.stderr,
+    )
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
   """Notes SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C kills.
 
   SIGTERM is how a preempted machine and a job's time limit announce themselves.
-  Only a main thread can receive signals; elsewhere nothing is noted.
+  Only a main thread can receive signals; elsewhere nothing is noted. Within
+  another such context the note is that one's: who starts runs hears of it too.
   """
+  outer = signal.getsignal(signal.SIGTERM)
+  if isinstance(outer, StopRequest):
+    yield outer
+    return
   request = StopRequest()
-
-  def note(number: int, frame: Any) -> None:
-    del frame
-    if request.signal and number == signal.SIGINT:
-      raise KeyboardInterrupt(
-        "Stopped at once. The same command goes on from the newest checkpoint, "
-        "or from the start if there is none yet."
-      )
-    request.signal = number
-    print(
-      "Stopping after this train step (Ctrl-C again: at once, unsaved).",
-      file=sys.stderr,
-      flush=True,
-    )
-
   if threading.current_thread() is not threading.main_thread():
     yield request
     return
   watched = (signal.SIGTERM, signal.SIGINT)
-  before = [signal.signal(number, note) for number in watched]
+  before = [signal.signal(number, request) for number in watched]
   try:
     yield request
   finally:
@@ -404,7 +422,7 @@ def _command() -> list[str]:
   return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
-def _check_config(settings: Settings, file: pathlib.Path) -> str:
+def _check_config(settings: Settings, file: pathlib.Path, remedy: str) -> str:
   """Raises UserError if the directory holds a run of another config.
 
   It may be made longer, save at other times, and be graded by more processes.
@@ -443,9 +461,9 @@ def _check_config(settings: Settings, file: pathlib.Path) -> str:
   if changes:
     raise errors.UserError(
       f"The work directory {str(file.parent)!r} holds a run of another "
-      f"config.{_made_with(file.parent)}\n  " + "\n  ".join(changes) + "\n"
-      "Choose another with --config.workdir=..., undo the changes, or go on "
-      "under them with --config.accept_changed_config=true."
+      f"config.{_made_with(file.parent)}\n  "
+      + "\n  ".join(changes)
+      + f"\n{remedy}"
     )
   note = ""
   if num_new:

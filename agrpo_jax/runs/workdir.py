@@ -19,12 +19,18 @@ _READ_ONLY = (errno.EROFS,)
 
 
 @contextlib.contextmanager
-def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def claim(
+  path: str | os.PathLike[str], flag: str = "--config.workdir"
+) -> Iterator[pathlib.Path]:
   """Makes the directory and keeps other runs out until the context ends.
 
   Of a run on several hosts only process 0 holds the lock: that process alone
   writes files other than checkpoints. A directory that this made is removed
   again if nothing was written to it.
+
+  Args:
+    path: of the directory.
+    flag: that gave it, for messages.
 
   Raises:
     UserError: the directory cannot be made or written, another run has it, or
@@ -47,22 +53,24 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except files.InUse as owner:
       raise errors.UserError(
         f"The work directory {str(directory)!r} is in use by {owner}. Stop "
-        "that run or choose another directory with --config.workdir=..."
+        f"that run or choose another directory with {flag}=..."
       ) from None
     except OSError as error:
-      _raise_when_unwritable(error, directory)
+      _raise_when_unwritable(error, directory, flag)
       raise errors.UserError(
         f"Cannot write to the work directory {str(directory)!r}: "
-        f"{error.strerror}. Choose another with --config.workdir=..."
+        f"{error.strerror}. Choose another with {flag}=..."
       ) from error
     try:
       yield directory
     except Exception as error:
-      _raise_when_unwritable(error, directory)
+      _raise_when_unwritable(error, directory, flag)
       raise
 
 
-def _raise_when_unwritable(error: Exception, directory: pathlib.Path) -> None:
+def _raise_when_unwritable(
+  error: Exception, directory: pathlib.Path, flag: str
+) -> None:
   """Passes an error on as a UserError where the disk takes no more."""
   name = repr(str(directory))
   for numbers, problem, remedy in (
@@ -74,7 +82,7 @@ def _raise_when_unwritable(error: Exception, directory: pathlib.Path) -> None:
     (
       _READ_ONLY,
       f"The work directory {name} cannot be written to",
-      "Make it writable, or copy it and give that with --config.workdir=...",
+      f"Make it writable, or copy it and give that with {flag}=...",
     ),
   ):
     for reason in map(os.strerror, numbers):

@@ -153,13 +153,14 @@ class TestReport:
       compare.Rate("a", 1e-4, 0.25, False, True),
       compare.Rate("a", 1e-3, 0.5, True, True),
       compare.Rate("b", 1e-4, 0.25, True, True),
-      compare.Rate("b", 1e-3, 0.125, False, True),
+      compare.Rate("b", 1e-3, math.nan, False, True),
     ]
     grades = {"a": np.ones((2, 2)), "b": np.zeros((2, 2))}
     found = outcome(grades, rates=rates)
     text = compare.report(found, found.pairs())
     assert "| `a` | 0.001 (edge) | 10 | 99.5 | 5.0 | 100.0 % ± 0.0 |" in text
     assert "| `a` | 25.0 % | **50.0 %** |" in text
+    assert "| `b` | **25.0 %** | not finite |" in text
 
   def test_train_steps_are_no_equal_compute(self):
     grades = {"a": np.ones((2, 2)), "b": np.zeros((2, 2))}

@@ -9,27 +9,28 @@ import pytest
 from agrpo_jax import errors
 from agrpo_jax import settings
 from agrpo_jax.lab import gradients
+from agrpo_jax.objectives import espo
 from fixtures import commands
 from fixtures import recordings
 
 
-def small_settings():
+def small_config(**objective):
   c = recordings.config("sudoku_tiny", "blocks")
   c.rollout.update(num_prompts=4, group_size=4, batch_size=16)
-  c.objective.microbatch = 32
+  c.objective.update(microbatch=32, **objective)
   c.grading.num_workers = 1
-  return settings.rl(c)
+  return c
 
 
 @pytest.fixture(scope="module")
 def batch():
-  return gradients.draw(small_settings())
+  return gradients.draw(settings.rl(small_config(step_price=0.5)))
 
 
 def test_an_exact_estimate_has_neither_bias_nor_variance(batch, capsys):
   word = "agrpo/step_rule=all"
   (row,) = gradients.measure(
-    batch, {word: gradients.parse(word, batch.sampling)}, 2
+    batch, {word: gradients.parse(small_config(), word)}, 2
   )
   assert row.bias < 1e-2 and row.relative_variance < 1e-5
   assert row.mean_cosine > 1 - 1e-6 and row.cosine > 1 - 1e-6
@@ -76,19 +77,40 @@ def test_it_tells_a_biased_estimate_from_an_unbiased_one():
     ("espo/num_masks", "is no SETTING=VALUE"),
     ("espo/num_masks=0", "num_masks=0 must be at least 1"),
     ("espo/num_masks=many", "espo/num_masks=many: "),
+    ("espo/num_masks=2.5", "num_masks=2.5 must be of type int"),
+    ("espo/num_masks=True", "num_masks=True must be of type int"),
+    ("agrpo/updates_per_batch=2.5", "updates_per_batch=2.5 must be of type"),
+    ("agrpo/kl_coef=True", "kl_coef=True must be of type float"),
+    ("agrpo/kl_coef=nan", "kl_coef='nan' must be of type float"),
     ("vine_ppo", "its estimate is that of agrpo with the same step_rule"),
   ],
 )
-def test_a_word_that_means_nothing_is_refused(word, message, batch):
+def test_a_word_that_means_nothing_is_refused(word, message):
   with pytest.raises(errors.UserError, match=message):
-    gradients.parse(word, batch.sampling)
+    gradients.parse(small_config(), word)
+
+
+def test_the_configs_own_objective_keeps_its_settings():
+  c = small_config(clip_high=0.3, kl_coef=0.1, updates_per_batch=2)
+  own = gradients.parse(c, "agrpo")
+  assert (own.num_mc_steps, own.step_rule) == (2, "entropy")
+  # At the parameters that drew the batch there is one update, without a KL.
+  assert (own.clip_high, own.kl_coef, own.updates_per_batch) == (0.3, 0.0, 1)
+  assert gradients.parse(c, "agrpo/kl_coef=0.2").kl_coef == 0.2
+  assert gradients.parse(c, "espo") == espo.Espo(updates_per_batch=1, kl_coef=0)
+
+
+def test_completions_pay_for_their_steps(batch):
+  # All of them execute all steps; what they are paid for is a share of cells.
+  assert -0.5 <= batch.reward_NxG.min() < 0
+  assert batch.reward_NxG.max() <= 0.5
 
 
 def test_every_default_estimate_is_legal(batch):
   words = gradients.default_estimators(batch.sampling)
   assert len(words) == len({*words}) > 20
   for word in words:
-    gradients.parse(word, batch.sampling)
+    gradients.parse(small_config(), word)
 
 
 def test_the_command_writes_a_table_and_a_figure(tmp_path):

@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import json
 import math
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,14 +17,17 @@ import pytest
 
 from agrpo_jax import errors
 from agrpo_jax import evaluate
+from agrpo_jax import settings
 from agrpo_jax import train as train_lib
 from agrpo_jax.evaluation import statistics
+from agrpo_jax.lab import __main__ as lab
 from agrpo_jax.lab import compare
 from agrpo_jax.lab import prices
 from agrpo_jax.lab import train
 from agrpo_jax.models import base as models
 from agrpo_jax.objectives import agrpo
 from agrpo_jax.objectives import espo
+from agrpo_jax.runs import run as run_lib
 from agrpo_jax.samplers import sampling as sampling_lib
 from fixtures import commands
 from fixtures import recordings
@@ -62,6 +67,9 @@ def test_a_budget_of_less_than_a_train_step_is_refused():
     errors.UserError, match=r"--budget_seconds=2 is less .*es"
   ):
     budget.num_steps("espo", 2.5)
+  said = "--budget_seconds=2 times --sweep_share=0.5 is less"
+  with pytest.raises(errors.UserError, match=said):
+    budget.num_steps("espo", 1.5, 0.5)
 
 
 class TestPrices:
@@ -101,6 +109,15 @@ class TestPrices:
     assert prices.of_updates(plain, policy, 0.0, 0.0, 0.0) == 0.0
     assert prices.of_rollout(policy, 8, 2) == pytest.approx((1 + 2) / 3)
 
+  def test_the_first_state_of_a_memory_is_paid_with_it(self):
+    policy = prices.Prices(memory=0.5, state=0.25, has_start=True)
+    assert prices.of_rollout(policy, 8, 2) == pytest.approx((1 + 1.5) / 3)
+    block = prices.of_updates(self.objective(), policy, 2.0, 2.0, 8.0)
+    assert block == pytest.approx(2 * (0.5 + 3 * 0.25))
+    # A drawn step is seldom the first.
+    step = prices.of_updates(self.objective(), policy, 2.0, 2.0, 2.0)
+    assert step == pytest.approx(2 * (0.5 + 0.25))
+
   def test_a_train_step_pays_for_its_rollouts_too(self):
     record = {
       "completions/mean_denoise_steps": 6.0,
@@ -127,20 +144,44 @@ class TestPrices:
       block_length=4,
       num_denoise_steps=8,
     )
-    assert prices.of_policy(made, shape, 32) is prices.WHOLE_ROWS
-    dual, prefix = (
-      prices.of_policy(dataclasses.replace(made, cache=cache), shape, 32)
-      for cache in ("dual", "prefix")
-    )
-    assert 0.5 < dual.memory < 1 and dual.memory == prefix.memory
+
+    def priced(cache):
+      policy = dataclasses.replace(made, cache=cache)
+      return prices.of_policy(policy, shape, 32, has_adapter=False)
+
+    assert priced("none") == prices.WHOLE_ROWS
+    dual, prefix = priced("dual"), priced("prefix")
+    assert dual.memory == prefix.memory == 1 and dual.has_start
     shape = dataclasses.replace(shape, attention_block=4)
-    block = prices.of_policy(
-      dataclasses.replace(made, cache="block"), shape, 32
-    )
+    block = priced("block")
     # A mask hides tokens of all blocks, each of which is run beside the row.
     assert block.state < 0.2 and 1.2 < block.mask < 1.5
     assert dual.mask == 1.0
     assert dual.state < prefix.state < 1
+
+  @pytest.mark.parametrize(
+    "has_adapter,remat,read",
+    [
+      (False, "none", 1 / 3),
+      (False, "full", 1 / 4),
+      (True, "dots", 1 / 2),
+      (True, "full", 1 / 3),
+    ],
+  )
+  def test_reads_are_dearer_with_adapters(self, has_adapter, remat, read):
+    shape = dataclasses.replace(recordings.random_network()[0], remat=remat)
+    sampling = recordings.config("sudoku_tiny", "dual")
+    made = settings.rl(sampling).rollout.sampling
+    for cache in ("none", "dual"):
+      policy = prices.of_policy(
+        dataclasses.replace(made, cache=cache),
+        shape,
+        8,
+        has_adapter=has_adapter,
+      )
+      assert policy.read == pytest.approx(read)
+    whole = dataclasses.replace(prices.WHOLE_ROWS, read=read)
+    assert prices.of_rollout(whole, 6, 6) == pytest.approx(6 * read)
 
 
 class TestSettings:
@@ -172,6 +213,20 @@ class TestSettings:
     assert s.evaluate.every == 4 and s.train.num_steps == 10
     assert s.workdir == str(tmp_path / "runs/x")
 
+  def test_a_run_of_another_config_stays_one(self, tmp_path):
+    wanted = asked(tmp_path)
+    wanted.config.accept_changed_config = True
+    s = wanted.settings(
+      "wd1", "x", seed=0, learning_rate=1e-3, num_steps=1, evaluations=1
+    )
+    assert not s.accept_changed_config
+    folder = pathlib.Path(s.workdir)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(s.as_json | {"seed": 9}))
+    with pytest.raises(errors.UserError, match="Give another --work, ") as said:
+      train.is_done(s)
+    assert "--config." not in str(said.value)
+
 
 @pytest.mark.parametrize(
   "changes,message",
@@ -183,7 +238,11 @@ class TestSettings:
     ({"objectives": ("wd1",)}, "--objectives=wd1 must be two or more"),
     ({"num_seeds": 1}, "--seeds=1 must be from 2, for there to be a spread"),
     ({"budget": train.Budget("passes", 0.0)}, "--budget_passes=0 must be pos"),
-    ({"budget": train.Budget("steps", 1.5)}, "--budget_steps=1.5 must be pos"),
+    ({"budget": train.Budget("steps", 2.5)}, "=2.5 must be a positive whole"),
+    ({"budget": train.Budget("steps", math.inf)}, "=inf must be a positive wh"),
+    ({"budget": train.Budget("steps", math.nan)}, "=nan must be a positive wh"),
+    ({"budget": train.Budget("passes", math.nan)}, "=nan must be positive and"),
+    ({"objectives": ("wd1", "espo/num_masks=2.5")}, "must be of type int"),
     ({"learning_rates": (1e-3, -1.0)}, "learning_rate=-1.0 must be in"),
     ({"sweep_share": 0.0}, "--sweep_share=0.0 must be in"),
     ({"sweep_seeds": 0}, "--sweep_seeds=0 must be at least 1"),
@@ -209,9 +268,11 @@ class Fake:
   def __init__(self, monkeypatch, work):
     self.work = work
     self.runs: list[str] = []
+    self.diverges = -1  # a seed
     monkeypatch.setattr(train._Comparison, "_trained", self.trained)
 
-  def trained(self, s):
+  def trained(self, word, s):
+    del word
     name = "espo" if isinstance(s.objective, espo.Espo) else "agrpo"
     folder = pathlib.Path(s.workdir)
     self.runs.append(f"{folder.relative_to(self.work)} {s.train.num_steps}")
@@ -219,7 +280,7 @@ class Fake:
     is_short = "calibration" in folder.parts
     cost = {"agrpo": 5.0, "espo": 10.0}[name] * (1.0 if is_short else 0.8)
     rate = s.optimizer.learning_rate
-    if rate == 1.0:
+    if rate == 1.0 or s.seed == self.diverges:
       raise FloatingPointError("Not finite in train step 3: loss=nan")
     right = {"agrpo": rate, "espo": 0.1 - rate}[name]
     num_steps = s.train.num_steps
@@ -246,8 +307,8 @@ class TestComparison:
     fake = Fake(monkeypatch, tmp_path)
     found = fake.run(asked(tmp_path))
     assert fake.runs == [
-      "calibration/agrpo/0.0003 3",
-      "calibration/espo/0.0003 3",
+      "calibration/agrpo 3",
+      "calibration/espo 3",
       "runs/agrpo/0.0003-0 20",
       "runs/espo/0.0003-0 10",
       "runs/agrpo/0.0003-1 20",
@@ -272,7 +333,9 @@ class TestComparison:
     assert chosen["espo"].learning_rate == 1e-3 and chosen["espo"].is_edge
     # What is not finite is no candidate.
     diverged = [r for r in found.rates if r.learning_rate == 1.0]
-    assert [r.accuracy for r in diverged] == [0.0, 0.0]
+    assert all(math.isnan(r.accuracy) for r in diverged)
+    # What train steps cost is not measured at any of them.
+    assert fake.runs[:2] == ["calibration/agrpo 3", "calibration/espo 3"]
     # Half of the budget for the sweep; then at the cost that it found.
     for expected in (
       "sweep/agrpo/0.01-0 10",
@@ -283,14 +346,41 @@ class TestComparison:
       assert expected in fake.runs
     assert {run.learning_rate for run in found.of("agrpo")} == {1e-2}
 
+  def test_what_is_never_finite_is_no_choice(self, monkeypatch, tmp_path):
+    fake = Fake(monkeypatch, tmp_path)
+    fake.diverges = train._SWEEP_SEED
+    monkeypatch.setattr(train._Comparison, "_calibrate", lambda *_: 5.0)
+    with pytest.raises(errors.UserError, match=r"any of .*=0.001,0.01\. Add"):
+      fake.run(asked(tmp_path, learning_rates=(1e-3, 1e-2)))
+
+  @pytest.mark.parametrize(
+    "seed,message",
+    [
+      (1, "agrpo, learning rate 0.0003, config.seed 1, in .*runs/agrpo/0.0003"),
+      (train._SWEEP_SEED, "seed 1000, in .*calibration/agrpo: Not finite"),
+    ],
+  )
+  def test_a_divergence_says_of_which_run(
+    self, seed, message, monkeypatch, tmp_path
+  ):
+    fake = Fake(monkeypatch, tmp_path)
+    fake.diverges = seed
+    with pytest.raises(errors.UserError, match=message) as said:
+      fake.run(asked(tmp_path))
+    assert "loss=nan. " in str(said.value)
+
   def test_final_prompts_are_others_than_those_of_the_curves(self, tmp_path):
     c = asked(tmp_path)
     apart = train.held_out(c.shared, 0)
     assert len(apart.curve) == len(apart.final) == 8
     assert not {e.id for e in apart.curve} & {e.id for e in apart.final}
     assert train.held_out(c.shared, 20).final[:8] == apart.final
-    # 64 in all.
-    assert train.held_out(c.shared, 200).is_shared
+    # 64 in all: 56 are left.
+    assert len(train.held_out(c.shared, 200).final) == 56
+    c = asked(tmp_path)
+    c.config.evaluate.num_examples = 48
+    assert train.held_out(c.shared, 0).is_shared
+    assert len(train.held_out(c.shared, 2).final) == 2
 
   def test_another_budget_in_the_same_folder_is_refused(
     self, monkeypatch, tmp_path
@@ -307,6 +397,79 @@ class TestComparison:
     changed.config.rollout.temperature = 0.5
     with pytest.raises(errors.UserError, match=r"config.rollout.temperature"):
       fake.run(changed)
+
+
+class TestWhatRunsTook:
+  """Train steps of a second each, but those that begin a process."""
+
+  def took(self, tmp_path, first_steps, num_steps, monkeypatch):
+    """Seconds of the whole run; of a calibrated train step it is 7."""
+    wanted = asked(tmp_path)
+    comparison = train._Comparison(wanted, None, None)
+    comparison._calibrated["agrpo"] = 7.0
+    s = wanted.settings(
+      "agrpo",
+      "x",
+      seed=0,
+      learning_rate=1e-3,
+      num_steps=num_steps,
+      evaluations=1,
+    )
+    folder = pathlib.Path(s.workdir)
+    folder.mkdir()
+    sessions = [{"first_step": step} for step in first_steps]
+    (folder / "environment.json").write_text(json.dumps({"sessions": sessions}))
+    record = {
+      "completions/mean_denoise_steps": 8.0,
+      "completions/mean_whole_passes": 8.0,
+      "draws/pairs": 0.0,
+      "draws/units": 0.0,
+      "draws/visits": 0.0,
+    }
+    (folder / "metrics.jsonl").write_text(
+      "".join(
+        json.dumps(
+          record
+          | {
+            "train_step": step,
+            "seconds/update": 100.0 if step in first_steps else 1.0,
+          }
+        )
+        + "\n"
+        for step in range(num_steps)
+      )
+    )
+    monkeypatch.setattr(train, "is_done", lambda s: True)
+    return comparison._trained("agrpo", s).end.seconds
+
+  @pytest.mark.parametrize(
+    "first_steps,num_steps,seconds",
+    [
+      ((0, 1, 2, 3), 7, 7.0),  # more of them compile than do not
+      ((0,), 3, 21.0),  # two are left
+      ((0,), 1, 7.0),
+    ],
+  )
+  def test_compilation_is_no_part_of_it(
+    self, first_steps, num_steps, seconds, monkeypatch, tmp_path
+  ):
+    assert self.took(tmp_path, first_steps, num_steps, monkeypatch) == seconds
+
+
+@pytest.mark.parametrize("budget", ["steps", "passes"])
+def test_a_signal_in_a_last_train_step_stops_between_runs(budget, tmp_path):
+  ran = []
+
+  def train_fn(s):
+    with run_lib.stop_requests():
+      ran.append(s.workdir)
+      signal.raise_signal(signal.SIGTERM)
+
+  wanted = asked(tmp_path, budget=train.Budget(budget, 100.0))
+  fake = types.SimpleNamespace(grades={"accuracy": np.zeros(16)})
+  with pytest.raises(errors.Stopped, match="goes on with the next") as stopped:
+    next(train.run(wanted, train_fn, lambda *_, **__: fake))
+  assert len(ran) == 1 and stopped.value.code == 128 + signal.SIGTERM
 
 
 _CHANGES = {
@@ -394,7 +557,9 @@ def test_a_killed_command_goes_on_to_the_same_result(tmp_path, capsys):
   assert [run["objective"] for run in runs] == [
     objective for objective in objectives for _ in range(2)
   ]
-  assert len(curves) == 4 and len(pairs) == 1
+  # After three train steps, and after the last.
+  assert [point["train_step"] for point in curves] == ["3", "5"] * 4
+  assert len(pairs) == 1
   for run in runs:
     # A completion of 8 steps, and a visit or two in each of 5 train steps.
     assert 5 * 8 / 3 <= float(run["passes"]) < 5 * (8 / 3 + 2)
@@ -415,6 +580,7 @@ def test_a_killed_command_goes_on_to_the_same_result(tmp_path, capsys):
       ),
       "a run has one budget",
     ),
+    (("--draws=3", "--estimators=wd1"), "train has no --estimators, --draws."),
   ],
 )
 def test_the_command_asks_for_what_it_needs(words, message):
@@ -424,3 +590,14 @@ def test_the_command_asks_for_what_it_needs(words, message):
     *words,
   )
   assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_place_that_takes_no_files_is_refused(tmp_path):
+  assert lab.output_folder(str(tmp_path / "a" / "b")).is_dir()
+  (tmp_path / "file").write_text("")
+  for place, reason in (("file", "File exists"), ("file/x", "Not a directory")):
+    with pytest.raises(errors.UserError, match=f"/{place}': {reason}. Give"):
+      lab.output_folder(str(tmp_path / place))
+  # Whoever is root may write anywhere else.
+  with pytest.raises(errors.UserError, match="--output='/proc/x'"):
+    lab.output_folder("/proc/x")

@@ -1,17 +1,20 @@
 """Runs that keep what their report needs, and the command that makes it."""
 
+import io
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from agrpo_jax.report import logs
 from agrpo_jax.report import page
 from agrpo_jax.runs import checkpoint_read
+from agrpo_jax.runs import progress
 from fixtures import commands
 from fixtures import run_logs
 from fixtures import runs
@@ -21,7 +24,7 @@ patient = runs.patient
 
 def evaluating(tmp_path):
   c = runs.varied(tmp_path)
-  c.evaluate.every = 2
+  c.evaluate.every = 3  # and after the last
   c.report.num_completions = 3
   return c
 
@@ -36,11 +39,11 @@ def test_a_run_keeps_it_and_goes_on_with_the_same(tmp_path, patient, capsys):
   for one in log.completions:
     if one["source"] == "held out":
       by_step.setdefault(one["train_step"], []).append(one["id"])
-  assert [*by_step] == [-1, 1, 3]
+  assert [*by_step] == [-1, 2, 3]
   assert {tuple(ids) for ids in by_step.values()} == {(0, 1, 2)}
   # Before the first train step all of them are evaluated, not only the kept.
   assert log.before.keys() >= {"accuracy", "accuracy_low", "accuracy_high"}
-  assert [step for step, _ in log.evaluations()] == [0, 2, 4]
+  assert [step for step, _ in log.evaluations()] == [0, 3, 4]
   (session,) = log.sessions
   assert (session["first_step"], session["num_devices"]) == (0, 1)
   assert session["versions"]["jax"]
@@ -94,6 +97,29 @@ def test_a_report_that_fails_costs_the_run_nothing(
   said = capsys.readouterr().err
   assert "could not be written (no page today)" in said
   assert logs.read(c.workdir).is_finished
+
+
+class Dead(io.StringIO):
+  """A pipe whose reader has ended."""
+
+  def flush(self):
+    raise BrokenPipeError
+
+
+def test_lines_that_nobody_reads_cost_the_run_nothing(tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  run_logs.write(folder, run_logs.log(1, reward=0.5))
+  settings = types.SimpleNamespace(report=types.SimpleNamespace(html=True))
+  for name in ("stdout", "stderr"):
+    monkeypatch.setattr(sys, name, Dead())
+  for where in (folder, tmp_path / "nowhere"):
+    claimed = types.SimpleNamespace(folder=where, is_running=True)
+    with page.at_end(settings, claimed):
+      progress.Progress(1).step(0, {"reward": 0.5}, {}, 16)
+      progress.bar(1, "waiting").update()
+  assert (folder / "report.html").exists()
+  assert "step 1/1  reward 0.500" in sys.stdout.getvalue()
+  assert "could not be written" in sys.stderr.getvalue()
 
 
 def test_the_command_makes_one_page_of_several_runs(tmp_path):

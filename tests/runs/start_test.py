@@ -88,6 +88,19 @@ def test_it_begins_with_what_the_other_run_trained(first, tmp_path):
   assert [step for step, *_ in runs.losses(c)] == [0, 1]
 
 
+def test_a_reference_that_would_be_lost_is_refused(first, tmp_path):
+  c = runs.varied(tmp_path)
+  c.lora.rank = first.lora.rank
+  c.objective.kl_coef = 0.1
+  c.train.num_steps = 1
+  if first.lora.rank:  # the base stays
+    train.train(settings.rl(c), first.workdir)
+    return
+  with pytest.raises(errors.UserError, match=r"agrpo port --checkpoint=.*--to"):
+    train.train(settings.rl(c), first.workdir)
+  assert not pathlib.Path(c.workdir).exists()
+
+
 def test_adapters_of_another_kind_are_refused(first, tmp_path):
   c = runs.varied(tmp_path)
   c.lora.rank = 2
