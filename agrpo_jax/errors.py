@@ -12,7 +12,7 @@ class UserError(ValueError):
   """
 
   def __init__(self, message: str):
-    super().__init__(_readable(message))
+    super().__init__(readable(_short(message)))
 
 
 class Stopped(Exception):
@@ -27,16 +27,20 @@ class Stopped(Exception):
     self.code = code
 
 
-def _readable(text: str) -> str:
-  """Returns a message as a terminal may have it.
+def _short(text: str) -> str:
+  """Returns a message's beginning and end: it may quote files of any length."""
+  if len(text) <= _MAX_CHARS:
+    return text
+  start, end = text[: _MAX_CHARS - _MAX_END], text[-_MAX_END:]
+  left_out = len(text) - _MAX_CHARS
+  return f"{start} [{left_out:,} characters left out] {end}"
 
-  Messages quote files of others: of any length, and with characters that a
-  terminal would obey, or that cannot be printed at all.
+
+def readable(text: str) -> str:
+  """Returns what others wrote as a terminal may have it.
+
+  What a terminal would obey, or what cannot be printed at all, is escaped.
   """
-  if len(text) > _MAX_CHARS:
-    start, end = text[: _MAX_CHARS - _MAX_END], text[-_MAX_END:]
-    left_out = len(text) - _MAX_CHARS
-    text = f"{start} [{left_out:,} characters left out] {end}"
   return "".join(
     one
     if one.isprintable() or one in "\n\t"

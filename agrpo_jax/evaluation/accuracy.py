@@ -62,7 +62,7 @@ def evaluate(
   """
   kept = kept or records.Records()
   work = data.Batch.of(prompts, num_samples)
-  done = [[record["id"], record["index"]] for record in kept.done]
+  done = [[record["id"], record.get("index")] for record in kept.done]
   if done != work.id_Bx2.tolist()[: len(done)]:
     raise errors.UserError(
       "The records are not the first ones of this evaluation, in its order. "
@@ -140,7 +140,9 @@ def finished(
 ) -> statistics.Result | None:
   """The result of a complete evaluation in `output`, else None.
 
-  Of several processes the first looks, and tells the others.
+  Complete is what has the figures and as many records as they say: those that
+  are damaged may have been removed. Of several processes the first looks, and
+  tells the others.
 
   Raises:
     UserError: what is there, complete or not, was made with other settings.
@@ -148,9 +150,15 @@ def finished(
   found = None
   if processes.is_main():
     records.check(output, asked)
-    if output and records.result(output) is not None:
+    figures = records.result(output) if output else None
+    if figures is not None:
       kept = records.Records(output)
-      found = {"records": kept.done, "seconds": kept.seconds}
+      # Those of a likelihood count completions.
+      number = figures.get(
+        "num_completions", figures.get("num_problems", -1) * num_samples
+      )
+      if len(kept.done) == number:
+        found = {"records": kept.done, "seconds": kept.seconds}
   found = processes.exchange(found)[0]
   if found is None:
     return None

@@ -15,6 +15,7 @@ run of the same evaluation to the next: equal settings, equal bytes.
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -39,8 +40,8 @@ class Records:
     self.seconds = 0.0
     if output:
       _path(output, "examples.jsonl").touch()
-      self.done = _read_lines(_path(output, "examples.jsonl"))
-      timing = _read_lines(_path(output, "timing.jsonl"))
+      self.done = _read_lines(_path(output, "examples.jsonl"), "id")
+      timing = _read_lines(_path(output, "timing.jsonl"), "seconds")
       self.seconds = sum(line["seconds"] for line in timing)
 
   def append(
@@ -58,9 +59,12 @@ class Records:
         _append(_path(self._output, "timing.jsonl"), [timing])
 
   def finish(self, result: Mapping[str, Any]) -> None:
-    """Keeps the figures; they say that the evaluation is complete."""
+    """Keeps the figures; they say how many records the evaluation has."""
     if self._output:
       with _writing(self._output):
+        # Before them, or a power loss may leave figures without records.
+        with _path(self._output, "examples.jsonl").open("ab") as opened:
+          os.fsync(opened.fileno())
         _write(_path(self._output, "result.json"), result)
 
 
@@ -125,7 +129,12 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
   file = _path(output, "settings.json")
   if not output or not file.exists():
     return
-  before = json.loads(file.read_text("utf-8"))
+  # Nobody is told to remove it: the records would pass for those of any.
+  before = files.read_json(
+    file,
+    "the settings of an evaluation",
+    "Put a copy back, or give another --output.",
+  )
   before = {group: before.get(group) for group in settings}
   # As if read from the file, where a tuple is a list.
   found = files.differences(before, json.loads(json.dumps(settings)))
@@ -138,9 +147,15 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
 
 
 def result(output: str) -> dict[str, Any] | None:
-  """Returns the figures of an evaluation that is complete, else None."""
+  """Returns the figures of an evaluation that was complete, else None.
+
+  Raises:
+    UserError: the file holds something else.
+  """
   file = _path(output, "result.json")
-  return json.loads(file.read_text("utf-8")) if file.exists() else None
+  if not file.exists():
+    return None
+  return files.read_json(file, "the figures of an evaluation")
 
 
 def _path(output: str, name: str) -> pathlib.Path:
@@ -150,8 +165,12 @@ def _path(output: str, name: str) -> pathlib.Path:
   return path if name == "examples.jsonl" else path.with_suffix(f".{name}")
 
 
-def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the complete lines, and cuts off what follows the last."""
+def _read_lines(file: pathlib.Path, key: str) -> list[dict[str, Any]]:
+  """Returns the complete lines, and cuts off what follows the last.
+
+  Raises:
+    UserError: a line is no object with `key`.
+  """
   if not file.exists():
     return []
   content = file.read_bytes()
@@ -162,8 +181,11 @@ def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
   lines = []
   for number, line in enumerate(content[:end].splitlines(), 1):
     try:
-      lines.append(json.loads(line))
-    except ValueError as error:
+      found = json.loads(line)
+      if not isinstance(found, dict) or key not in found:
+        raise ValueError(f"it is no object with {key!r}")
+      lines.append(found)
+    except (ValueError, RecursionError) as error:
       raise errors.UserError(
         f"{file}, line {number} is damaged ({error}). Remove that line and "
         "those after it; they are made again."

@@ -93,7 +93,7 @@ def _text(name: str, value: Any) -> str:
     return "-"
   if name.startswith("accuracy"):
     return f"{100 * value:.1f} %"
-  if name in ("mean_length", "seconds", "tokens_per_second"):
+  if name.startswith("mean_") or name in ("seconds", "tokens_per_second"):
     return f"{value:.1f}"
   return str(value)
 

@@ -343,7 +343,7 @@ class _Item:
         logging.WARNING,
         "A grader %s, and what it could not decide is 0: %r",
         1.0,  # all are counted; that many are shown
-        reply.get("error", TIMED_OUT),
+        errors.readable(reply.get("error", TIMED_OUT)),
         self.completion[:200],
       )
     self.job.finish(self.index, reply)

@@ -15,6 +15,7 @@ from typing import Any
 from typing import TypeVar
 
 from agrpo_jax import errors
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.runs import files
 
 _Line = TypeVar("_Line")
@@ -182,6 +183,9 @@ def _lines(
   """
   found: list[_Line] = []
   bad = 0
+  if not file.exists():
+    return found, bad
+  folder_lib.check(file, max_bytes=None)
   try:
     with file.open("rb") as lines:
       for line in lines:
@@ -191,10 +195,8 @@ def _lines(
           record = json.loads(line)
           int(record["train_step"])
           found.append(kept(record))
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
           bad += 1
-  except FileNotFoundError:
-    pass
   except OSError as error:
     raise errors.UserError(
       f"Cannot read {str(file)!r}: {error.strerror}."

@@ -33,6 +33,7 @@ from agrpo_jax.report import logs
 from agrpo_jax.report import rules
 from agrpo_jax.report import series
 from agrpo_jax.runs import files
+from agrpo_jax.runs import progress
 from agrpo_jax.runs import run as run_lib
 from agrpo_jax.show import text as text_lib
 
@@ -174,7 +175,8 @@ def write(
       ended; 0: never.
 
   Raises:
-    UserError: a folder that holds no run, or a page that cannot be written.
+    UserError: a folder that holds no run, or not what a run writes, or a page
+      that cannot be written.
   """
   read = _with_names([logs.read(workdir) for workdir in workdirs])
   content = render(read, price=price, seconds=seconds).encode()
@@ -205,23 +207,37 @@ def at_end(
     if settings.report.html and claimed.is_running and processes.is_main():
       try:
         write([str(folder)], folder / "report.html")
-        print(f"Wrote {folder / 'report.html'}; open it in a browser.")
+        progress.say(f"Wrote {folder / 'report.html'}; open it in a browser.")
       except Exception as error:
-        print(
+        progress.say(
           f"The report of {folder} could not be written ({error}). `python -m "
           f"agrpo_jax.report {folder}` tries again.",
-          file=sys.stderr,
+          sys.stderr,
         )
 
 
 def render(
   read: Sequence[logs.Log], *, price: float = 0.0, seconds: float = 0.0
 ) -> str:
-  """Returns the page's HTML."""
+  """Returns the page's HTML.
+
+  Raises:
+    UserError: naming a run whose files hold what no run writes.
+  """
   title = ", ".join(log.name for log in read)
   style = (_FOLDER / "page.css").read_text("utf-8")
   script = (_FOLDER / "page.js").read_text("utf-8")
-  runs = [_run(log, price, len(read)) for log in read]
+  runs, configs = [], []
+  for log in read:
+    try:
+      runs.append(_run(log, price, len(read)))
+      configs.append(_flat(log.config))
+      embed(runs[-1])  # which refuses NaN
+    except Exception as error:  # as many kinds as there are values to misuse
+      raise errors.UserError(
+        f"The work directory of {log.name!r} holds what no run writes "
+        f"({type(error).__name__}: {error}). Copy it again, or leave it out."
+      ) from error
   content = {
     "title": title,
     "written": datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")[
@@ -232,7 +248,7 @@ def render(
     "charts": [dataclasses.asdict(chart) for chart in _charts(runs)],
     "absent": _ABSENT,
     "runs": runs,
-    "settings": _settings(read),
+    "settings": _settings(configs),
   }
   values = {
     "TITLE": html.escape(title),
@@ -397,9 +413,8 @@ def _row(name: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
   return {"name": name, **{k: series.brief(v, 4) for k, v in values.items()}}
 
 
-def _settings(read: Sequence[logs.Log]) -> list[dict[str, Any]]:
+def _settings(flat: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   """Returns a row per setting: its key, and its value in every run."""
-  flat = [_flat(log.config) for log in read]
   # That their folders are others is known, and nobody's business elsewhere.
   keys = sorted({key for one in flat for key in one} - {"workdir"})
   rows = []

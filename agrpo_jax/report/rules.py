@@ -172,8 +172,8 @@ def _kl(log: logs.Log) -> str | None:
   if not value > 0.5:
     return None
   return (
-    f"The KL divergence from the reference is {value:.2g} nats a token: the "
-    "policy is far from where it began."
+    "The KL divergence from the reference, as the objective estimates it, is "
+    f"{value:.2g}: the policy is far from where it began."
   )
 
 

@@ -4,6 +4,7 @@ Nothing in here waits for other processes in the middle of reading: each reads
 its part, then all agree on whether everybody could (`_on_all`).
 """
 
+import math
 import os
 import pathlib
 import re
@@ -203,13 +204,15 @@ class Reader:
     # Orbax's managers meet at a barrier after reading. A process that raised
     # would not come; so each item is read by its handler, which has none.
     handler = ocp.StandardCheckpointHandler()
+
+    def restore(name: str, tree: types.Tree) -> types.Tree:
+      _refuse_chunks(handler.metadata(path / name))
+      return handler.restore(
+        path / name, args=ocp.args.StandardRestore(_abstract(tree))
+      )
+
     found = _on_all(
-      lambda: {
-        name: handler.restore(
-          path / name, args=ocp.args.StandardRestore(_abstract(tree))
-        )
-        for name, tree in items.items()
-      }
+      lambda: {name: restore(name, tree) for name, tree in items.items()}
     )
     for name, tree in found.items():
       if checkpoint_meta.checksums(tree) != meta["checksums"][name]:
@@ -231,7 +234,8 @@ def _refuse_strange(path: epath.Path) -> None:
   but the arrays' values, which lie under "d", is read whole: where memory for
   it is not to be had, the process aborts.
   """
-  for one in pathlib.Path(path).rglob("*"):
+  # What is in a folder is not the folder, which may be a link as well.
+  for one in (pathlib.Path(path), *pathlib.Path(path).rglob("*")):
     status = one.lstat()
     if stat.S_ISLNK(status.st_mode):
       raise OSError(f"{str(one)!r} is a link")
@@ -241,6 +245,20 @@ def _refuse_strange(path: epath.Path) -> None:
       raise OSError(f"{str(one)!r} is no file")
     if one.parent.name != "d" and status.st_size > folder_lib.MAX_BYTES:
       raise OSError(f"{str(one)!r} has {status.st_size:,} bytes")
+
+
+def _refuse_chunks(arrays: Any) -> None:
+  """Raises OSError for an array whose chunks are larger than it is.
+
+  A chunk is in memory as a whole, whatever part of it the array is.
+
+  Args:
+    arrays: orbax's metadata of an item.
+  """
+  for one in jax.tree.leaves(arrays):
+    chunk = one.storage.chunk_shape
+    if math.prod(chunk) > max(math.prod(one.shape), 1):
+      raise OSError(f"{one.name!r} of shape {one.shape} has chunks of {chunk}")
 
 
 def _on_all(read: Callable[[], Any]) -> Any:

@@ -102,12 +102,17 @@ def rewrite(
     raise
 
 
-def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
+def read_json(
+  file: pathlib.Path,
+  what: str,
+  remedy: str = "Put a copy back, or remove the file.",
+) -> dict[str, Any]:
   """Reads a JSON object that this package wrote.
 
   Args:
     file: that exists.
     what: it is, for the message.
+    remedy: for the message, where it holds something else.
 
   Raises:
     UserError: it cannot be read, or holds something else.
@@ -118,13 +123,11 @@ def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
     found = json.loads(file.read_text("utf-8"))
   except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
-      f"{str(file)!r}, {what}, cannot be read ({error}). Put a copy back, or "
-      "remove the file."
+      f"{str(file)!r}, {what}, cannot be read ({error}). {remedy}"
     ) from error
   if not isinstance(found, dict):
     raise errors.UserError(
-      f"{str(file)!r}, {what}, does not hold a JSON object. Put a copy back, "
-      "or remove the file."
+      f"{str(file)!r}, {what}, does not hold a JSON object. {remedy}"
     )
   return found
 

@@ -1,6 +1,7 @@
 """The lines and bars by which a person follows a run."""
 
 import collections
+import contextlib
 import math
 import sys
 import time
@@ -74,8 +75,18 @@ class Progress:
       tokens_per_second=num_tokens / duration if duration > 0 else 0.0,
       eta_seconds=eta if left else 0.0,
     )
-    print(line, file=self._out or sys.stdout, flush=True)
+    say(line, self._out)
     return line
+
+
+def say(line: str, out: TextIO | None = None) -> None:
+  """Prints a line, on standard output by default.
+
+  Nobody to read it is no reason to end: of `| tee log` Ctrl-C ends both, and
+  what it ends first is tee.
+  """
+  with contextlib.suppress(OSError):
+    print(line, file=out or sys.stdout, flush=True)
 
 
 def progress_line(
@@ -171,11 +182,10 @@ class _Lines:
     is_due = now - self._last >= _SECONDS_PER_LINE or self._done == self._total
     if count and is_due and processes.is_main():
       self._last = now
-      print(
+      say(
         f"{self._description}: {self._done} of {self._total} after "
         f"{duration(now - self._start)}",
-        file=self._out,
-        flush=True,
+        self._out,
       )
 
   def close(self) -> None:

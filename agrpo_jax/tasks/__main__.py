@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     count = write_demonstrations(_SHOW.value, _TASK_PATH.value or None, file)
     print(f"Wrote {count} demonstrations to {file}")
   else:
-    print(render(_SHOW.value, _TASK_PATH.value or None))
+    print(errors.readable(render(_SHOW.value, _TASK_PATH.value or None)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -16,6 +17,10 @@ from agrpo_jax.tasks import base
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ENCODING = "utf-8-sig"  # some editors put a byte-order mark before the text
 _MAX_LINE = 1 << 25  # characters
+# Of parquet, where equal values take no room in the file.
+_MAX_VALUES = 4_000_000
+_MAX_CHARS = 1 << 32
+_BATCH_ROWS = 64  # in memory before their characters are counted
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Row = dict[str, Any]
@@ -30,14 +35,16 @@ def read(
     path: a file, used for whichever split is asked for, or a folder that holds
       {split}.jsonl, {split}.csv or {split}.parquet.
     split: train or test.
-    columns: what every row must have. Values of a CSV file are strings.
+    columns: what every row must have; of parquet, if there are any, nothing
+      else is read. Values of a CSV file are strings.
 
   Raises:
     UserError: a missing or empty file, an unknown suffix, a malformed line
       (file and line named), missing columns (found and expected named).
   """
   file = _find(pathlib.Path(path).expanduser(), split)
-  readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+  readers = {".jsonl": _jsonl, ".csv": _csv}
+  readers[".parquet"] = functools.partial(_parquet, columns=columns)
   try:
     rows = list(readers[file.suffix](file))
   except UnicodeDecodeError as error:
@@ -135,23 +142,28 @@ def _jsonl(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  reader = csv.DictReader(_lines(file, newline=""))
+  reader = csv.reader(_lines(file, newline=""))
   try:
-    for row in reader:
+    names = next(reader, [])
+    for values in reader:
       where = f"{file}, line {reader.line_num}"
-      if None in row:
+      if len(values) > len(names):
         raise errors.UserError(
           f"{where} has more values than there are columns; put quotes around "
           "a value that holds a comma."
         )
-      yield where, row
+      if values:
+        # As long as its line: a header may name any number of columns.
+        yield where, dict(zip(names, values, strict=False))
   except csv.Error as error:
     raise errors.UserError(
       f"{file}, line {reader.line_num} is not CSV: {error}."
     ) from error
 
 
-def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
+def _parquet(
+  file: pathlib.Path, columns: Sequence[str]
+) -> Iterator[tuple[str, Row]]:
   try:
     import pyarrow.parquet  # an optional extra
   except ImportError as error:
@@ -160,11 +172,25 @@ def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Row]]:
       "it to JSONL."
     ) from error
   try:
-    table = pyarrow.parquet.read_table(file)
-  except pyarrow.ArrowInvalid as error:
-    raise errors.UserError(f"{file} is not parquet: {error}.") from error
-  for number, row in enumerate(table.to_pylist(), start=1):
-    yield f"{file}, row {number}", row
+    with pyarrow.parquet.ParquetFile(file) as opened:
+      names = opened.schema_arrow.names
+      check_columns([(str(file), dict.fromkeys(names, ""))], columns)
+      num_values = opened.metadata.num_rows * len(columns or names)
+      num_chars = 0
+      batches = opened.iter_batches(_BATCH_ROWS, columns=columns or None)
+      rows = itertools.chain.from_iterable(b.to_pylist() for b in batches)
+      for number, row in enumerate(rows, start=1):
+        num_chars += len(str(row))
+        if num_values > _MAX_VALUES or num_chars > _MAX_CHARS:
+          raise errors.UserError(
+            f"{file} holds more than {_MAX_VALUES:,} values or {_MAX_CHARS:,} "
+            "characters; leave rows out, or convert it to JSONL."
+          )
+        yield f"{file}, row {number}", row
+  except errors.UserError:  # which is a ValueError
+    raise
+  except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+    raise errors.UserError(f"{file} cannot be read: {error}.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,9 +106,10 @@ def test_stopped_and_continued_is_the_same(whole, tmp_path):
   assert "batch_size" not in message
 
 
-def test_records_of_something_else_are_not_continued(tmp_path):
+@pytest.mark.parametrize("line", ['{"id": 5, "index": 0}', '{"id": 0}'])
+def test_records_of_something_else_are_not_continued(tmp_path, line):
   file = tmp_path / "examples.jsonl"
-  file.write_text('{"id": 5, "index": 0}\n')
+  file.write_text(f"{line}\n")
   with pytest.raises(errors.UserError, match="not the first ones"):
     run(config(), "", str(tmp_path))
 

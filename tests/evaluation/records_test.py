@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from agrpo_jax import errors
+from agrpo_jax.evaluation import accuracy
 from agrpo_jax.evaluation import records
 from agrpo_jax.runs import files
 
@@ -60,6 +61,62 @@ def test_a_damaged_line_is_named(tmp_path):
   (tmp_path / "examples.jsonl").write_text('{"id": 0}\n{"id"\n{"id": 2}\n')
   with pytest.raises(errors.UserError, match=r"examples\.jsonl, line 2"):
     records.Records(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
+    ("settings.json", b"", "cannot be read .*give another --output"),
+    ("settings.json", b"[]", "does not hold a JSON object.*another --output"),
+    ("settings.json", b"\xff", "the settings of an evaluation, cannot be read"),
+    ("settings.json", b"[" * 100_000, "the settings .*, cannot be read"),
+    ("result.json", b"", "the figures .* cannot be read .*remove the file"),
+    ("timing.jsonl", b"{}\n", "line 1 is damaged .*no object with 'seconds'"),
+    ("timing.jsonl", b"1\n", "line 1 is damaged .*no object with 'seconds'"),
+    ("examples.jsonl", b"1\n", "line 1 is damaged .*no object with 'id'"),
+    ("examples.jsonl", b"[" * 100_000 + b"\n", "line 1 is damaged"),
+  ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+  output = str(tmp_path)
+  with records.start(output, SETTINGS) as kept:
+    kept.append(LINES, 1.0)
+    kept.finish({"num_problems": 2})
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(errors.UserError, match=f"{name}.*{message}"):
+    accuracy.finished(output, SETTINGS, 1)
+
+
+@pytest.mark.parametrize(
+  "figures, num_samples",
+  [({"num_problems": 1}, 2), ({"num_completions": 2.0}, 1)],
+)
+def test_complete_is_what_has_all_its_records(tmp_path, figures, num_samples):
+  output = str(tmp_path)
+  with records.start(output, SETTINGS) as kept:
+    kept.append(LINES, 1.0)
+    kept.finish(figures)
+  assert accuracy.finished(output, SETTINGS, num_samples).records == LINES
+  file = tmp_path / "examples.jsonl"
+  file.write_text(json.dumps(LINES[0]) + "\n")  # a damaged line was removed
+  assert accuracy.finished(output, SETTINGS, num_samples) is None
+  file.unlink()
+  assert accuracy.finished(output, SETTINGS, num_samples) is None
+
+
+def test_figures_come_after_their_records(tmp_path, monkeypatch):
+  synced = []
+  original = os.fsync
+
+  def fsync(descriptor):
+    synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+    original(descriptor)
+
+  with records.start(str(tmp_path), SETTINGS) as kept:
+    kept.append(LINES, 1.0)
+    monkeypatch.setattr(os, "fsync", fsync)
+    kept.finish({})
+  assert synced == ["examples.jsonl", "result.json.tmp"]
 
 
 def test_other_settings_are_refused_with_every_difference(tmp_path):

@@ -45,6 +45,22 @@ def test_every_combination_is_a_cell(tmp_path):
   assert len({cell.output for cell in group}) == 2
 
 
+def test_settings_of_a_rule_stay_with_its_cells(tmp_path):
+  """And those that no cache has with the cells that have none."""
+  c = config()
+  config_lib.use_sampler(c, "fast_dllm", ["completion_length", "block_length"])
+  axes = {
+    "unmask_rule": ["confidence", "threshold"],
+    "cache": ["none", "dual"],
+    "num_denoise_steps": [16],
+  }
+  (group,) = sweep.cells(c, [], [], axes, str(tmp_path))
+  assert not [problem for cell in group for problem in cell.problems]
+  found = [cell.settings.evaluate.sampling for cell in group]
+  assert [s.threshold for s in found] == [None, None, 0.9, 0.9]
+  assert [s.redraw_mask for s in found] == [True, False, True, False]
+
+
 def test_every_cell_has_a_folder_of_its_own(tmp_path):
   axes = {"num_denoise_steps": [2, 4, 2], "temperature": [0.0, 0.5]}
   (group,) = sweep.cells(config(), [], [], axes, str(tmp_path))

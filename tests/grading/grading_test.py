@@ -144,6 +144,20 @@ def test_a_bad_completion_costs_itself_only(
   assert reason in graded.failures[5]
 
 
+def test_what_a_task_raises_is_no_command_to_a_terminal(task_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    pool.logging,
+    "log_every_n_seconds",
+    lambda level, text, seconds, *words: said.append(text % words),
+  )
+  _grade(task_path, ["raise \x1b]0;owned\x07"])
+  (line,) = said
+  assert line.startswith(
+    "A grader raised RuntimeError: \\x1b]0;owned\\x07, and"
+  )
+
+
 def test_reward_outlives_a_grade_that_took_too_long(task_path):
   graded = _grade(task_path, ["slow grade"])
   assert graded.reward_B.tolist() == [1.0]

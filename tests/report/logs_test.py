@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import tracemalloc
 
 import pytest
@@ -34,11 +35,12 @@ def test_a_log_that_is_being_written(tmp_path):
   run_logs.write(folder, run_logs.log(2, reward=0.5))
   with open(folder / "metrics.jsonl", "a") as file:
     file.write('{"train_step": 2, "reward": null}\nnothing\n')
-    file.write('{"train_step": 3, "reward": "none"}\n{"train_')
+    file.write('{"train_step": 3, "reward": "none"}\n')
+    file.write("[" * 100_000 + '\n{"train_')
   found = logs.read(str(folder))
   assert found.num_done == 3 and math.isnan(found.records[2]["reward"])
-  assert found.num_unreadable == 2
-  assert any("2 lines" in words for words in figures.missing(found))
+  assert found.num_unreadable == 3
+  assert any("3 lines" in words for words in figures.missing(found))
 
 
 def test_a_long_run_takes_little_memory(tmp_path):
@@ -71,6 +73,19 @@ def test_the_stamp_changes_when_the_log_grows(tmp_path):
   with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
     file.write("{}\n")
   assert logs.stamp(workdir) != before
+
+
+def test_pipes_and_links_are_not_read(tmp_path):
+  folder = tmp_path / "run"
+  workdir = run_logs.write(folder, run_logs.log(2, reward=0.5))
+  (folder / "metrics.jsonl").rename(tmp_path / "elsewhere")
+  (folder / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(errors.UserError, match=r"metrics\.jsonl is a link out"):
+    logs.read(workdir)
+  (folder / "metrics.jsonl").unlink()
+  os.mkfifo(folder / "metrics.jsonl")
+  with pytest.raises(errors.UserError, match=r"metrics\.jsonl is no file that"):
+    logs.read(workdir)
 
 
 def test_folders_that_are_no_run_are_refused(tmp_path):

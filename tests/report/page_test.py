@@ -47,6 +47,34 @@ def hostile():
   )
 
 
+def _changed(key, **values):
+  return run_logs.CONFIG | {key: values}
+
+
+@pytest.mark.parametrize(
+  "what",
+  [
+    {"config": _changed("train", num_steps="x")},
+    {"config": _changed("report", chip_hour_price=float("nan"))},
+    {"sessions": [1]},
+    {"before": {"accuracy": "x"}},
+    {"completions": [run_logs.completion("a") | {"completion": 5}]},
+    {"completions": [run_logs.completion("a", unmasking=[1])]},
+    {
+      "completions": [
+        run_logs.completion(
+          "a", unmasking=run_logs.unmasking("a") | {"logprob": [float("nan")]}
+        )
+      ]
+    },
+  ],
+)
+def test_what_no_run_writes_is_refused_by_the_runs_name(what):
+  good, bad = run_logs.log(2), run_logs.log(2, name="bad one", **what)
+  with pytest.raises(errors.UserError, match="of 'bad one' holds what no run"):
+    page.render([good, bad])
+
+
 def test_hostile_text_is_data_and_no_element():
   plain = Elements(page.render([run_logs.log(2, reward=0.5)]))
   taken = Elements(page.render([hostile()]))

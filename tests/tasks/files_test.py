@@ -3,6 +3,7 @@
 import builtins
 import os
 import sys
+import tracemalloc
 import types
 
 import pytest
@@ -62,6 +63,7 @@ def test_folder_holds_a_file_per_split(tmp_path):
     ("a.jsonl", b'{"a": 1}\n{"a": null}\n', r"line 2: column a is missing"),
     ("a.csv", b"b,c\n1,2\n", r"column a is missing or empty; found b, c"),
     ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+    ("a.csv", b"b,a\n1\n", "line 2: column a is missing or empty; found b"),
     ("a.csv", b"a,b\n1,2,3\n", "line 2 has more values than there are col"),
     ("a.jsonl", b'{"a": 1}\n{"a": "x\\ud800"}\n', "line 2 escapes half of"),
     ("a.jsonl", b'{"a": [{"b\\uDFFF": 1}]}\n', "line 1 escapes half of"),
@@ -82,6 +84,19 @@ def test_a_line_without_end(tmp_path, name):
   os.truncate(path, 2**36)  # takes no room on the disk
   with pytest.raises(errors.UserError, match="line 2 has more than 33,554,432"):
     files.read(str(path), "test", [])
+
+
+def test_a_csv_row_takes_what_its_line_does(tmp_path):
+  path = tmp_path / "a.csv"
+  path.write_text(
+    ",".join(f"c{i}" for i in range(100_000)) + "\n\n" + "1\n" * 9
+  )
+  tracemalloc.start()
+  rows = files.read(str(path), "test", ["c0"])
+  size, _ = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert rows[-1] == (f"{path}, line 11", {"c0": "1"})
+  assert len(rows) == 9 and size < 100_000
 
 
 def test_missing_file(tmp_path):

@@ -201,14 +201,15 @@ def _show(*arguments):
 
 def test_show(tmp_path):
   path = tmp_path / "test.jsonl"
-  row = {"question": "6 times 3?", "answer": "#### 18"}
+  row = {"question": "6 times 3?\x1b]0;owned\x07", "answer": "#### 18"}
   path.write_text(json.dumps(row) + "\n")
   done = _show("--show=gsm8k", "--protocol=agrpo", f"--path={path}")
   assert done.returncode == 0, done.stderr
+  assert "\x1b" not in done.stdout
   for piece in [
     "--- system",
     "<think>",
-    "6 times 3?",
+    "6 times 3?\\x1b]0;owned\\x07",
     "gold: 18",
     "3.000  c",
   ]:
