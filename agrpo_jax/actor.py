@@ -159,4 +159,6 @@ def _steps_done(
   last_BxN = np.maximum.reduceat(unmask_step_BxC, begin_N, axis=1)
   first_N = np.arange(sampling.num_blocks) * sampling.steps_per_block
   is_drawn_BxN = last_BxN < sampling.max_steps
-  return np.where(is_drawn_BxN, last_BxN - first_N + 1, 0).cumsum(axis=1).T
+  # Of a block that is all the prompt's the last "step" is -1.
+  num_BxN = np.maximum(last_BxN - first_N + 1, 0)
+  return np.where(is_drawn_BxN, num_BxN, 0).cumsum(axis=1).T

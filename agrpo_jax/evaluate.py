@@ -153,12 +153,13 @@ def record_settings(
 ) -> dict[str, Any]:
   """Everything that the records depend on and that is known without a model.
 
-  Not in it, because without effect: batch size, mesh, grading workers.
+  Not in it, because without effect: batch size, slots, mesh, grading workers.
   """
   sampling = dataclasses.asdict(s.evaluate)
   sampling |= sampling.pop("sampling")
-  for free in ("batch_size", "every", "mask_id", "eos_id", "stop_ids"):
-    del sampling[free]
+  free = ("batch_size", "num_slots", "every", "mask_id", "eos_id", "stop_ids")
+  for name in free:
+    del sampling[name]
   return {
     "config": {
       **model_settings(s, checkpoint),
@@ -182,7 +183,14 @@ def _code_of(task: data.Task) -> dict[str, str]:
 
 def model_settings(s: settings_lib.Rl, checkpoint: str) -> dict[str, Any]:
   """Returns what a model's figures depend on, whatever it is asked."""
-  names = ("path", "revision", "tokenizer", "dtype", "quantize")
+  names = (
+    "path",
+    "revision",
+    "tokenizer",
+    "dtype",
+    "quantize",
+    "attention_block",
+  )
   lora = dataclasses.asdict(s.lora) if checkpoint and s.lora else None
   return {
     "seed": s.seed,

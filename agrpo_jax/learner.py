@@ -44,6 +44,8 @@ class Learner:
     step_price: what a completion pays for all K denoising steps; it pays for
       those that it executed, out of its reward.
     policy: how the logits of a step were computed in the rollout.
+    cuts_units: whether units of fewer states than others have are run apart,
+      with as few; else all are run with as many.
     shard_rows: puts the leading axis of a pytree on the mesh.
   """
 
@@ -55,6 +57,7 @@ class Learner:
   microbatch: int
   step_price: float = 0.0
   policy: policies.Policy = plain.PLAIN
+  cuts_units: bool = True
   shard_rows: Callable[[Any], Any] = lambda tree: tree
 
   def train_step(
@@ -405,12 +408,17 @@ class Learner:
     # Active units first, so that loops may stop at the last of them: their
     # number is known on device only, and differs from step to step. Those with
     # the most states come first, and are run together.
-    sizes = _sizes(num_states, self.sampling, self.policy)
+    sizes = [num_states]
+    if self.cuts_units:
+      sizes = _sizes(num_states, self.sampling, self.policy)
     # Sizes descend: the last of those that hold all states of a unit. What is
     # idle stands behind all groups, and is in none.
     group_P = jnp.searchsorted(-jnp.asarray(sizes), -used_P, side="right")
     group_P = jnp.where(used_P > 0, group_P - 1, len(sizes))
-    index_P = jnp.argsort(group_P, stable=True)
+    # Of these, those of a block: windows that reach to the end of a completion
+    # are as long as the earliest needs.
+    block_P = visits.block[..., 0].reshape(-1)
+    index_P = jnp.lexsort((block_P, group_P))
     # A microbatch may begin at any of them, and is whole.
     index_P = jnp.pad(index_P, (0, self.microbatch), constant_values=-1)
     end_G = jnp.searchsorted(

@@ -39,6 +39,7 @@ from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.parallel import processes
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.samplers import sampling as sampling_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def cells(
         problems.append(str(error))
       one.evaluate.update(dict(zip(table.AXES, values, strict=True)))
       length, steps, rule, cache, temperature = values
+      _leave_to_other_cells(one, axes)
       folder = f"length{length}-steps{steps}-{rule}-{cache}"
       folder += f"-temperature{temperature:g}"
       folder = str(pathlib.Path(output) / "cells" / name / folder)
@@ -126,6 +128,23 @@ def cells(
         )
       )
   return found
+
+
+def _leave_to_other_cells(
+  c: config_lib.ConfigDict, axes: Mapping[str, Sequence[Any]]
+) -> None:
+  """Takes back what is meant for cells of another rule, or without a cache."""
+  e = c.evaluate
+  if axes.get("unmask_rule") and e.unmask_rule in sampling_lib.RULES:
+    every = {
+      name
+      for rule in sampling_lib.RULES
+      for name in sampling_lib.parameters(rule)
+    }
+    for name in every.difference(sampling_lib.parameters(e.unmask_rule)):
+      e[name] = None
+  if axes.get("cache") and e.cache != "none":
+    e.redraw_mask = False
 
 
 def run(models: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:

@@ -34,9 +34,13 @@ KeysValuesFn = Callable[..., Tree]
 
 Of all positions, arrays [..., B, H, L, Dh]. Beside them the outputs of a window
 of positions, [B, 1, Q, D], if there is one (where attention is to whole rows);
-or where logits are shifted and attention is block-causal what predicts the first position of each block, which
-stands before any window that begins there: [B, 1, blocks, D].
+or where logits are shifted and attention is block-causal what predicts the
+first position of each block, which stands before any window that begins there:
+[B, 1, blocks, D].
 """
+
+KEPT_OR_WINDOWS = "kept_or_windows"
+"""Where a compiled program chooses whether to run windows, or need not."""
 
 WindowLogitsFn = Callable[..., jax.Array]
 """(shared, length_B, tokens_BxSxQ, start_BxS, positions_BxSxW, is_kept=False)

@@ -778,11 +778,12 @@ def bind(
       wanted = start_BxS, positions_BxSxW
       return run(Transformer.kept_hidden, shared, *wanted)
 
-    hidden_BxSxWxD = (
-      of_windows()
-      if is_kept is False
-      else jax.lax.cond(is_kept, of_row, of_windows)
-    )
+    if is_kept is False:
+      hidden_BxSxWxD = of_windows()
+    else:
+      # The name tells a plan that the branches are not as frequent.
+      with jax.named_scope(types.KEPT_OR_WINDOWS):
+        hidden_BxSxWxD = jax.lax.cond(is_kept, of_row, of_windows)
     logits_BxSxWxE = run(Transformer.unembed, hidden_BxSxWxD)
     return logits_BxSxWxE[..., : shape.vocab_size]
 

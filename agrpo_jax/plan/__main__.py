@@ -40,7 +40,10 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Such as v5e:4x8, v5p:2x2x1, h100:8 or cpu:8."
 )
 _PROMPT_LENGTH = flags.DEFINE_integer(
-  "prompt_length", 0, "Tokens; 0: config.data.max_prompt_length."
+  "prompt_length",
+  0,
+  "Tokens; 0: config.data.max_prompt_length.",
+  lower_bound=0,
 )
 _SEARCH = flags.DEFINE_bool(
   "search", False, "Search the fastest mesh, cache, batches and recomputation."
@@ -152,7 +155,7 @@ def fastest(
     UserError: nothing fits, or no mesh can hold the network at all.
   """
   choices: list[Choice] = []
-  reasons: list[errors.UserError] = []
+  reasons: list[str] = []
   fewest = 0
   for mesh, s in itertools.product(meshes(num_devices), candidates):
     parts = mesh.fsdp * mesh.tensor
@@ -168,26 +171,26 @@ def fastest(
     )
     try:
       planner = make_planner(on_mesh)
+      if planner.held_bytes(on_mesh) > chip.hbm_bytes:
+        continue
+      fewest = fewest or parts
+      print(_mesh(on_mesh), _cache(on_mesh), flush=True)
+      rollouts = _ascend(
+        _with_batch_sizes(on_mesh, planner.mesh),
+        planner.rollout,
+        chip,
+        _batch_size,
+      )
+      if not rollouts:
+        continue
+      least = min(program.step_seconds(chip) for _, program in rollouts)
+      if choices and least >= min(choice.seconds for choice in choices):
+        print("  its rollouts alone take longer than a train step above")
+        continue
+      updates = _updates(on_mesh, make_planner, chip)
     except errors.UserError as error:
-      reasons.append(error)
+      reasons.append(str(error))
       continue
-    if planner.held_bytes(on_mesh) > chip.hbm_bytes:
-      continue
-    fewest = fewest or parts
-    print(_mesh(on_mesh), _cache(on_mesh), flush=True)
-    rollouts = _ascend(
-      _with_batch_sizes(on_mesh, planner.mesh),
-      planner.rollout,
-      chip,
-      _batch_size,
-    )
-    if not rollouts:
-      continue
-    least = min(program.step_seconds(chip) for _, program in rollouts)
-    if choices and least >= min(choice.seconds for choice in choices):
-      print("  its rollouts alone take longer than a train step above")
-      continue
-    updates = _updates(on_mesh, make_planner, chip)
     choices += [
       Choice(
         dataclasses.replace(with_update, rollout=with_rollout.rollout),
@@ -200,23 +203,37 @@ def fastest(
     ]
   if choices:
     return sorted(choices, key=lambda choice: choice.seconds)
-  if fewest == 0 and reasons:
-    raise reasons[-1]
   raise errors.UserError(
-    f"No mesh of these {num_devices} devices holds the network and one row of "
-    "activations a device. Take more devices or larger ones, or train adapters "
-    "(config.lora.rank)."
+    "\n".join(
+      [
+        f"No mesh of these {num_devices} devices holds the network and one row "
+        "of activations a device. Take more devices or larger ones, or train "
+        "adapters (config.lora.rank).",
+        # What kept meshes from being tried, each once.
+        *dict.fromkeys(reasons),
+      ]
+    )
   )
 
 
 def _with_caches(c: config_lib.ConfigDict) -> list[settings_lib.Rl]:
   """Returns the settings of a config under each of --caches."""
-  found = []
+  found, problems = [], []
   for cache in _CACHES.value or [c.rollout.cache]:
     one = c.copy_and_resolve_references()
     if cache != c.rollout.cache:
       config_lib.use_cache(one, cache)
-    found.append(settings_lib.rl(one))
+      # What is planned is training; an evaluation keeps what it had.
+      one.evaluate.cache = c.evaluate.cache
+      one.rollout.cache_refresh = 0
+    try:
+      found.append(settings_lib.rl(one))
+    except errors.UserError as error:
+      problems.append(f"Under cache={cache}: {error}")
+  if not found:
+    raise errors.UserError("\n".join(problems))
+  for problem in problems:
+    print(problem, flush=True)
   return found
 
 
@@ -339,7 +356,7 @@ def describe(program: programs_lib.Program, chip: chips.Chip | None) -> str:
     reason = f" ({kept})" if kept else ""
     return f"\n{program.name}: DOES NOT FIT. {program.refusal}{reason}"
   cost = program.cost
-  trips = " x ".join(map(str, program.trips))
+  trips = " x ".join(f"{count:g}" for count in program.trips)
   lines = [
     f"\n{program.name}: {program.runs} a train step, outer loop {trips} times, "
     f"compiled in {program.compile_seconds:.0f} s",

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 from agrpo_jax.plan import hlo
@@ -87,7 +88,11 @@ class Cost:
     return sum(n * one.wire_bytes for one, n in self.collectives.items())
 
 
-def of(program: hlo.Program, trips: Sequence[int]) -> Cost:
+def of(
+  program: hlo.Program,
+  trips: Sequence[float],
+  shares: Mapping[str, Sequence[float]] | None = None,
+) -> Cost:
   """Returns the cost of everything that one run of a program does.
 
   Of the branches of a conditional each is taken as often.
@@ -96,6 +101,8 @@ def of(program: hlo.Program, trips: Sequence[int]) -> Cost:
     program: of one device.
     trips: how often loops run that do not say so themselves, from the outermost
       to those inside of it; those further inside run once.
+    shares: how often the branches of a conditional run, of how often it does,
+      by a part of its JAX name; those of others are all as frequent.
   """
   cost, seen = Cost(), set()
 
@@ -132,8 +139,14 @@ def of(program: hlo.Program, trips: Sequence[int]) -> Cost:
         for body in one.called:
           visit(body, times * laps, False, depth + (known is None))
       elif one.opcode == "conditional":
-        for branch in one.called:
-          visit(branch, times / len(one.called), False, depth)
+        num = len(one.called)
+        parts = one.source.split("/")
+        told = [
+          share for part, share in (shares or {}).items() if part in parts
+        ]
+        each = told[0] if told else [1 / num] * num
+        for branch, share in zip(one.called, each, strict=True):
+          visit(branch, times * share, False, depth)
       else:
         for called in one.called:
           fused = is_fused or one.opcode == "fusion"

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import hlo
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
+from agrpo_jax.samplers import sampling as sampling_lib
 
 # Shapes that need not be downloaded.
 _LLADA_8B = base.Shape(
@@ -180,7 +182,7 @@ class Program:
   temporaries: int = 0
   resident: int = 0
   cache: int = 0
-  trips: Sequence[int] = ()
+  trips: Sequence[float] = ()
   cost: cost_lib.Cost = dataclasses.field(default_factory=cost_lib.Cost)
   compile_seconds: float = 0.0
   refusal: str = ""
@@ -263,6 +265,7 @@ class Planner:
         *self._rollout_arguments(s.rollout.batch_size)
       ),
       trips=_rollout_trips(s.rollout),
+      shares=_window_shares(s.rollout.sampling),
       runs=s.rollout.num_rows // s.rollout.batch_size + self._restart_runs(s),
       # What the update alone reads, such as moments, lies in memory meanwhile.
       resident=self.held_bytes(s)
@@ -283,7 +286,9 @@ class Planner:
   def update(self, s: settings_lib.Rl) -> Program:
     """The program that learns from a train step's completions."""
     model, rows = self._model, mesh_lib.rows(self._model.mesh)
-    sampler, learner = self._sampler(s), self._learner(s)
+    sampler = self._sampler(s)
+    # No state is left out: what is run apart would be counted beside the rest.
+    learner = dataclasses.replace(self._learner(s), cuts_units=False)
     size, restarts = s.rollout.num_rows, learner.restarts
     # As if drawn in one batch: an update gets those of a train step together.
     rollout = jax.eval_shape(sampler.program, *self._rollout_arguments(size))
@@ -383,7 +388,8 @@ class Planner:
     self,
     name: str,
     lowered: Any,
-    trips: Sequence[int],
+    trips: Sequence[float],
+    shares: Mapping[str, Sequence[float]] | None = None,
     runs: int = 1,
     resident: int = 0,
     cache: int = 0,
@@ -410,19 +416,27 @@ class Planner:
       resident=resident,
       cache=cache,
       trips=trips,
-      cost=cost_lib.of(hlo.Program(compiled.as_text()), trips),
+      cost=cost_lib.of(hlo.Program(compiled.as_text()), trips, shares),
       compile_seconds=time.monotonic() - start,
     )
 
 
-def _rollout_trips(draw: host.Draw) -> list[int]:
+def _rollout_trips(draw: host.Draw) -> list[float]:
   """Returns how often a rollout opens a memory, and how many steps read it.
 
   Where the number of steps depends on the draws they are all that may be.
   """
   s = draw.sampling
   slots = draw.num_slots or draw.batch_size
-  rounds = math.ceil(draw.batch_size / slots) * (
-    s.max_steps // s.steps_per_memory
-  )
-  return [rounds] if s.steps_per_memory == 1 else [rounds, s.steps_per_memory]
+  opened = math.ceil(s.steps_per_block / s.steps_per_memory)
+  rounds = math.ceil(draw.batch_size / slots) * s.num_blocks * opened
+  if s.steps_per_memory == 1:
+    return [rounds]
+  return [rounds, s.steps_per_block / opened]
+
+
+def _window_shares(s: sampling_lib.Sampling) -> dict[str, list[float]]:
+  """Returns how many steps run their windows, and how many need not."""
+  opened = math.ceil(s.steps_per_block / s.steps_per_memory)
+  first = opened / s.steps_per_block
+  return {types.KEPT_OR_WINDOWS: [1 - first, first]}

@@ -29,12 +29,16 @@ class Policy(Protocol):
     refresh: denoising steps of a block that share one memory; 0: all of them.
     spans: whether a memory serves the steps of all blocks of a completion: made
       of the whole of it, or block by block, of the one before.
+    passes: passes over the whole row that it takes to open a memory, or a step
+      where nothing is shared.
   """
 
   @property
   def refresh(self) -> int: ...
   @property
   def spans(self) -> bool: ...
+  @property
+  def passes(self) -> int: ...
 
   def open(
     self,

@@ -37,6 +37,7 @@ class BlockCausal:
 
   refresh: ClassVar[int] = 0
   spans: ClassVar[bool] = True
+  passes: ClassVar[int] = 1
 
   def open(
     self,
@@ -117,6 +118,7 @@ class OfMasks:
 
   refresh: ClassVar[int] = 0
   spans: ClassVar[bool] = True
+  passes: ClassVar[int] = 1
 
   def open(self, *args: Any, **settings: Any) -> types.Tree:
     """Opens the memory of `policy`, which is of the whole completion."""

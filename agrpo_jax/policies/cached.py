@@ -42,6 +42,7 @@ class Cached:
   refresh: int = 0
 
   spans: ClassVar[bool] = False
+  passes: ClassVar[int] = 1
 
   def open(
     self,

@@ -1,6 +1,7 @@
 """Classifier-free guidance: away from what is said without a prompt."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ class Guided(plain.Plain):
 
   scale: float
   mask_id: int
+
+  passes: ClassVar[int] = 2
 
   def logits(
     self,

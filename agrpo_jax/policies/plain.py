@@ -17,6 +17,7 @@ class Plain:
   # Where nothing is shared a round is one step, and no row waits for others.
   refresh: ClassVar[int] = 1
   spans: ClassVar[bool] = False
+  passes: ClassVar[int] = 1
 
   def open(
     self,

@@ -119,8 +119,8 @@ class Model:
 
   def cache_bytes(self, prompt_length: int, draw: host.Draw) -> int:
     """Returns what a device keeps of keys and values while it draws."""
-    if draw.sampling.cache == "none":
-      return 0
+    if draw.sampling.cache == "none" or draw.sampling.cache_refresh == 1:
+      return 0  # nothing outlives a step
     shape = self.shape
     slots = draw.num_slots or draw.batch_size
     rows = math.ceil(slots / mesh_lib.num_row_shards(self.mesh))
@@ -414,11 +414,14 @@ def trained_by(checkpoint: str) -> tuple[base.Source, lora_lib.Lora | None]:
       workdir, _ = checkpoint_named.split(checkpoint)
       fields["path"] = str(pathlib.Path(workdir).expanduser() / "initial")
     source = base.Source(**fields)
+    if source.dtype not in base.DTYPES:
+      raise ValueError(f"dtype={source.dtype!r}")
     if not _typed(lora, "rank", int):
       return source, None
     targets = tuple(map(str, _typed(lora, "targets", list)))
-    alpha = _typed(lora, "alpha", (int, float))
-    return source, lora_lib.Lora(lora["rank"], alpha, targets)
+    if not base.is_number(lora["alpha"]):
+      raise TypeError(f"alpha={lora['alpha']!r}")
+    return source, lora_lib.Lora(lora["rank"], lora["alpha"], targets)
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
       f"The config.json of {checkpoint!r} is not that of a run of this "

@@ -180,7 +180,7 @@ def sample_rollout(
       is_whole_B &= row_B.num_whole_passes == 0
     row_B = row_B.replace(
       is_waiting=jnp.zeros_like(row_B.is_waiting),
-      num_whole_passes=row_B.num_whole_passes + is_whole_B,
+      num_whole_passes=row_B.num_whole_passes + policy.passes * is_whole_B,
     )
     if policy.refresh == 1:
       return denoise(row_B, of, memory, is_start=True), memory

@@ -132,7 +132,8 @@ class Sampling:
     """Denoising steps that share what a policy computes once."""
     if self.cache == "none":
       return 1
-    return self.cache_refresh or self.steps_per_block
+    steps = self.steps_per_block
+    return min(self.cache_refresh or steps, steps)
 
   @property
   def window_length(self) -> int:
@@ -214,8 +215,10 @@ def problems(sampling: Sampling) -> list[str]:
     f"block_length={s.block_length} is more than completion_length="
     f"{s.completion_length}; use at most that",
   )
+  rule = RULES.get(s.unmask_rule, rules.Random)
   check(
-    s.num_denoise_steps % s.num_blocks == 0,
+    # Else the draws alone say how many steps there are.
+    rule.schedule == "none" or s.num_denoise_steps % s.num_blocks == 0,
     f"num_denoise_steps={s.num_denoise_steps} does not divide equally over "
     f"{s.num_blocks} blocks (completion_length={s.completion_length}, "
     f"block_length={s.block_length})",

@@ -5,6 +5,7 @@ import pathlib
 from importlib import metadata
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from agrpo_jax import errors
@@ -20,6 +21,8 @@ from agrpo_jax.plan import hlo
 from agrpo_jax.plan import programs
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.port import model_folder
+from agrpo_jax.samplers import host
+from agrpo_jax.samplers import sampling as sampling_lib
 from configs import gsm8k
 from fixtures import commands
 from fixtures import sudoku
@@ -148,6 +151,48 @@ def test_a_loop_in_a_loop_has_trips_of_its_own():
   for trips, times in (([5, 7], 5 * 7), ([5], 5)):
     cost = cost_lib.of(hlo.Program(text), trips=trips)
     assert cost.flops == times * (2 * 2 * 8 * 8)
+
+
+def test_branches_count_as_often_as_told():
+  def step(carry):
+    n, x_DxD, kernel = carry
+    with jax.named_scope("seldom"):
+      x_DxD = jax.lax.cond(n == 0, lambda: x_DxD + 1, lambda: x_DxD @ kernel)
+    return n + 1, x_DxD, kernel
+
+  def run(x_DxD):
+    return jax.lax.while_loop(
+      lambda carry: (carry[0] < 5) & (carry[1].sum() > 0), step, (0, *x_DxD)
+    )
+
+  text = jax.jit(run).lower(jnp.ones((2, 8, 8))).compile().as_text()
+  for shares, times in ((None, 2), ({"seldom": [3 / 4, 1 / 4]}, 3)):
+    cost = cost_lib.of(hlo.Program(text), [4], shares)
+    assert cost.flops == times * (2 * 8 * 8 * 8)
+
+
+def test_memories_are_opened_as_often_as_they_are():
+  """Blocks of 12 positions and four steps, three of them; see `host.Draw`."""
+  for refresh, opened, steps in (
+    (0, 3, 4),
+    (2, 6, 2),
+    (3, 6, 2),  # after three, and at the end of a block
+    (100, 3, 4),
+  ):
+    sampling = sampling_lib.Sampling(
+      mask_id=1,
+      eos_id=0,
+      completion_length=36,
+      block_length=12,
+      num_denoise_steps=12,
+      cache="dual",
+      cache_refresh=refresh,
+    )
+    draw = host.Draw(sampling, guidance=0.0, batch_size=8, num_slots=0)
+    assert programs._rollout_trips(draw) == [opened, steps]
+    assert programs._window_shares(sampling) == {
+      "kept_or_windows": [1 - opened / 12, opened / 12]
+    }
 
 
 def test_bytes_on_the_wire():

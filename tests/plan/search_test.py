@@ -161,6 +161,19 @@ def test_meshes_that_a_network_refuses_are_passed_over():
   assert {c.s.mesh.fsdp * c.s.mesh.tensor for c in choices} == {4}
 
 
+def test_a_cache_that_cannot_be_is_passed_over(monkeypatch, capsys):
+  c = gsm8k.get_config()
+  c.objective.updates_per_batch = 24  # as released; blocks are fewer
+  flag = types.SimpleNamespace(value=["none", "dual"])
+  monkeypatch.setattr("agrpo_jax.plan.__main__._CACHES", flag)
+  (found,) = plan._with_caches(c)
+  assert found.rollout.sampling.cache == "none"
+  assert "Under cache=dual: " in capsys.readouterr().out
+  flag.value = ["dual"]
+  with pytest.raises(errors.UserError, match="Under cache=dual: "):
+    plan._with_caches(c)
+
+
 def test_nothing_fits():
   with pytest.raises(errors.UserError, match="No mesh of these 4 devices"):
     fastest(gib=100)
