@@ -182,6 +182,11 @@ def choose_objective(c: ConfigDict, given: Mapping[str, Any]) -> None:
       use_objective(c, **chosen)
 
 
+def run_folder(name: str, variant: str) -> str:
+  """Returns where runs of a config go: each of its variants to its own."""
+  return "runs/" + "_".join([name, *filter(None, variant.split(","))])
+
+
 def use_cache(c: ConfigDict, cache: str) -> None:
   """Draws with a cache, and visits what then is cheap.
 

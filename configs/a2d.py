@@ -22,7 +22,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
   if not asked <= {*_VARIANTS}:
     raise ValueError(f"a2d.py:{variants} is not of {', '.join(_VARIANTS)}")
   c = config_lib.rl()
-  c.workdir = "runs/a2d"
+  c.workdir = config_lib.run_folder("a2d", variants)
   c.model.path = "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
   c.model.remat = "full"
   c.lora.rank = 32

@@ -15,7 +15,7 @@ from agrpo_jax import config as config_lib
 def get_config() -> config_lib.ConfigDict:
   c = config_lib.rl()
   c.workdir = "runs/countdown_tiny"
-  c.model.path = "runs/tiny_countdown"
+  c.model.path = "./runs/tiny_countdown"
   c.model.dtype = "float32"
   config_lib.use_task(c, "countdown", protocol="worked", num_numbers=2)
   c.data.max_prompt_length = 64

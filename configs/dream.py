@@ -26,7 +26,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
   if not asked <= {*_VARIANTS}:
     raise ValueError(f"dream.py:{variants} is not of {', '.join(_VARIANTS)}")
   c = config_lib.rl()
-  c.workdir = "runs/dream"
+  c.workdir = config_lib.run_folder("dream", variants)
   c.model.path = "Dream-org/Dream-v0-Instruct-7B"
   c.model.remat = "full"
   c.mesh.data, c.mesh.fsdp = -1, 1

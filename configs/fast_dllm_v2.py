@@ -28,7 +28,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
       f"fast_dllm_v2.py:{variants} is not of {', '.join(_VARIANTS)}"
     )
   c = config_lib.rl()
-  c.workdir = "runs/fast_dllm_v2"
+  c.workdir = config_lib.run_folder("fast_dllm_v2", variants)
   size = "1.5B" if "1.5b" in asked else "7B"
   c.model.path = f"Efficient-Large-Model/Fast_dLLM_v2_{size}"
   c.model.remat = "full"

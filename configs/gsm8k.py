@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   if asked - set(_VARIANTS):
     raise ValueError(f"gsm8k.py:{arg} is not of {', '.join(_VARIANTS)}")
   c = config_lib.rl()
-  c.workdir = "runs/gsm8k"
+  c.workdir = config_lib.run_folder("gsm8k", arg)
   c.seed = 333
   c.model.path = "GSAI-ML/LLaDA-8B-Instruct"
   c.lora.rank = 64
@@ -108,7 +108,6 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
   c.grading.num_workers = 8
 
   if "debug" in asked:
-    c.workdir = "runs/gsm8k-debug"
     c.model.dtype = "float32"
     c.lora.rank = 4
     c.data.max_prompt_length = 2048

@@ -35,7 +35,7 @@ def get_config(variants: str = "") -> config_lib.ConfigDict:
       f"sdar.py:{variants} is not of {', '.join(_VARIANTS)}, with one model"
     )
   c = config_lib.rl()
-  c.workdir = "runs/sdar"
+  c.workdir = config_lib.run_folder("sdar", variants)
   c.model.path = _MODELS[models.pop() if models else "8b"]
   c.model.remat = "full"
   c.mesh.data, c.mesh.fsdp = -1, 1

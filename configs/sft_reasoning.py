@@ -59,17 +59,17 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.train.num_steps = 800
     c.sft.output = "runs/tiny_reasoning_countdown"
   elif arg == "both":
-    c.model.path = "runs/tiny_reasoning_countdown"
+    c.model.path = "./runs/tiny_reasoning_countdown"
     c.optimizer.learning_rate = 2e-3
     c.train.num_steps = 1000
     c.sft.output = "runs/tiny_reasoning_both"
   elif arg == "words":
-    c.model.path = "runs/tiny_reasoning_both"
+    c.model.path = "./runs/tiny_reasoning_both"
     c.optimizer.learning_rate = 3e-3
     c.train.num_steps = 650
     c.sft.output = "runs/tiny_reasoning_words"
   elif arg == "clean":
-    c.model.path = "runs/tiny_reasoning_words"
+    c.model.path = "./runs/tiny_reasoning_words"
     c.optimizer.learning_rate = 2e-3
     c.train.num_steps = 3000
     c.sft.output = "runs/tiny_reasoning_clean"
@@ -79,14 +79,14 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.train.num_steps = 1200
     c.sft.output = "runs/tiny_countdown_clean"
   elif arg == "adding":
-    c.model.path = "runs/tiny_countdown_clean"
+    c.model.path = "./runs/tiny_countdown_clean"
     c.task.options.demonstration = "careless"
     c.task.options.careless_probability = 0.85
     c.optimizer.learning_rate = 5e-4
     c.train.num_steps = 150
     c.sft.output = "runs/tiny_countdown"
   else:
-    c.model.path = "runs/tiny_reasoning_clean"
+    c.model.path = "./runs/tiny_reasoning_clean"
     c.task.options.demonstration = "careless"
     c.optimizer.learning_rate = 5e-4
     c.train.num_steps = 250

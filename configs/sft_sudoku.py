@@ -57,7 +57,7 @@ def get_config(arg: str = "clean") -> config_lib.ConfigDict:
     c.train.num_steps = 1500
     c.sft.output = f"runs/tiny_sudoku_clean{ending}"
   else:
-    c.model.path = f"runs/tiny_sudoku_clean{ending}"
+    c.model.path = f"./runs/tiny_sudoku_clean{ending}"
     c.task.options.demonstration = "careless"
     c.optimizer.learning_rate = 5e-4
     c.train.num_steps = 250

@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
       f"sudoku_tiny.py:{variant} is not of {', '.join(_VARIANTS[1:])}"
     )
   c = config_lib.rl()
-  c.workdir = "runs/sudoku_tiny"
+  c.workdir = config_lib.run_folder("sudoku_tiny", variant)
   c.model.path = str(_ASSETS / "tiny-sudoku")
   c.model.dtype = "float32"
   config_lib.use_task(c, "sudoku", protocol="bare", num_examples=20_000)
@@ -67,7 +67,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
     c.objective.step_rule = "all"
     c.objective.microbatch = 64  # blocks, of four steps each
   if variant in ("sdar", "a2d"):
-    c.model.path = f"runs/tiny_sudoku_{variant}"
+    c.model.path = f"./runs/tiny_sudoku_{variant}"
   if variant == "sdar":
     # Of 20 tokens up to 3 are the prompt's.
     for draw in (c.rollout, c.evaluate):

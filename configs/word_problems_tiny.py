@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
   if variant not in _VARIANTS:
     raise ValueError(f"word_problems_tiny.py:{variant} is not of dual")
   c = config_lib.rl()
-  c.workdir = "runs/word_problems_tiny"
+  c.workdir = config_lib.run_folder("word_problems_tiny", variant)
   c.model.path = str(_ASSETS / "tiny-reasoning")
   c.model.dtype = "float32"
   config_lib.use_task(c, "word_problems", max_equations=3, max_value=9)
