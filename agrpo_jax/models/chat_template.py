@@ -13,13 +13,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 from agrpo_jax import errors
 
-SECONDS = 10  # for one rendering, by the clock
+SECONDS = 10  # for a request, by the clock
 _START_SECONDS = 120.0
 # Chats per request: a round trip takes as long as rendering some of them.
 _CHATS = 64
@@ -50,8 +51,6 @@ class _Worker:
     root = str(pathlib.Path(__file__).parents[2])
     paths = [root, os.environ.get("PYTHONPATH", "")]
     self._socket, theirs = socket.socketpair()
-    # The process ends by itself in SECONDS, this is for one that cannot.
-    self._socket.settimeout(_START_SECONDS + SECONDS * _CHATS)
     with theirs:
       self._process = subprocess.Popen(
         [
@@ -75,14 +74,17 @@ class _Worker:
   def _exchange(self, line: bytes) -> dict[str, Any]:
     if self._socket is None:
       raise ConnectionError
+    # The process ends by itself in SECONDS, this is for one that cannot.
+    end = time.monotonic() + _START_SECONDS + SECONDS
+    self._socket.settimeout(_START_SECONDS + SECONDS)
     self._socket.sendall(line)
-    received = b""
-    while not received.endswith(b"\n"):
-      chunk = self._socket.recv(65_536)
-      if not chunk:
+    received = [b""]
+    while not received[-1].endswith(b"\n"):
+      self._socket.settimeout(max(end - time.monotonic(), 0))
+      received.append(self._socket.recv(65_536))
+      if not received[-1]:
         raise ConnectionError
-      received += chunk
-    return json.loads(received)
+    return json.loads(b"".join(received))
 
   def _end(self) -> str:
     """Ends the process; why it gave no answer."""

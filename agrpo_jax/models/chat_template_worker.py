@@ -3,8 +3,8 @@
     python -m agrpo_jax.models.chat_template_worker FD SECONDS
 
 Lines of JSON on the socket FD: {"template", "names", "chats"} -> {"texts"}, one
-per chat, or {"error"}. The system ends the process when one rendering takes
-longer than SECONDS; it ends itself when the other side closes the socket.
+per chat, or {"error"}. The system ends the process when a line takes longer
+than SECONDS; it ends itself when the other side closes the socket.
 """
 
 import functools
@@ -21,7 +21,7 @@ import transformers
 from tokenizers import models
 
 MAX_BYTES = 1 << 30  # of memory, besides what this process starts with
-MAX_CHARS = 10_000_000  # of rendered text
+MAX_CHARS = 10_000_000  # of the texts of a line
 
 
 def _bound_memory() -> None:
@@ -46,13 +46,12 @@ def _renderer(template: str, names: tuple[tuple[str, str], ...]) -> Any:
   )
 
 
-def _reply(request: dict[str, Any], seconds: int) -> dict[str, Any]:
-  texts = []
+def _reply(request: dict[str, Any]) -> dict[str, Any]:
+  texts: list[str] = []
+  left = MAX_CHARS
   try:
     names = tuple(sorted(request["names"].items()))
     for messages in request["chats"]:
-      # Not caught anywhere, so it ends the process wherever that is.
-      signal.alarm(seconds)
       text = str(
         _renderer(request["template"], names).apply_chat_template(
           messages,
@@ -62,7 +61,8 @@ def _reply(request: dict[str, Any], seconds: int) -> dict[str, Any]:
           enable_thinking=False,
         )
       )
-      if len(text) > MAX_CHARS:
+      left -= len(text)
+      if left < 0:
         return {"error": f"it writes more than {MAX_CHARS:,} characters"}
       texts.append(text)
     return {"texts": texts}
@@ -79,7 +79,9 @@ def main(descriptor: int, seconds: int) -> None:
   signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever was inherited
   with socket.socket(fileno=descriptor) as other, other.makefile("rwb") as file:
     for line in file:
-      reply = json.dumps(_reply(json.loads(line), seconds)).encode() + b"\n"
+      # Not caught anywhere, so it ends the process wherever that is.
+      signal.alarm(seconds)
+      reply = json.dumps(_reply(json.loads(line))).encode() + b"\n"
       signal.alarm(0)
       file.write(reply)
       file.flush()

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import itertools
+import json
+import math
 import pathlib
 import re
 import threading
@@ -40,6 +42,9 @@ _QWEN2_SPLIT = (
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 _MAX_ID = 1 << 24  # a hundred times what networks have
+_MAX_ADDED = 1 << 15  # tokens; each is looked for at each character
+# How often the steps of a part may double a text; those of released ones: 2.
+_MAX_DOUBLINGS = 6
 SECONDS = 20.0  # for one text or batch of texts, by the clock
 _TEXTS = 64  # in a batch that is encoded: its time is bounded as a whole
 
@@ -310,10 +315,42 @@ def _read(
     if largest > _MAX_ID:
       # The library fills up memory with what is missing below it.
       raise ValueError(f"a token has the id {largest}")
+    _check_size(tokenizer)
   # A saved tokenizer may still carry the last call's limits.
   tokenizer.no_truncation()
   tokenizer.no_padding()
   return tokenizer
+
+
+def _check_size(tokenizer: tokenizers.Tokenizer) -> None:
+  """Raises ValueError for what makes short texts take much time or memory."""
+  num_added = len(tokenizer.get_added_tokens_decoder())
+  if num_added > _MAX_ADDED:
+    raise ValueError(f"it adds {num_added:,} tokens, more than {_MAX_ADDED:,}")
+  for name in ("normalizer", "pre_tokenizer", "decoder"):
+    part = getattr(tokenizer, name)
+    if part and _doublings(json.loads(part.__getstate__())) > _MAX_DOUBLINGS:
+      raise ValueError(
+        f"its {name} may make a text more than {2**_MAX_DOUBLINGS} times as "
+        "long"
+      )
+
+
+def _doublings(step: Mapping[str, Any]) -> float:
+  """How often a step of a tokenizer's part may double the characters."""
+  if step["type"] == "Sequence":
+    (steps,) = (value for key, value in step.items() if key != "type")
+    return sum(map(_doublings, steps))
+  if step["type"] == "ByteLevel":
+    return 2  # the four bytes of a character
+  if step["type"] == "Prepend":
+    return math.log2(1 + len(step["prepend"]))
+  if step["type"] == "Replace":
+    # A regular expression may match at every place, and take nothing away.
+    before = len(step["pattern"].get("String", ""))
+    after = len(step["content"]) if before else 1 + len(step["content"])
+    return math.log2(max(after / max(before, 1), 1))
+  return 0
 
 
 @contextlib.contextmanager
@@ -354,8 +391,10 @@ def _of_parts(settings: Mapping[str, Any], path: str) -> tokenizers.Tokenizer:
   )
   tokenizer.decoder = decoders.ByteLevel()
   added = settings.get("added_tokens_decoder") or {}
-  for at, token in sorted(added.items(), key=lambda one: int(one[0])):
-    tokenizer.add_tokens([tokenizers.AddedToken(**token)])
+  in_order = sorted(added.items(), key=lambda one: int(one[0]))
+  # At once: for each call the library looks at all of them.
+  tokenizer.add_tokens([tokenizers.AddedToken(**one) for _, one in in_order])
+  for at, token in in_order:
     found = tokenizer.token_to_id(token["content"])
     if found != int(at):
       raise ValueError(

@@ -126,7 +126,10 @@ def ordered(table: types.Tree) -> list[str]:
 def misfits(
   tensors: files.Tensors, table: types.Tree, copy: Entry | None, dtype: Any
 ) -> list[str]:
-  """Everything that the headers show to be wrong.
+  """Everything that is wrong, if the headers show anything.
+
+  Values are looked at then of tensors that are what the network has: a header
+  may speak of more than any memory holds.
 
   Args:
     tensors: of the checkpoint.
@@ -136,6 +139,7 @@ def misfits(
   """
   problems = []
   expected: set[str] = set()
+  sound = []
   for entry in jax.tree.leaves([table, copy]):
     stored = {}
     for name in entry.names:
@@ -144,15 +148,19 @@ def misfits(
         problems.append(f"{name} is missing")
         continue
       stored[name] = tensors.dtype(name)
+      found = []
       if tensors.shape(name) != entry.stored_shape:
-        problems.append(
+        found.append(
           f"{name} has shape {tensors.shape(name)}, expected "
           f"{entry.stored_shape}"
         )
       if stored[name] not in DTYPES:
-        problems.append(
+        found.append(
           f"{name} is {stored[name]}, expected one of {', '.join(DTYPES)}"
         )
+      if not found:
+        sound.append(name)
+      problems += found
     if dtype is None and len(set(stored.values())) > 1:
       listed = ", ".join(f"{name} {one}" for name, one in stored.items())
       problems.append(
@@ -161,6 +169,9 @@ def misfits(
   problems += [
     f"{name} is unexpected" for name in sorted(tensors.names() - expected)
   ]
+  if problems:
+    for name in sound:
+      problems += check_finite(tensors, name, tensors.read(name))
   return problems
 
 
@@ -181,15 +192,12 @@ def check_copy(
   return []
 
 
-def check_finite(
-  tensors: files.Tensors, name: str, x: np.ndarray, problems: list[str]
-) -> None:
-  """Adds a problem if x, from the tensor `name`, is not all numbers."""
-  bits = _EXPONENT.get(tensors.dtype(name))
-  if bits is None:  # a dtype that is refused anyway
-    return
+def check_finite(tensors: files.Tensors, name: str, x: np.ndarray) -> list[str]:
+  """Returns what is wrong with x, of the tensor `name`: not all numbers."""
+  bits = _EXPONENT[tensors.dtype(name)]
   if np.any((x.view(bits.dtype) & bits) == bits):
-    _add(problems, f"{name} has values that are NaN or infinite")
+    return [f"{name} has values that are NaN or infinite"]
+  return []
 
 
 def read_onto(
@@ -197,9 +205,13 @@ def read_onto(
   entry: Entry,
   sharding: jax.sharding.Sharding | None,
   dtype: Any,
-  problems: list[str],
+  problems: dict[str, None],
 ) -> jax.Array:
-  """Reads one of our arrays onto the devices that hold it."""
+  """Reads one of our arrays onto the devices that hold it.
+
+  What is wrong is added to `problems`, as keys: a tensor that is read for
+  several devices is still one problem.
+  """
   if dtype is None:
     dtype = DTYPES[tensors.dtype(entry.names[0])]
   dtype = jnp.dtype(dtype)
@@ -225,7 +237,7 @@ def read_quantized(
   entry: Entry,
   sharding: quantized.Kernel,
   dtype: Any,
-  problems: list[str],
+  problems: dict[str, None],
 ) -> tuple[quantized.Kernel, list[int]]:
   """Reads a kernel in int8; of the float one a layer at a time is in memory.
 
@@ -234,7 +246,7 @@ def read_quantized(
     entry: the kernel's place in it.
     sharding: where values and scales go.
     dtype: that each layer is read in.
-    problems: what is wrong is added.
+    problems: what is wrong is added, as keys.
 
   Returns:
     The kernel, and both checksums of a `BaseModel`, of the values as read.
@@ -291,7 +303,7 @@ def _read_part(
   entry: Entry,
   bounds: tuple[tuple[int, int, int], ...],
   dtype: Any,
-  problems: list[str],
+  problems: dict[str, None],
 ) -> np.ndarray:
   """The part of one of our arrays within `bounds`, on the host."""
   part = np.empty([stop - start for start, stop, _ in bounds], dtype)
@@ -304,7 +316,7 @@ def _read_part(
     stored = stored[::-1]
   for layer, target in zip(layers, into, strict=True):
     x = tensors.read(entry.names[layer], stored)
-    check_finite(tensors, entry.names[layer], x, problems)
+    problems.update(dict.fromkeys(check_finite(tensors, entry.names[layer], x)))
     with np.errstate(over="ignore"):
       if entry.transposed:
         _transpose(x, target)
@@ -312,14 +324,8 @@ def _read_part(
         target[...] = x
     # Only float16 cannot hold what the other two can.
     if dtype == np.float16 and not np.isfinite(target).all():
-      _add(problems, f"{entry.names[layer]} does not fit into float16")
+      problems[f"{entry.names[layer]} does not fit into float16"] = None
   return part
-
-
-def _add(problems: list[str], problem: str) -> None:
-  # A tensor that is read for several devices is still one problem.
-  if problem not in problems:
-    problems.append(problem)
 
 
 def _transpose(x: np.ndarray, target: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from agrpo_jax import errors
 from agrpo_jax.models import base
+from agrpo_jax.models import folder as folder_lib
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import hub
 from agrpo_jax.runs import checkpoint_named
@@ -23,7 +24,7 @@ _SETTINGS = (
 )
 
 
-def write(
+def make(
   to: pathlib.Path,
   checkpoint: str,
   meta: Mapping[str, Any],
@@ -31,8 +32,8 @@ def write(
   lora: lora_lib.Lora | None,
   *,
   is_adapter: bool,
-) -> None:
-  """Writes the card, unless the folder has one.
+) -> bytes:
+  """Returns the contents of the card; none if the folder has one.
 
   Args:
     to: the folder of the export.
@@ -43,14 +44,36 @@ def write(
     is_adapter: the folder holds the adapter alone.
 
   Raises:
+    UserError: the run's records are not what a run writes.
+  """
+  if (to / _FILE).exists():
+    return b""
+  try:
+    lines = _lines(checkpoint, meta, source, lora, is_adapter)
+    # What a record says stays on its line: below, it would be text of its own.
+    return "".join(f"{' '.join(x.splitlines())}\n" for x in lines).encode()
+  except errors.UserError:
+    raise
+  # Somebody else's records may hold anything.
+  except Exception as error:
+    raise errors.UserError(
+      f"The records of the run of --checkpoint={checkpoint!r} are not what a "
+      f"run writes ({type(error).__name__}: {error}), so {_FILE} cannot be "
+      f"made of them. Put a {_FILE} of your own into {str(to)!r} first."
+    ) from error
+
+
+def write(to: pathlib.Path, card: bytes) -> None:
+  """Writes what `make` returned.
+
+  Raises:
     UserError: it cannot be written.
   """
-  file = to / _FILE
-  if file.exists():
+  if not card:
     return
-  text = "\n".join(_lines(checkpoint, meta, source, lora, is_adapter))
+  file = to / _FILE
   try:
-    file.write_text(text + "\n", encoding="utf-8")
+    file.write_bytes(card)
   except OSError as error:
     raise errors.UserError(
       f"{file} cannot be written: {error}. Give another folder, or make room."
@@ -109,7 +132,7 @@ def _lines(
     yield ""
   yield "```json"
   kept = {key: config[key] for key in _SETTINGS if key in config}
-  yield json.dumps(kept, indent=1, ensure_ascii=False)
+  yield from json.dumps(kept, indent=1, ensure_ascii=False).split("\n")
   yield "```"
 
 
@@ -166,15 +189,19 @@ def _row(name: str, found: Mapping[str, float]) -> str:
 def _evaluated(workdir: pathlib.Path, train_step: int) -> dict[str, float]:
   """Returns the figures of the evaluation after a train step, if it was one."""
   prefix = "eval/"
+  file = workdir / "metrics.jsonl"
+  if not file.exists():
+    return {}
+  folder_lib.check(file)
   try:
-    for record in metrics.read(workdir / "metrics.jsonl"):
+    for record in metrics.read(file):
       if record["train_step"] == train_step - 1 and "eval/accuracy" in record:
         return {
           name.removeprefix(prefix): value
           for name, value in record.items()
           if name.startswith(prefix)
         }
-  except (OSError, ValueError, KeyError):  # no log, or one that was damaged
+  except (OSError, ValueError, KeyError):  # a log that was damaged
     pass
   return {}
 

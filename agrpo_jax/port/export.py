@@ -44,8 +44,8 @@ def merged(
 
   Raises:
     UserError: there is no such checkpoint, its base model is not to be found
-      or another one, the folder cannot be written, or float16 cannot hold the
-      weights.
+      or another one, the run's records are damaged, the folder cannot be
+      written, or float16 cannot hold the weights.
   """
   source, lora = model_lib.trained_by(checkpoint)
   folder = _base_folder(checkpoint, source, hub.CHECKPOINT)
@@ -71,12 +71,13 @@ def merged(
     raise errors.UserError(
       f"The trained weights do not fit into {dtype}; give another --dtype."
     )
+  made = card.make(to, checkpoint, meta, source, lora, is_adapter=False)
   model_folder.save(
     to, shape, params, source=folder, max_shard_bytes=max_shard_bytes
   )
   if source.tokenizer:
     _copy_tokenizer(source, to)
-  card.write(to, checkpoint, meta, source, lora, is_adapter=False)
+  card.write(to, made)
   return lora_lib.count(params)
 
 
@@ -91,8 +92,8 @@ def adapter(checkpoint: str, to: pathlib.Path) -> int:
     How many parameters were written.
 
   Raises:
-    UserError: there is no such checkpoint, the run trained no adapter, or the
-      folder cannot be written.
+    UserError: there is no such checkpoint, the run trained no adapter, its
+      records are damaged, or the folder cannot be written.
   """
   source, lora = model_lib.trained_by(checkpoint)
   if lora is None:
@@ -104,9 +105,10 @@ def adapter(checkpoint: str, to: pathlib.Path) -> int:
     str(_base_folder(checkpoint, source, hub.ALL_BUT_WEIGHTS))
   )
   tree, meta = _read(checkpoint, _abstract(lora, shape))
+  made = card.make(to, checkpoint, meta, source, lora, is_adapter=True)
   peft.save(to, shape, tree, lora, base_model=source.path)
   _copy_tokenizer(source, to)
-  card.write(to, checkpoint, meta, source, lora, is_adapter=True)
+  card.write(to, made)
   return lora_lib.count(tree)
 
 

@@ -6,6 +6,7 @@ executed; weights in formats that could be are refused by name.
 
 import os
 import pathlib
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,8 @@ class Tensors:
         "again."
       )
 
-  def names(self) -> set[str]:
-    return set(self._where)
+  def names(self) -> Set[str]:
+    return self._where.keys()
 
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self._slice(name).get_shape())

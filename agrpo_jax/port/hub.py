@@ -1,5 +1,6 @@
 """Folders of models, on this machine and on the Hugging Face hub."""
 
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -24,8 +25,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def is_id(path: str) -> bool:
   """Returns whether `path` is one on the hub, and no folder here."""
-  local = pathlib.Path(path).expanduser()
-  return not local.exists() and bool(_HUB_ID.fullmatch(path))
+  return not os.path.exists(_local(path)) and bool(_HUB_ID.fullmatch(path))
+
+
+def _local(path: str) -> pathlib.Path:
+  # Here and below not a path's own methods, which raise for a long name.
+  return pathlib.Path(os.path.expanduser(path))
 
 
 def folder(
@@ -41,10 +46,10 @@ def folder(
   Raises:
     UserError: if there is no such folder, or it cannot be downloaded.
   """
-  local = pathlib.Path(path).expanduser()
-  if local.is_dir():
+  local = _local(path)
+  if os.path.isdir(local):
     return local
-  if local.exists():
+  if os.path.exists(local):
     raise errors.UserError(
       f"{path!r} is a file; give the folder that holds config.json"
     )

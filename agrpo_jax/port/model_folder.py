@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def load(
     shardings = shardings(shape)
   if shardings is None:
     shardings = jax.tree.map(lambda _: None, table)
-  problems: list[str] = []
+  problems: dict[str, None] = {}
   params = jax.tree.map(
     lambda entry, sharding: arrays.read_onto(
       tensors, entry, sharding, dtype, problems
@@ -109,7 +110,7 @@ def load_quantized(
     UserError: as for `load`.
   """
   folder, shape, tensors, table = _open(path, dtype, revision, {})
-  problems: list[str] = []
+  problems: dict[str, None] = {}
   sums: list[list[int]] = []
 
   def read_kernel(entry: arrays.Entry, sharding: quantized.Kernel) -> Any:
@@ -139,7 +140,7 @@ def _open(
   """Returns a checkpoint's folder, shape, tensors, and the table of these.
 
   Raises:
-    UserError: naming everything that the headers show to be wrong.
+    UserError: naming everything that is wrong, if the headers show anything.
   """
   folder = hub.folder(path, hub.CHECKPOINT, revision)
   shape = _read_shape(folder, switches)
@@ -154,11 +155,7 @@ def _open(
   family = models.family_of(shape)
   table = arrays.table(shape, family)
   copy = arrays.head_copy(shape, family, tensors.names())
-  problems = arrays.misfits(tensors, table, copy, dtype)
-  if problems:
-    for name in sorted(tensors.names()):
-      arrays.check_finite(tensors, name, tensors.read(name), problems)
-    _raise(folder, problems)
+  _raise(folder, arrays.misfits(tensors, table, copy, dtype))
   if copy:
     _raise(folder, arrays.check_copy(tensors, table, copy))
   return folder, shape, tensors, table
@@ -241,7 +238,7 @@ def _eos_ids(raw: dict[str, Any]) -> list[Any]:
   return [*found] if isinstance(found, list) else [found]
 
 
-def _raise(folder: pathlib.Path, problems: list[str]) -> None:
+def _raise(folder: pathlib.Path, problems: Collection[str]) -> None:
   if problems:
     raise errors.UserError(
       f"{folder} does not hold the network that its config.json describes:\n  "
@@ -313,7 +310,7 @@ def save(
   )
 
 
-def _stored_names(folder: pathlib.Path | None) -> set[str]:
+def _stored_names(folder: pathlib.Path | None) -> Collection[str]:
   """The names of a folder's tensors; none where there are no weights."""
   if folder is None:
     return set()

@@ -223,7 +223,7 @@ def _read(
     problems.append(f"{name} is {tensors.dtype(name)}, not a float")
   else:
     x = tensors.read(name)
-    arrays.check_finite(tensors, name, x, problems)
+    problems += arrays.check_finite(tensors, name, x)
     return x.T.astype(np.float32)
   # Not zeros of the shape it should have: a wrong rank may be any number.
   return np.zeros((0, 0), np.float32)

@@ -6,6 +6,7 @@ import pytest
 
 from agrpo_jax import errors
 from agrpo_jax.models import base
+from agrpo_jax.models import chat_template
 from agrpo_jax.models import tokens
 
 MESSAGES = [{"role": "user", "content": "4*5"}]
@@ -70,6 +71,17 @@ def test_what_is_refused(encode, template, part):
   with pytest.raises(errors.UserError, match=part) as caught:
     encode(template)
   assert "chat template cannot write these messages" in str(caught.value)
+
+
+def test_many_chats_are_bounded_together():
+  chats = [MESSAGES] * 64
+  template = "{{ 'é' * %d }}"
+  begin = time.monotonic()
+  texts = chat_template.render(template % 100_000, {}, chats)
+  assert time.monotonic() - begin < 30
+  assert texts == ["é" * 100_000] * 64
+  with pytest.raises(errors.UserError, match="10,000,000 characters"):
+    chat_template.render(template % 200_000, {}, chats)
 
 
 def test_an_endless_template_ends_and_the_next_one_works(encode):

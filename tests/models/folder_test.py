@@ -66,8 +66,11 @@ def test_what_has_no_end_is_not_read(folder):
   assert "has no config.json" in refused(path)
   path.unlink()
   path.write_text("{}")
+  os.truncate(path, (1 << 25) + 1)
+  assert "33,554,433 bytes, more than 33,554,432" in refused(path)
   os.truncate(path, folder_lib.MAX_BYTES + 1)
-  assert "268,435,457 bytes, more than 268,435,456" in refused(path)
+  with pytest.raises(errors.UserError, match="more than 268,435,456"):
+    folder_lib.read_text(path)
 
 
 @pytest.mark.parametrize(

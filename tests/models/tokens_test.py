@@ -313,6 +313,55 @@ class TestRefusals:
     with pytest.raises(errors.UserError, match="has the id 2147483648"):
       tokens.load(folder, vocabulary())
 
+  @pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+      ("decoder", [("a", "a" * 1000)]),
+      ("decoder", [("a", "aaa")] * 4),
+      ("normalizer", [("", "a")] * 7),
+      ("normalizer", [(None, "a")] * 7),
+    ],
+  )
+  def test_steps_that_make_texts_long(self, folder, name, steps):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    replace = [
+      {
+        "type": "Replace",
+        "pattern": {"Regex": "b*"} if old is None else {"String": old},
+        "content": new,
+      }
+      for old, new in steps
+    ]
+    kept = [raw[name]] if raw[name] else []
+    raw[name] = {"type": "Sequence", f"{name}s": [*kept, *replace]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError, match=f"its {name} may make a text"):
+      tokens.load(folder, vocabulary())
+
+  def test_steps_of_released_tokenizers(self, folder):
+    """As Llama 2's has them, and as ALBERT's."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parts = tokenizers.normalizers
+    tokenizer.normalizer = parts.Sequence(
+      [
+        *(parts.Prepend("\u2581"), parts.Replace(" ", "\u2581")),
+        *(parts.Replace("``", '"'), parts.Replace("''", '"')),
+        parts.Replace(tokenizers.Regex(" {2,}"), " "),
+      ]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert tokens.load(folder, vocabulary()).encode("``'' ")
+
+  def test_more_added_tokens_than_can_be_looked_for(self, folder):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    last = raw["added_tokens"][-1]
+    raw["added_tokens"] += [
+      {**last, "id": 300 + at, "content": f"{at}é"} for at in range(1 << 15)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError, match="adds 32,774 tokens, more"):
+      tokens.load(folder, vocabulary())
+
   def test_a_name_that_is_none(self, folder):
     config = folder / "tokenizer_config.json"
     config.write_text('{"": true, ' + config.read_text()[1:])

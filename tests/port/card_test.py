@@ -1,9 +1,11 @@
 """The card of an export says what is known of the run, and nothing else."""
 
 import json
+import os
 
 import pytest
 
+from agrpo_jax import errors
 from agrpo_jax.models import base
 from agrpo_jax.models import lora as lora_lib
 from agrpo_jax.port import card
@@ -34,7 +36,7 @@ def workdir(tmp_path):
 
 
 def written(
-  workdir, to, *, which="", train_step=STEP, path="owner/base"
+  workdir, to, *, which="", train_step=STEP, path="owner/base", **changes
 ) -> str:
   config = json.loads(recordings.config("gsm8k").to_json())
   config["workdir"] = config["data"]["path"] = str(workdir)
@@ -45,8 +47,10 @@ def written(
     "versions": {"agrpo_jax": "1.2.3"},
   }
   lora = lora_lib.Lora(8, 16.0, ("q", "v"))
+  meta |= changes
   to.mkdir(exist_ok=True)
-  card.write(to, f"{workdir}{which}", meta, source, lora, is_adapter=True)
+  made = card.make(to, f"{workdir}{which}", meta, source, lora, is_adapter=True)
+  card.write(to, made)
   return (to / "README.md").read_text()
 
 
@@ -94,6 +98,51 @@ def test_folders_of_this_machine_are_not_told(workdir, tmp_path):
   assert "Base model: `local`" in text
   assert "base_model:" not in text
   assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"config": {}}, {"config": []}, {"versions": None}, {"versions": {}}],
+)
+def test_a_meta_that_is_none(workdir, tmp_path, changes):
+  with pytest.raises(errors.UserError, match=r"my_run' are not .* README\.md"):
+    written(workdir, tmp_path / "out", **changes)
+
+
+@pytest.mark.parametrize(
+  "name,text",
+  [
+    ("before.json", "{}"),
+    ("before.json", '{"accuracy": "x"}'),
+    ("metrics.jsonl", "[1]"),
+    ("metrics.jsonl", "[" * 100_000),
+    ("metrics.jsonl", '{"train_step": 3, "eval/accuracy": "x"}'),
+    ("environment.json", "{}"),
+    ("environment.json", '{"sessions": [1]}'),
+    ("environment.json", '{"sessions": [{"command": [1]}]}'),
+    ("environment.json", '{"sessions": [{"command": ["\\ud800"]}]}'),
+  ],
+)
+def test_records_that_no_run_writes(workdir, tmp_path, name, text):
+  (workdir / name).write_text(text)
+  with pytest.raises(errors.UserError, match=r"my_run' are not .* README\.md"):
+    written(workdir, tmp_path / "out")
+
+
+def test_a_pipe_is_not_waited_for(workdir, tmp_path):
+  (workdir / "metrics.jsonl").unlink()
+  os.mkfifo(workdir / "metrics.jsonl")
+  with pytest.raises(errors.UserError, match="is no file that can be read"):
+    written(workdir, tmp_path / "out")
+
+
+def test_what_a_record_says_stays_on_its_line(workdir, tmp_path):
+  words = ["python", "a\n\n# b\u2028c"]
+  (workdir / "environment.json").write_text(
+    json.dumps({"sessions": [{"command": words}]})
+  )
+  text = written(workdir, tmp_path / "out")
+  assert "\n    python 'a  # b c'\n" in text
 
 
 def test_a_card_that_is_there_stays(workdir, tmp_path):

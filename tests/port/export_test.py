@@ -183,6 +183,20 @@ def test_a_base_model_that_is_not_there(run, tmp_path):
   assert export.merged(str(workdir), tmp_path / "out") == 247_616
 
 
+def test_damaged_records_are_refused_before_weights_are_written(run, tmp_path):
+  workdir = shutil.copytree(run.workdir, tmp_path / "run")
+  (workdir / "environment.json").write_text("{}")
+  with pytest.raises(errors.UserError, match="are not what a run writes"):
+    export.merged(str(workdir), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def record(*, path="x", dtype="float32", alpha=1.0) -> str:
+  """What a run's config.json says of its model and adapter."""
+  lora = {"rank": 2, "alpha": alpha, "targets": ["q"]}
+  return json.dumps({"model": {"path": path, "dtype": dtype}, "lora": lora})
+
+
 @pytest.mark.parametrize(
   "text,part",
   [
@@ -190,6 +204,9 @@ def test_a_base_model_that_is_not_there(run, tmp_path):
     ('{"model": ', "cannot be read"),
     ("[]", "does not hold a JSON object"),
     ('{"model": {}}', "not that of a run"),
+    (record(dtype="foo"), "dtype='foo'"),
+    (record(alpha=10**400), "alpha=10"),
+    (record(path="a" * 5000), "There is no folder"),
   ],
 )
 def test_a_damaged_record_is_refused(tmp_path, text, part):

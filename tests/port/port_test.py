@@ -172,6 +172,25 @@ class TestRefusals:
     assert "blocks.0.ff_proj.weight is I32" in message
     assert message.count("\n  ") == 6
 
+  @pytest.mark.parametrize("name", ["x", NORM])
+  def test_a_header_that_speaks_of_more_than_memory_holds(self, broken, name):
+    folder = broken(lambda tensors: tensors.pop(NORM))
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header, values = json.loads(content[8:end]), content[end:]
+    size = len(values) + (1 << 42)
+    header[name] = {
+      "dtype": "F32",
+      "shape": [1 << 40],
+      "data_offsets": [len(values), size],
+    }
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + values)
+    os.truncate(file, 8 + len(text) + size)  # 4 TiB that take no room
+    with pytest.raises(errors.UserError, match=f"{name} (is un|has shape)"):
+      model_folder.load(folder)
+
   @pytest.mark.parametrize("dtype", [None, "float32"])
   def test_not_finite_only(self, broken, dtype):
     def change(tensors):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 
 from agrpo_jax import errors
 from agrpo_jax import types
@@ -80,9 +81,10 @@ def test_an_accuracy_that_is_none(tmp_path, accuracy):
   assert read(tmp_path) == 1
 
 
-def test_links_in_a_checkpoint_are_not_followed(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["2", "2/trainable"])
+def test_links_in_a_checkpoint_are_not_followed(tmp_path, caplog, name):
   save(tmp_path, 1, 2)
-  folder = tmp_path / "checkpoints" / "2" / "trainable"
+  folder = tmp_path / "checkpoints" / name
   folder.rename(tmp_path / "elsewhere")
   folder.symlink_to(tmp_path / "elsewhere")
   assert read(tmp_path) == 1
@@ -105,6 +107,17 @@ def test_files_that_no_memory_holds(tmp_path, caplog):
   os.truncate(file, 1 << 36)
   assert read(tmp_path) == 1
   assert "has 68,719,476,736 bytes" in caplog.text
+
+
+def test_chunks_that_no_memory_holds(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  folder = tmp_path / "checkpoints" / "2" / "trainable"
+  spec = {"driver": "ocdbt", "base": f"file://{folder}/"}
+  store = tensorstore.KvStore.open(spec).result()
+  raw = json.loads(store["a/.zarray"])
+  store["a/.zarray"] = json.dumps({**raw, "chunks": [1 << 20, 1 << 20]})
+  assert read(tmp_path) == 1
+  assert "has chunks of (1048576, 1048576)" in caplog.text
 
 
 def test_nothing_to_read_is_no_mistake(tmp_path):

@@ -40,6 +40,21 @@ def test_lines_of_a_run_that_goes_on():
   assert out.getvalue() == "\n".join(lines) + "\n"
 
 
+def test_held_out_accuracy_is_shown_where_it_was_measured():
+  line = progress.progress_line(
+    2,
+    9,
+    scalars={"reward": 0.5, "accuracy": 0.125, "eval/accuracy": 0.25},
+    seconds={"evaluate": 2.0},
+    tokens_per_second=3.0,
+    eta_seconds=0.0,
+  )
+  assert line == (
+    "step 3/9  reward 0.500  accuracy 0.125  held out 0.250  evaluate 2.00s  "
+    "3 tok/s  ETA 0:00:00"
+  )
+
+
 def test_lines_stand_under_each_other():
   line = progress.progress_line(
     8,
