@@ -24,7 +24,7 @@ these.
 `:debug` shrinks the run to two small train steps that any machine can do, e.g.
 with
 
-    --config.model.path=agrpo_jax/assets/tiny-sudoku --config.data.path=DIR
+    --config.model.path=tiny-sudoku --config.data.path=DIR
 """
 
 from agrpo_jax import config as config_lib

@@ -6,7 +6,6 @@ dtype and a place on the mesh, but no memory.
 
 import dataclasses
 import math
-import pathlib
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.plan import chips
 from agrpo_jax.plan import cost as cost_lib
 from agrpo_jax.plan import hlo
+from agrpo_jax.port import hub
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
@@ -226,7 +226,7 @@ def read_shape(source: base.Source) -> base.Shape:
       attention_block=source.attention_block or shape.attention_block,
       **{name: getattr(source, name) for name in base.SWITCHES},
     )
-  if pathlib.Path(source.path).expanduser().is_dir():
+  if not hub.is_id(source.path):
     return model_lib.load_shape(source)
   raise errors.UserError(
     f"config.model.path={source.path!r} is neither a folder with a "

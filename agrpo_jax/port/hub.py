@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import huggingface_hub
 
+import agrpo_jax
 from agrpo_jax import errors
 
 # What a checkpoint consists of, as shell patterns.
@@ -20,6 +21,10 @@ TOKENIZER = (
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 CHECKPOINT = (*ALL_BUT_WEIGHTS, "*.safetensors")
 
+# Models that come with the package, by name where no folder has it.
+BUNDLED = ("tiny-sudoku", "tiny-reasoning")
+_ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -30,7 +35,9 @@ def is_id(path: str) -> bool:
 
 def _local(path: str) -> pathlib.Path:
   # Here and below not a path's own methods, which raise for a long name.
-  return pathlib.Path(os.path.expanduser(path))
+  local = pathlib.Path(os.path.expanduser(path))
+  is_bundled = path in BUNDLED and not os.path.exists(local)
+  return _ASSETS / path if is_bundled else local
 
 
 def folder(
@@ -39,7 +46,7 @@ def folder(
   """The local folder of `path`, downloaded first if it is a hub id.
 
   Args:
-    path: a folder, or a hub id "owner/name".
+    path: a folder, a hub id "owner/name", or one of `BUNDLED`.
     patterns: the files to download, as shell patterns.
     revision: branch, tag or commit on the hub; the default branch if None.
 
@@ -56,8 +63,8 @@ def folder(
   if not _HUB_ID.fullmatch(path):
     raise errors.UserError(
       f"There is no folder {path!r} (looked for {local.absolute()}). Give a "
-      "folder that holds config.json, or a hub id such as "
-      "GSAI-ML/LLaDA-8B-Instruct."
+      "folder that holds config.json, a hub id such as "
+      f"GSAI-ML/LLaDA-8B-Instruct, or one of {', '.join(BUNDLED)}."
     )
   try:
     return pathlib.Path(

@@ -20,6 +20,7 @@ from agrpo_jax import errors
 from agrpo_jax import models
 from agrpo_jax.models import tokens
 from agrpo_jax.models import transformer
+from agrpo_jax.port import hub
 from agrpo_jax.port import model_folder
 from fixtures import commands
 
@@ -299,6 +300,12 @@ class TestRefusals:
   def test_no_such_folder(self, path):
     with pytest.raises(errors.UserError, match="looked for"):
       model_folder.load(path)
+
+  def test_bundled_models_have_names(self, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (hub.folder("tiny-sudoku", hub.CHECKPOINT) / "config.json").exists()
+    (tmp_path / "tiny-sudoku").mkdir()
+    assert hub.folder("tiny-sudoku", []) == pathlib.Path("tiny-sudoku")
 
   def test_file_instead_of_folder(self):
     with pytest.raises(errors.UserError, match="is a file"):
