@@ -32,7 +32,7 @@ def run(s: settings_lib.Rl) -> None:
     f"{e.sampling.num_denoise_steps} denoising steps, "
     f"{e.sampling.unmask_rule} order, temperature {e.sampling.temperature:g}"
   )
-  print(f"Held-out puzzles: {e.num_examples}. Sampler: {sampler}.", flush=True)
+  print(f"Held-out problems: {e.num_examples}. Sampler: {sampler}.", flush=True)
   before = evaluate.run(s, "", "")
   print(f"Before: {percent(before)} solved. Training ...", flush=True)
   train.train(s)
@@ -40,16 +40,9 @@ def run(s: settings_lib.Rl) -> None:
   picture = pathlib.Path(s.workdir) / "curves.png"
   if processes.is_main():
     plot(pathlib.Path(s.workdir) / "metrics.jsonl", before, picture)
-  gain = 100 * (after.accuracy - before.accuracy)
-  rows = [
-    ("", "solved", "cells right"),
-    ("before", percent(before), f"{100 * before.grades['cells'].mean():.1f} %"),
-    ("after", percent(after), f"{100 * after.grades['cells'].mean():.1f} %"),
-    ("gain", f"{gain:+.1f} points", ""),
-  ]
-  print(f"\nHeld-out 4x4 Sudoku, {sampler}, seed {s.seed}")
-  for name, solved, cells in rows:
-    print(f"  {name:<8}{solved:>18}{cells:>14}")
+  task = s.task.name or s.task.path
+  print(f"\nHeld-out problems of {task}, {sampler}, seed {s.seed}")
+  print(table(before, after))
   print(
     f"  {s.train.num_steps} train steps of "
     f"{s.rollout.num_rows} completions, "
@@ -58,6 +51,26 @@ def run(s: settings_lib.Rl) -> None:
   )
   if s.report.html:
     print(f"  report: {picture.resolve().with_name('report.html')}")
+
+
+def table(before: statistics.Result, after: statistics.Result) -> str:
+  """Returns what was solved and, of tasks that have cells, those right."""
+  gain = 100 * (after.accuracy - before.accuracy)
+  rows = [
+    f"  {name:<8}{solved:>18}"
+    for name, solved in (
+      ("", "solved"),
+      ("before", percent(before)),
+      ("after", percent(after)),
+      ("gain", f"{gain:+.1f} points"),
+    )
+  ]
+  grades = before.grades, after.grades
+  if all("cells" in found for found in grades):
+    right = [f"{100 * found['cells'].mean():.1f} %" for found in grades]
+    cells = "cells right", *right, ""
+    rows = [f"{row}{x:>14}" for row, x in zip(rows, cells, strict=True)]
+  return "\n".join(rows)
 
 
 def percent(result: statistics.Result) -> str:

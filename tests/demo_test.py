@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from agrpo_jax import demo
+from agrpo_jax.evaluation import statistics
 from agrpo_jax.runs import metrics
 from fixtures import commands
 
@@ -22,6 +24,7 @@ def test_a_shorter_demo_with_its_own_seed_and_work_directory(tmp_path):
     f"--config.workdir={folder}",
     devices=1,
   )
+  assert "Held-out problems of sudoku, " in said and "cells right" in said
   assert "seed 7" in said
   assert f"curves: {folder / 'curves.png'}" in said
   assert (folder / "curves.png").exists()
@@ -33,3 +36,21 @@ def test_a_shorter_demo_with_its_own_seed_and_work_directory(tmp_path):
   rates = [record["learning_rate"] for record in records]
   # By hand: of 3 updates 1 is warm-up; then half a cosine from 3e-4 to zero.
   np.testing.assert_allclose(rates, [1.5e-4, 3e-4, 1.5e-4], rtol=1e-5)
+
+
+def test_the_table_of_a_task_without_cells():
+  def result(**grades):
+    return statistics.Result([{"grades": grades}] * 2, 1, 0.0)
+
+  plain = result(accuracy=0.0), result(accuracy=1.0)
+  assert demo.table(*plain).split("\n") == [
+    "                      solved",
+    "  before         0.0 % ± 0.0",
+    "  after        100.0 % ± 0.0",
+    "  gain         +100.0 points",
+  ]
+  # Where all graders failed before, nothing had a name.
+  failed = statistics.Result([{"grades": {}}] * 2, 1, 0.0)
+  cells = result(accuracy=1.0, cells=0.5)
+  assert "cells right" not in demo.table(failed, cells)
+  assert demo.table(cells, cells).count("50.0 %") == 2

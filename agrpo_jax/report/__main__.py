@@ -5,8 +5,8 @@ r"""One page about a run, or about several side by side.
 reads what the runs have logged so far: curves, held-out accuracy, completions
 step by step, settings and where they differ, hardware, cost, and warnings in
 words. The page needs no network and no other file. With --watch it is written
-anew whenever the logs grow, until all runs have ended; an open page reads
-itself again.
+anew whenever the logs grow, until all runs have ended, if only by `kill -9`; an
+open page reads itself again.
 """
 
 import math
@@ -60,14 +60,18 @@ def main(argv: Sequence[str]) -> None:
       seconds=_SECONDS.value if _WATCH.value else 0.0,
     )
     size = file.stat().st_size / 1e6
-    done = ", ".join(
-      f"{log.name} {log.num_done}/{log.num_steps}" for log in read
-    )
+    done = ", ".join(map(_progress, read))
     print(f"Wrote {file} ({size:.1f} MB): {done}", flush=True)
-    if not _WATCH.value or all(log.is_finished for log in read):
+    if not _WATCH.value or all(log.has_ended for log in read):
       return
     while stamps == [logs.stamp(workdir) for workdir in workdirs]:
       time.sleep(_SECONDS.value)
+
+
+def _progress(log: logs.Log) -> str:
+  if log.is_stopped and not log.is_finished:
+    return f"{log.name} stopped after train step {log.num_done}/{log.num_steps}"
+  return f"{log.name} {log.num_done}/{log.num_steps}"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import fcntl
 import json
 import math
 import pathlib
+import socket
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -59,6 +61,7 @@ class Log:
     completions: of completions.jsonl; where there is none, of samples.jsonl.
     sessions: of environment.json, one per start of the run.
     num_unreadable: lines that are no JSON, beside a half one at the end.
+    is_stopped: its process is known to be gone.
   """
 
   name: str
@@ -68,6 +71,7 @@ class Log:
   completions: Sequence[Mapping[str, Any]] = ()
   sessions: Sequence[Mapping[str, Any]] = ()
   num_unreadable: int = 0
+  is_stopped: bool = False
 
   @property
   def num_done(self) -> int:
@@ -82,6 +86,10 @@ class Log:
   @property
   def is_finished(self) -> bool:
     return 0 < self.num_steps <= self.num_done
+
+  @property
+  def has_ended(self) -> bool:
+    return self.is_finished or self.is_stopped
 
   def setting(self, key: str, default: Any = None) -> Any:
     """Returns a value of the config, `default` where it has none."""
@@ -131,6 +139,8 @@ def read(workdir: str) -> Log:
       "config.json. Give the folder of config.workdir, after the first train "
       "step began."
     )
+  # Before the log, which a run that ends meanwhile would complete.
+  is_stopped = _is_stopped(folder)
   # Names to places, of every set of names that there is: two or three.
   places: dict[tuple[str, ...], dict[str, int]] = {}
 
@@ -152,20 +162,39 @@ def read(workdir: str) -> Log:
     completions=completions,
     sessions=_object(folder / "environment.json").get("sessions", ()),
     num_unreadable=bad + more,
+    is_stopped=is_stopped,
   )
 
 
-def stamp(workdir: str) -> list[tuple[int, int]]:
-  """Returns what changes when the log of a run does: sizes and times."""
+def stamp(workdir: str) -> tuple[bool, list[tuple[int, int]]]:
+  """Returns what changes when a run logs or stops: its end, sizes and times."""
+  folder = pathlib.Path(workdir).expanduser()
   found = []
   for name in ("metrics.jsonl", "completions.jsonl", "before.json"):
-    file = pathlib.Path(workdir).expanduser() / name
     try:
-      status = file.stat()
-    except FileNotFoundError:
+      status = (folder / name).stat()
+    except (FileNotFoundError, NotADirectoryError):
       continue
     found.append((status.st_size, status.st_mtime_ns))
-  return found
+  return _is_stopped(folder), found
+
+
+def _is_stopped(folder: pathlib.Path) -> bool:
+  """Says whether nobody holds the lock that a run has for as long as it lives.
+
+  Of a run on another host that is not known, and neither is it where the file
+  system has no locks.
+  """
+  file = folder / "lock.json"
+  if folder_lib.problem(file, folder_lib.MAX_BYTES):
+    return False
+  try:
+    with file.open("rb") as lock:
+      # Shared, as others may look too; closing the file gives it back.
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      return bool(json.load(lock)["host"] == socket.gethostname())
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
 
 
 def _object(file: pathlib.Path) -> dict[str, Any]:

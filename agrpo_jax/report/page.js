@@ -244,7 +244,8 @@ function overview() {
     "being written: reads itself again");
   const status = isOne ?
     (runs[0].finished ? "The run is done" :
-      "Train step " + runs[0].done + " of " + runs[0].steps) :
+      (runs[0].stopped ? "Stopped after train step " : "Train step ") +
+      runs[0].done + " of " + runs[0].steps) :
     plural(runs.length, "run") + " side by side";
   section.append(
     el("p", { class: "status" }, data.seconds > 0 && live, status + ", as of " +
@@ -850,11 +851,13 @@ function pane(one) {
       version.failure && "Grader: " + version.failure,
       version.answer && "Answer read: " + version.answer,
       version.play ? plural(version.play.steps, "denoising step") :
-        "denoising steps not recorded",
+        version.left_out ? "denoising steps of " +
+          plural(version.left_out, "token") + " left out of the page" :
+          "denoising steps not recorded",
     ].filter(Boolean);
     box.replaceChildren(
       el("div", { class: "top-line" }, picker, verdict(version)),
-      text, version.play && strip(version.play, one),
+      text, version.play ? strip(version.play, one) : "",
       ...notes.map((note) => el("div", { class: "meta" }, note)));
   };
   one.fill();

@@ -45,7 +45,7 @@ MAX_PROBLEMS = 40
 MAX_VERSIONS = 6  # of a held-out problem; of several runs' first and last
 MAX_OTHERS = 80  # completions of training, and as many that failed; of all runs
 MAX_CHARS = 6000  # of a prompt or a completion
-MAX_PIECES = 2048  # of a completion that is played
+MAX_PIECES = 2048  # tokens of a completion that is played
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ def write(
 def at_end(
   settings: run_lib.Settings, claimed: run_lib.Claim
 ) -> Iterator[None]:
-  """Writes `report.html` into the work directory when a run ends, however.
+  """Writes `report.html` into the work directory when a run ends or fails.
 
   A start that is refused leaves the page of the run that is there. What goes
   wrong with the page costs the run nothing.
@@ -244,7 +244,7 @@ def render(
       :16
     ],
     "version": agrpo_jax.__version__,
-    "seconds": 0 if all(log.is_finished for log in read) else seconds,
+    "seconds": 0 if all(log.has_ended for log in read) else seconds,
     "charts": [dataclasses.asdict(chart) for chart in _charts(runs)],
     "absent": _ABSENT,
     "runs": runs,
@@ -338,6 +338,7 @@ def _run(log: logs.Log, price: float, num_runs: int) -> dict[str, Any]:
     "done": log.num_done,
     "steps": log.num_steps,
     "finished": log.is_finished,
+    "stopped": log.is_stopped,
     "warnings": [dataclasses.asdict(one) for one in rules.find(log)],
     "missing": figures.missing(log),
     "series": shown,
@@ -508,7 +509,9 @@ def _version(record: Mapping[str, Any]) -> dict[str, Any]:
   if "failure" in record:
     found["failure"] = _text(str(record["failure"]))
   how = record.get("unmasking")
-  if how and len(how["text"]) <= MAX_PIECES:
+  if how and len(how["text"]) > MAX_PIECES:
+    found["left_out"] = len(how["text"])
+  elif how:
     found["play"] = {
       "text": how["text"],
       "step": how["unmask_step"],

@@ -187,18 +187,21 @@ def _clipped(log: logs.Log) -> str | None:
   )
 
 
-def _below_best(log: logs.Log) -> str | None:
+def _below_best(log: logs.Log, *, is_trained: bool) -> str | None:
+  """Says so where the best is of the trained policy, or of that before."""
   points = _accuracies(log)
   if len(points) < 2:
     return None
   step, best, error = max(points, key=lambda point: point[1])
   last_step, last, last_error = points[-1]
-  if best - last <= 2 * math.hypot(error, last_error):
+  is_below = best - last > 2 * math.hypot(error, last_error)
+  if not is_below or is_trained != (step > 0):
     return None
+  when = f"after train step {step}" if is_trained else "before training"
   return (
     f"Held-out accuracy is {100 * last:.1f} % after train step {last_step}, "
-    f"below its best of {100 * best:.1f} % after train step {step}, by more "
-    "than two standard errors."
+    f"below its best of {100 * best:.1f} % {when}, by more than two standard "
+    "errors."
   )
 
 
@@ -226,18 +229,37 @@ def _accuracies(log: logs.Log) -> list[tuple[int, float, float]]:
   ]
 
 
-def _ungraded(log: logs.Log, name: str, what: str) -> str | None:
+_FAILED, _TIMED_OUT = "grading/num_failed", "grading/num_timed_out"
+
+
+def _share_ungraded(log: logs.Log, *names: str) -> tuple[float, int]:
+  """Returns their share of completions, 0 if not known; of how many steps."""
   recent = log.records[-50:]
   per_step = log.setting("rollout.num_prompts", 0) * log.setting(
     "rollout.group_size", 0
   )
-  num = sum(record.get(name, 0) for record in recent)
-  if not per_step or num <= 0.01 * per_step * len(recent):
+  num = sum(record.get(name, 0) for record in recent for name in names)
+  total = per_step * len(recent)
+  return num / total if total else 0.0, len(recent)
+
+
+def _none_graded(log: logs.Log) -> str | None:
+  share, num_steps = _share_ungraded(log, _FAILED, _TIMED_OUT)
+  if not share >= 1:
     return None
-  share = 100 * num / (per_step * len(recent))
   return (
-    f"{what} for {share:.1f} % of the completions of the last {len(recent)} "
-    "train steps; what was not decided counts as 0."
+    f"No completion of the last {num_steps} train steps could be graded: all "
+    "count as 0, and nothing is learned."
+  )
+
+
+def _ungraded(log: logs.Log, name: str, what: str) -> str | None:
+  share, num_steps = _share_ungraded(log, name)
+  if not share > 0.01 or _none_graded(log):
+    return None
+  return (
+    f"{what} for {100 * share:.1f} % of the completions of the last "
+    f"{num_steps} train steps; what was not decided counts as 0."
   )
 
 
@@ -331,8 +353,15 @@ RULES = (
   Rule(
     "below_best",
     "look",
-    _below_best,
+    lambda log: _below_best(log, is_trained=True),
     "Take the best checkpoint: --checkpoint=WORKDIR:best.",
+  ),
+  Rule(
+    "below_start",
+    "look",
+    lambda log: _below_best(log, is_trained=False),
+    "Lower optimizer.learning_rate, or take the model as it was: no checkpoint "
+    "was more accurate.",
   ),
   Rule(
     "reward_only",
@@ -342,17 +371,22 @@ RULES = (
     "else than right answers.",
   ),
   Rule(
+    "none_graded",
+    "stop",
+    _none_graded,
+    "Stop here, read the reasons under Not graded, and mend the reward "
+    "function or raise grading.timeout_seconds.",
+  ),
+  Rule(
     "grading_failed",
     "look",
-    lambda log: _ungraded(log, "grading/num_failed", "Grading failed"),
-    "Read the reasons under Grading; a reward function should not raise.",
+    lambda log: _ungraded(log, _FAILED, "Grading failed"),
+    "Read the reasons under Not graded; a reward function should not raise.",
   ),
   Rule(
     "grading_timed_out",
     "look",
-    lambda log: _ungraded(
-      log, "grading/num_timed_out", "Grading ran out of time"
-    ),
+    lambda log: _ungraded(log, _TIMED_OUT, "Grading ran out of time"),
     "Raise grading.timeout_seconds (with accept_changed_config=true, in a run "
     "that goes on), or make the reward function cheaper.",
   ),

@@ -54,7 +54,8 @@ class Progress:
 
     Args:
       train_step: its number, from 0.
-      scalars: its metrics; `reward` and `accuracy` are shown when there.
+      scalars: its metrics; `reward`, `accuracy` and
+        `eval/accuracy`, as `held out`, are shown when there.
       seconds: per phase (rollout, grade, update), shown in this order.
       num_tokens: tokens of completions drawn in this train step.
     """
@@ -109,6 +110,8 @@ def progress_line(
   for name in shown:
     if name in scalars:
       parts.append(f"{name} {scalars[name]:.3f}")
+  if "eval/accuracy" in scalars:
+    parts.append(f"held out {scalars['eval/accuracy']:.3f}")
   parts += [f"{phase} {value:.2f}s" for phase, value in seconds.items()]
   parts.append(f"{tokens_per_second:.0f} tok/s")
   parts.append(f"ETA {'?' if eta_seconds is None else duration(eta_seconds)}")

@@ -3,6 +3,8 @@
 `tests/conftest.py` leaves this file out where there is no browser, and says so.
 """
 
+import dataclasses
+
 import pytest
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
@@ -14,6 +16,7 @@ from fixtures import browser
 from fixtures import run_logs
 
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\">"
+LONG = "another run, whose name has quite some words"
 TEXTS = {0: "3 + 4 = 8", 1: "I do not know", 2: "two\nlines", 3: HOSTILE}
 
 
@@ -75,7 +78,7 @@ def pages(tmp_path_factory):
   folder = tmp_path_factory.mktemp("pages")
   for name, read in {
     "one": [going()],
-    "two": [going(), going("another run of a longer name", seed=7)],
+    "two": [going(), going(LONG, seed=7)],
   }.items():
     (folder / f"{name}.html").write_text(page.render(read), "utf-8")
   return {name: folder / f"{name}.html" for name in ("one", "two")}
@@ -233,6 +236,16 @@ def test_it_says_what_matters_first(driver, pages):
   assert rules == ["no_spread", "grading_failed"]
 
 
+def test_a_run_that_was_killed_has_stopped(driver, tmp_path):
+  file = tmp_path / "page.html"
+  log = dataclasses.replace(going(), is_stopped=True)
+  file.write_text(page.render([log], seconds=0.5), "utf-8")
+  browser.look(driver, file)
+  said = one_of(driver, "#overview").text
+  assert "Stopped after train step 60 of 100" in said
+  assert "reads itself again" not in said
+
+
 def test_a_completion_is_played_step_by_step(driver, pages):
   browser.look(driver, pages["one"])
   to_completions(driver)
@@ -253,6 +266,24 @@ def test_a_completion_is_played_step_by_step(driver, pages):
     ]
     assert masked == [False] * 2 + [True] * (length - 2)
     assert len(pane.find_elements(By.CSS_SELECTOR, ".text i.new")) == 1
+
+
+def test_completions_that_cannot_be_played(driver, tmp_path):
+  long = "x" * (page.MAX_PIECES + 1)
+  ungraded = run_logs.completion("c", 1, failure="E", unmasking=None)
+  log = run_logs.log(
+    2, completions=[run_logs.completion(long), ungraded], reward=0.5
+  )
+  file = tmp_path / "page.html"
+  file.write_text(page.render([log]), "utf-8")
+  browser.look(driver, file)
+  said = []
+  for button in all_of(driver, "#list button"):
+    click(driver, button)
+    said.append(one_of(driver, ".version").text)
+  assert not any("undefined" in words for words in said)
+  assert "denoising steps of 2,049 tokens left out of the page" in said[0]
+  assert "denoising steps not recorded" in said[1]
 
 
 def test_before_and_after_and_in_between(driver, pages):
@@ -344,7 +375,7 @@ def test_runs_answer_the_same_prompts_side_by_side(driver, pages):
     found.get_attribute("textContent")
     for found in all_of(driver, ".version select option:checked")
   ]
-  assert chosen == ["run, step 60", "another run of a longer name, step 60"]
+  assert chosen == ["run, step 60", f"{LONG}, step 60"]
 
 
 def test_charts_are_read_by_keyboard_at_one_step(driver, pages):

@@ -11,6 +11,7 @@ import pytest
 from agrpo_jax import errors
 from agrpo_jax.report import figures
 from agrpo_jax.report import logs
+from agrpo_jax.runs import files
 from fixtures import run_logs
 
 
@@ -75,6 +76,21 @@ def test_the_stamp_changes_when_the_log_grows(tmp_path):
   assert logs.stamp(workdir) != before
 
 
+def test_a_run_whose_process_is_gone_has_stopped(tmp_path):
+  folder = tmp_path / "run"
+  workdir = run_logs.write(folder, run_logs.log(2, reward=0.5))
+  assert not logs.read(workdir).is_stopped  # older than locks
+  with files.lock(folder / "lock.json"):
+    held = logs.stamp(workdir)
+    assert not logs.read(workdir).has_ended
+  assert logs.stamp(workdir) != held
+  assert logs.read(workdir).has_ended
+  with files.lock(folder / "lock.json"):  # looking leaves nothing behind
+    assert not logs.read(workdir).is_stopped
+  (folder / "lock.json").write_text('{"host": "another"}')
+  assert not logs.read(workdir).is_stopped
+
+
 def test_pipes_and_links_are_not_read(tmp_path):
   folder = tmp_path / "run"
   workdir = run_logs.write(folder, run_logs.log(2, reward=0.5))
@@ -91,6 +107,11 @@ def test_pipes_and_links_are_not_read(tmp_path):
 def test_folders_that_are_no_run_are_refused(tmp_path):
   with pytest.raises(errors.UserError, match="not the work directory of a run"):
     logs.read(str(tmp_path))
+  page = tmp_path / "report.html"
+  page.write_text("")
+  with pytest.raises(errors.UserError, match="not the work directory of a run"):
+    logs.stamp(str(page))
+    logs.read(str(page))
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(errors.UserError, match="cannot be read"):
     logs.read(str(tmp_path))

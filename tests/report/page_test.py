@@ -1,5 +1,6 @@
 """What a page holds: its data, bounded, and nothing that acts."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -226,6 +227,9 @@ def test_only_a_page_of_an_unfinished_run_reads_itself_again():
   assert content(going, seconds=9.0)["seconds"] == 9
   assert content(going)["seconds"] == 0
   assert content(done, seconds=9.0)["seconds"] == 0
+  stopped = dataclasses.replace(going, is_stopped=True)
+  assert content(stopped, seconds=9.0)["seconds"] == 0
+  assert content(stopped, going, seconds=9.0)["seconds"] == 9
 
 
 def test_a_page_that_cannot_be_written(tmp_path):

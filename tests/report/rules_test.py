@@ -1,6 +1,7 @@
 """Each warning, on a log that calls for it and on one that almost does."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -79,11 +80,20 @@ CASES = {
     ),
     "fell from 1 to 0.01 nats",
   ),
-  "kl": (dict(num_steps=10, kl=0.9), dict(num_steps=10, kl=0.1), "0.9 nats"),
+  "kl": (dict(num_steps=10, kl=0.9), dict(num_steps=10, kl=0.1), "is 0.9: the"),
   "clipped": (
     dict(num_steps=20, clip_ratio__region_mean=0.4),
     dict(num_steps=20, clip_ratio__region_mean=0.2),
     "40 % of the factors",
+  ),
+  "none_graded": (
+    dict(
+      num_steps=60,
+      grading__num_failed=[0.0] * 10 + [6.0] * 50,
+      grading__num_timed_out=2.0,
+    ),
+    dict(num_steps=3, grading__num_failed=[8.0, 8.0, 7.0]),
+    "No completion of the last 50 train steps could be graded",
   ),
   "grading_failed": (
     dict(num_steps=10, grading__num_failed=1.0),
@@ -121,7 +131,7 @@ def test_a_rule_fires_when_it_should_and_only_then(name):
 
 
 def test_every_rule_has_a_case():
-  others = {"below_best", "reward_only"}
+  others = {"below_best", "below_start", "reward_only"}
   assert {rule.name for rule in rules.RULES} == CASES.keys() | others
 
 
@@ -135,6 +145,25 @@ def test_below_the_best_by_more_than_chance():
   # Two standard errors of a difference are 2.8 points here.
   assert "below_best" not in names(evaluated(0.2, 0.5, 0.48))
   assert "below_best" not in names(evaluated(0.2, 0.4, 0.5))
+
+
+def test_below_what_it_was_before_training():
+  """No checkpoint is the best one then."""
+  log = dataclasses.replace(
+    evaluated(0.5, 0.4),
+    before={"accuracy": 0.6, "accuracy_standard_error": 0.01},
+  )
+  (found,) = rules.find(log)
+  assert found.name == "below_start"
+  assert "below its best of 60.0 % before training" in found.words
+  assert ":best" not in found.remedy
+
+
+def test_what_was_never_graded_stops():
+  log = run_logs.log(3, grading__num_failed=8.0)
+  assert [(one.name, one.level) for one in rules.find(log)] == [
+    ("none_graded", "stop")
+  ]
 
 
 def test_a_reward_that_pays_for_something_else():

@@ -1,5 +1,6 @@
 """Runs that keep what their report needs, and the command that makes it."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 from agrpo_jax.report import logs
 from agrpo_jax.report import page
 from agrpo_jax.runs import checkpoint_read
+from agrpo_jax.runs import files
 from agrpo_jax.runs import progress
 from fixtures import commands
 from fixtures import run_logs
@@ -151,11 +153,9 @@ def test_mistakes_are_told(words, part):
   assert part in done.stderr and "Traceback" not in done.stderr
 
 
-def test_watching_a_run_until_it_ends(tmp_path):
-  config = {**run_logs.CONFIG, "train": {"num_steps": 3}}
-  folder = tmp_path / "run"
-  workdir = run_logs.write(folder, run_logs.log(1, config=config, reward=0.5))
-  file = tmp_path / "page.html"
+@contextlib.contextmanager
+def watching_of(workdir, file):
+  """A process that watches a run."""
   watching = subprocess.Popen(
     [
       *(sys.executable, "-m", "agrpo_jax.report", workdir, f"--html={file}"),
@@ -167,6 +167,31 @@ def test_watching_a_run_until_it_ends(tmp_path):
     text=True,
   )
   try:
+    yield watching
+  finally:
+    watching.kill()
+    watching.wait()
+
+
+def test_watching_a_run_until_it_is_killed(tmp_path):
+  folder = tmp_path / "run"
+  workdir = run_logs.write(folder, run_logs.log(2, reward=0.5))
+  with contextlib.ExitStack() as run:
+    run.enter_context(files.lock(folder / "lock.json"))
+    with watching_of(workdir, tmp_path / "page.html") as watching:
+      assert "run 2/100" in watching.stdout.readline()
+      run.close()
+      said = watching.stdout.readline()
+      assert "run stopped after train step 2/100" in said
+      assert watching.wait(30) == 0
+
+
+def test_watching_a_run_until_it_ends(tmp_path):
+  config = {**run_logs.CONFIG, "train": {"num_steps": 3}}
+  folder = tmp_path / "run"
+  workdir = run_logs.write(folder, run_logs.log(1, config=config, reward=0.5))
+  file = tmp_path / "page.html"
+  with watching_of(workdir, file) as watching:
     assert "run 1/3" in watching.stdout.readline()
     assert '"seconds":0.1' in file.read_text()
     for step in (1, 2):
@@ -177,6 +202,3 @@ def test_watching_a_run_until_it_ends(tmp_path):
       assert f"run {step + 1}/3" in watching.stdout.readline()
     assert watching.wait(30) == 0
     assert '"seconds":0,' in file.read_text()
-  finally:
-    watching.kill()
-    watching.wait()
