@@ -6,6 +6,7 @@ import json
 import logging as python_logging
 import os
 import pathlib
+import re
 import runpy
 import sys
 import time
@@ -55,16 +56,19 @@ class _ConfigFile(flags.ArgumentParser):
 
   Attributes:
     file: the path that was last parsed, "" before.
+    config: what its get_config returned.
   """
 
   def __init__(self, by_path: flags.ArgumentParser):
     self.file = ""
+    self.config: Any = None
     self._by_path = by_path
 
   def parse(self, argument: str) -> Any:
     name, colon, variant = argument.partition(":")
     self.file = find_config(name)
-    return self._by_path.parse(self.file + colon + variant)
+    self.config = self._by_path.parse(self.file + colon + variant)
+    return self.config
 
   def flag_type(self) -> str:
     return self._by_path.flag_type()
@@ -79,8 +83,9 @@ def find_config(file: str) -> str:
   Raises:
     UserError: neither is there.
   """
-  if pathlib.Path(file).is_file():
-    return file
+  path = os.path.expanduser(file)
+  if pathlib.Path(path).is_file():
+    return path
   found = _shipped()
   if file in found:
     return found[file]
@@ -117,6 +122,7 @@ for _name, _meaning in _PROCESSES.items():
   flags.DEFINE_string(_name, None, f"{_meaning} Else AGRPO_{_name.upper()}.")
 
 _HELP = ("help", "?", "helpshort", "helpfull", "helpxml")
+_KEY = re.compile(r"--?(?:no)?config\.([^=]+)")
 # A disk's refusals; what has a place of its own to write to says more of it.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -147,7 +153,7 @@ def main(
     try:
       rest = flags.FLAGS(argv)
       missing = [name for name in required if flags.FLAGS[name].value is None]
-      if CONFIG.value is not None:
+      if _PARSER.file:
         _ = CONFIG.value.workdir  # raises what went wrong in the config file
         config_lib.choose_objective(
           CONFIG.value,
@@ -161,11 +167,6 @@ def main(
       _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
     except Exception as error:
       _fail(_config_mistake(error))
-    if _PARSER.file and CONFIG.value is None:
-      _fail(
-        f"get_config() of {_PARSER.file} returned nothing; it returns a "
-        "config, which starts from agrpo_jax.config.rl() or sft()."
-      )
     if missing:
       listed = ", ".join(f"--{name}=..." for name in missing)
       _fail(f"Missing: {listed} (--help says what they are).")
@@ -239,11 +240,33 @@ def _config_mistake(error: Exception) -> str:
       "a config, which starts from agrpo_jax.config.rl() or sft()."
     )
   if isinstance(error, (AttributeError, KeyError)):
-    return (
-      f"A --config.KEY flag names a key that the config lacks: {error}. The "
-      "keys are in agrpo_jax/config.py and in the config file."
-    )
+    if not isinstance(_PARSER.config, config_lib.ConfigDict):
+      return (
+        f"get_config() of {file} returned {_PARSER.config!r:.80}; it returns a "
+        "config, which starts from agrpo_jax.config.rl() or sft()."
+      )
+    for flag in filter(None, map(_KEY.match, sys.argv)):
+      if unknown := _unknown_key(_PARSER.config, flag[1]):
+        return unknown
   return f"Cannot use the flags: {reason}"
+
+
+def _unknown_key(c: config_lib.ConfigDict, key: str) -> str:
+  """Says which part of `key` the config lacks; "" if it lacks none."""
+  where, held = "config", c
+  for name in key.split("."):
+    is_tree = isinstance(held, config_lib.ConfigDict)
+    if not is_tree or (held.is_locked and name not in held):
+      names = [*held] if is_tree else []
+      close = difflib.get_close_matches(name, names, n=1)
+      guess = f"; did you mean {close[0]}?" if close else "."
+      return (
+        f"{where} has no key {name!r}{guess} It has "
+        f"{', '.join(names) or 'none'}. {config_lib.__file__} says what each "
+        "key is."
+      )
+    where, held = f"{where}.{name}", held.get(name)
+  return ""
 
 
 def _show_unraisable(unraisable: Any) -> None:

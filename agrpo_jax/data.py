@@ -103,7 +103,7 @@ def load_examples(
   path = found_in.path
   if split == "test":
     path = found_in.test_path or path
-    if not found_in.test_path and pathlib.Path(path).is_file():
+    if not found_in.test_path and pathlib.Path(path).expanduser().is_file():
       logging.warning(
         "The held-out problems are those of config.data.path=%s, training's "
         "too; give others as config.data.test_path, or a folder of train.* "
@@ -243,7 +243,10 @@ class Dataset:
 
 
 def check_size(
-  num_examples: int, num_prompts: int, num_skipped: int = 0
+  num_examples: int,
+  num_prompts: int,
+  num_skipped: int = 0,
+  key: str = "config.rollout.num_prompts",
 ) -> None:
   """Raises UserError if there are not enough examples for a batch.
 
@@ -253,12 +256,13 @@ def check_size(
     num_examples: there are.
     num_prompts: in a batch.
     num_skipped: examples whose prompt is too long, for the message.
+    key: of the config, which sets `num_prompts`.
   """
   if num_prompts > num_examples:
     skipped = f", {num_skipped} skipped as too long" if num_skipped else ""
     raise errors.UserError(
-      f"{num_prompts=} in a batch, but only {num_examples} examples{skipped}: "
-      "lower it or give more data."
+      f"{key}={num_prompts} in a batch, but only {num_examples} "
+      f"examples{skipped}: lower it or give more data."
     )
 
 
@@ -340,7 +344,9 @@ class Demonstrations:
     Raises:
       UserError: fewer prompts than a batch takes.
     """
-    check_size(len(dataset), batch_size, dataset.num_skipped)
+    check_size(
+      len(dataset), batch_size, dataset.num_skipped, "config.sft.batch_size"
+    )
     self._dataset = dataset
     self._completion_fn = completion_fn
     self._tokenizer = tokenizer

@@ -7,9 +7,9 @@
 # its answers come about, why their score has to be estimated, how a model
 # learns from a reward, and how a reward of your own takes the place of ours.
 # Nothing is downloaded: a tiny LLaDA that has learned 4x4 Sudoku comes with the
-# package.
+# package. In a checkout:
 #
-#     pip install 'agrpo_jax[plot]'
+#     pip install -e '.[plot]'
 #
 # These cells are `examples/first_steps.py`. As a notebook:
 #

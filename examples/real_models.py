@@ -11,10 +11,10 @@
 # Planned, not measured: nobody has run this page on its hardware yet. What each
 # machine holds is in [hardware.md](../docs/hardware.md).
 #
-# In Colab and Kaggle, in a cell of its own (`tpu` in the place of `cuda` on a
-# TPU):
+# In Colab and Kaggle upload the wheel that `make dist` in a checkout leaves in
+# `dist/`; then, in a cell of its own (`tpu` in the place of `cuda` on a TPU):
 #
-#     pip install 'agrpo_jax[cuda,hub,plot]'
+#     pip install 'agrpo_jax-0.1.0-py3-none-any.whl[cuda,hub,plot]'
 
 # %%
 import shlex

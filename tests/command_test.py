@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from agrpo_jax import __main__ as agrpo
 from agrpo_jax import command
+from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from fixtures import commands
 
@@ -48,7 +50,7 @@ def docstring(module: str) -> str:
     ("sweep", ["--output:", "--config:", "sft_sudoku,"]),
     ("show", ["--html:", "--config:"]),
     ("port", ["--from:", "--to:", "--process_id:"]),
-    ("tasks", ["agrpo tasks --show=gsm8k"]),
+    ("tasks", ["agrpo tasks --show=gsm8k", "--split=train \\\n"]),
   ],
 )
 def test_help_teaches(module, parts):
@@ -116,6 +118,31 @@ def test_a_file_wins_over_the_config_of_its_name(tmp_path, monkeypatch):
   (tmp_path / "gsm8k").rmdir()
   (tmp_path / "gsm8k").touch()
   assert command.find_config("gsm8k") == "gsm8k"
+
+
+def test_a_config_in_the_home_folder(tmp_path, monkeypatch):
+  (tmp_path / "mine.py").touch()
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert command.find_config("~/mine.py") == str(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize(
+  "key,said",
+  [
+    ("rollout.top_k", r"$"),
+    ("task.options.shots", r"$"),  # named by the task
+    (
+      "rollout.temprature",
+      r"config\.rollout has no key 'temprature'; did you mean temperature\? "
+      r"It has batch_size, .*, unmask_rule\. /.*/config\.py says ",
+    ),
+    ("rollut.top_k", r"config has no key 'rollut'; did you mean rollout\? "),
+    ("rollout.xyz", r"config\.rollout has no key 'xyz'\. It has batch_size, "),
+    ("seed.x", r"config\.seed has no key 'x'\. It has none\."),
+  ],
+)
+def test_a_key_that_a_config_lacks(key, said):
+  assert re.match(said, command._unknown_key(config_lib.rl(), key))
 
 
 def test_a_config_by_name_for_programs():

@@ -90,6 +90,20 @@ def test_too_few_examples_is_a_user_error():
     _ids(_dataset([1] * 3), 0)
 
 
+def test_held_out_problems_of_the_training_file_are_told(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  row = {"question": "6 times 3?", "answer": "#### 18"}
+  (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+  found_in = data.Files("~/rows.jsonl", "", max_prompt_length=9, bucket=1)
+  task = data.Task("gsm8k", "", {})
+  assert len(data.load_examples(task, found_in, "train")) == 1
+  assert not caplog.text
+  data.load_examples(task, found_in, "test")
+  assert "config.data.path=~/rows.jsonl, training's too" in caplog.text
+
+
 def test_pack_pads_on_the_right_to_a_multiple():
   tokens_BxP, length_B = row_lib.pack([[1, 2, 3], [4]], multiple=4, pad_id=9)
   np.testing.assert_array_equal(tokens_BxP, [[1, 2, 3, 9], [4, 9, 9, 9]])

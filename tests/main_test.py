@@ -63,7 +63,10 @@ def test_several_mistakes_are_reported_at_once_before_anything_is_loaded():
     ([], "--config=..."),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
     (["--config", "gsm9k:debug"], "Did you mean gsm8k?"),
-    (["--config=configs/gsm8k.py", "--config.rollout.nope=1"], "nope"),
+    (
+      ["--config=configs/gsm8k.py", "--config.rollout.temprature=1"],
+      "config.rollout has no key 'temprature'; did you mean temperature?",
+    ),
     (["--config=configs/gsm8k.py", "--config.rollout.top_k=many"], "many"),
     (["--config=configs/gsm8k.py:huge"], "huge"),
     (["--config", "gsm8k:huge"], "huge"),

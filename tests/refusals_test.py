@@ -50,7 +50,8 @@ def test_configs_of_the_other_kind_of_run():
     ("def get_config(:\n", "line 1"),
     ("import agrpo_jax\n", "get_config"),
     ("def get_config():\n  return 1 / 0\n", "ZeroDivisionError"),
-    ("def get_config():\n  return None\n", "get_config"),
+    ("def get_config():\n  return None\n", "returned None"),
+    ("def get_config():\n  return {'seed': 1}\n", "returned {'seed': 1}"),
     ("import not_there\n", "not_there"),
   ],
 )
@@ -176,7 +177,9 @@ def test_an_output_that_cannot_be_written(tmp_path):
 def test_too_few_demonstrations_and_a_network_that_cannot_be(tmp_path):
   c = sft_config(tmp_path)
   c.sft.update(batch_size=16)
-  with pytest.raises(errors.UserError, match="only 8 examples"):
+  with pytest.raises(
+    errors.UserError, match=r"config\.sft\.batch_size=16 .* only 8 examples"
+  ):
     sft.fine_tune(settings.sft(c))
   # The corrected start is not held to what the refused one left.
   c.sft.update(batch_size=8)

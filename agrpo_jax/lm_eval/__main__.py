@@ -1,4 +1,4 @@
-r"""A model for EleutherAI's lm-evaluation-harness (`pip install lm-eval`).
+r"""A model for EleutherAI's lm-eval (`pip install -e '.[lm-eval]'`).
 
     agrpo lm_eval --model agrpo_jax \
       --model_args path=FOLDER,completion_length=256,num_denoise_steps=256 \
@@ -21,6 +21,9 @@ from agrpo_jax.lm_eval import adapter
 
 
 def main() -> None:
+  is_help = not {"-h", "--help"}.isdisjoint(sys.argv)
+  if is_help:
+    print(__doc__)  # and then what lm-eval says, where there is one
   # lm-eval's bootstrap starts processes; forks of a process in which JAX has
   # threads may hang.
   multiprocessing.set_start_method("spawn")
@@ -31,7 +34,7 @@ def main() -> None:
     lm_eval_command.cli_evaluate()
   except errors.UserError as error:
     print(error, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(0 if is_help else 2)
 
 
 if __name__ == "__main__":

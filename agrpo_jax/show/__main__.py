@@ -184,7 +184,8 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(
       "Give a prompt in quotes, or --example=N, and not both."
     )
-  if asked.html and not pathlib.Path(asked.html).absolute().parent.is_dir():
+  html = pathlib.Path(asked.html).expanduser()
+  if asked.html and not html.absolute().parent.is_dir():
     raise errors.UserError(f"--html={asked.html!r} is in no folder there is.")
   c, given = command.evaluation_config(asked.sampler, asked.model)
   if asked.tokenizer:
@@ -209,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
   )
   _print(page, asked.animation, asked.seconds)
   if asked.html:
-    _write(page, pathlib.Path(asked.html))
+    _write(page, html)
 
 
 if __name__ == "__main__":

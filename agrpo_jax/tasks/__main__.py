@@ -1,4 +1,4 @@
-"""Shows what a task asks and what it rewards, or writes demonstrations.
+r"""Shows what a task asks and what it rewards, or writes demonstrations.
 
     agrpo tasks --show=gsm8k --protocol=agrpo --path=test.jsonl
     agrpo tasks --show=countdown --protocol=bare --split=train \
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
       f"Say which task: --show={'|'.join(tasks.NAMES)} or --task_path=FILE."
     )
   if _DEMONSTRATIONS.value:
-    file = pathlib.Path(_DEMONSTRATIONS.value)
+    file = pathlib.Path(_DEMONSTRATIONS.value).expanduser()
     count = write_demonstrations(_SHOW.value, _TASK_PATH.value or None, file)
     print(f"Wrote {count} demonstrations to {file}")
   else:

@@ -5,10 +5,13 @@ wrong thing without a word. Its mistakes are the user's to mend, so they end the
 run, with a message that says what was returned and what should be.
 """
 
+import contextlib
 import json
 import math
 import numbers
+import os
 import random
+import traceback
 import types
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -33,11 +36,14 @@ def examples(
   """Returns the problems of a split, when they are what a task has to give.
 
   Raises:
-    UserError: what the task itself refuses, or something else than a list of
-      `Example` with ids that are unique and fit into 32 bits, chat messages,
-      and fields of JSON values.
+    UserError: what the task itself refuses or fails with, or something else
+      than a list of `Example` with ids that are unique and fit into 32 bits,
+      chat messages, and fields of JSON values.
   """
-  found = task.examples(split, path=path, options=options)
+  with _naming_failures(task, f"examples({split!r})"):
+    found = task.examples(
+      split, path=path and os.path.expanduser(path), options=options
+    )
   if not isinstance(found, Sequence):
     raise base.mistake(
       task,
@@ -121,9 +127,11 @@ def reward_weights(
     changed: weights that replace the task's own.
 
   Raises:
-    UserError: weights of unknown parts, or that are no finite numbers.
+    UserError: what the task itself refuses or fails with, weights of unknown
+      parts, or weights that are no finite numbers.
   """
-  own = task.reward_weights(options)
+  with _naming_failures(task, "reward_weights"):
+    own = task.reward_weights(options)
   weights = _numbers(task, "reward_weights", own)
   unknown = sorted(set(changed or {}) - set(weights))
   if unknown:
@@ -196,9 +204,11 @@ def demonstration(
   """Returns a completion to imitate.
 
   Raises:
-    UserError: what the task itself refuses, or something else than text.
+    UserError: what the task itself refuses or fails with, or something else
+      than text.
   """
-  text = task.demonstration(example, rng, options)
+  with _naming_failures(task, f"demonstration of the id={example.id}"):
+    text = task.demonstration(example, rng, options)
   if not base.is_text(text):
     raise base.mistake(
       task,
@@ -206,6 +216,24 @@ def demonstration(
       "It must return text.",
     )
   return text
+
+
+@contextlib.contextmanager
+def _naming_failures(task: types.ModuleType, call: str) -> Iterator[None]:
+  """Makes what a task's function raises a mistake, with the line it is in."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == task.__file__]
+    place = (own or frames)[-1]
+    raise base.mistake(
+      task,
+      f"{call} failed with {type(error).__name__}: {error}",
+      f"See {place.filename}, line {place.lineno}.",
+    ) from error
 
 
 def _numbers(

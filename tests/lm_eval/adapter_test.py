@@ -1,6 +1,7 @@
 """The adapter with a stand-in for lm-eval; run_lm_eval.py has the real one."""
 
 import json
+import multiprocessing
 import pathlib
 import shutil
 import sys
@@ -19,6 +20,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax import evaluate
 from agrpo_jax import settings as settings_lib
+from agrpo_jax.lm_eval import __main__ as lm_eval_command
 from agrpo_jax.lm_eval import adapter
 from fixtures import recordings
 from fixtures import sudoku
@@ -283,11 +285,18 @@ def test_registers_under_its_name(monkeypatch):
   assert issubclass(found, LM) and issubclass(found, adapter.Adapter)
 
 
-def test_says_what_to_install(monkeypatch):
+def test_says_what_to_install(monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "lm_eval", None)
   monkeypatch.setitem(sys.modules, "lm_eval.api", None)
   with pytest.raises(errors.UserError, match="pip install"):
     adapter.register.__wrapped__()
+  monkeypatch.setattr(sys, "argv", ["lm_eval", "--help"])
+  monkeypatch.setattr(multiprocessing, "set_start_method", lambda method: None)
+  with pytest.raises(SystemExit) as end:
+    lm_eval_command.main()
+  assert end.value.code == 0
+  said = capsys.readouterr()
+  assert "--model_args path=FOLDER" in said.out and "pip install" in said.err
 
 
 @pytest.mark.parametrize(

@@ -295,12 +295,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
   return commands.run("-m", "agrpo_jax.show", *arguments)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
   file = tmp_path / "page.html"
   done = run(
     "--config=configs/sudoku_tiny.py",
     "--config.task.options.num_examples=8",
-    *("--example=3", f"--html={file}"),
+    *("--example=3", "--html=~/page.html"),
   )
   assert done.returncode == 0, done.stderr
   plain = done.stdout

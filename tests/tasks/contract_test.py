@@ -94,6 +94,39 @@ def test_weights_are_the_tasks_own_but_those_changed():
   assert weights == {"exact": 3.0, "length": 0.5}
 
 
+def test_what_a_task_raises_is_named_with_its_line(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "import json\n"
+    "def examples(split, *, path=None, options=None):\n"
+    "  return json.loads('')\n"
+    "def reward_weights(options):\n"
+    "  return {'exact': options['weight']}\n"
+    "def reward(completion, fields, options): pass\n"
+    "grade = reward\n"
+  )
+  task = tasks.get("", str(file))
+  with pytest.raises(
+    errors.UserError,
+    match=r"mine.py': examples\('test'\) failed with JSONDecodeError: .*"
+    r"mine\.py, line 3\.",
+  ):
+    contract.examples(task, "test")
+  with pytest.raises(
+    errors.UserError, match=r"_weights failed with KeyError: .*, line 5\."
+  ):
+    contract.reward_weights(task, {})
+
+
+def test_a_task_gets_its_path_without_a_tilde(monkeypatch):
+  monkeypatch.setenv("HOME", "/nowhere")
+  task = _task()
+  task.examples = lambda split, path, options: [_example(fields={"path": path})]
+  for given, found in (("~/x.csv", "/nowhere/x.csv"), (None, None)):
+    (example,) = contract.examples(task, "train", path=given)
+    assert example.fields["path"] == found
+
+
 @pytest.mark.parametrize("text", [None, 5, b"bytes", ["a"], "\ud83d"])
 def test_demonstrations_are_text(text):
   task = _task(demonstration=text)

@@ -222,8 +222,9 @@ def test_show_with_options():
   assert done.stdout.count("Puzzle: ") == 1
 
 
-def test_demonstrations_of_tasks_are_written_for_sft(tmp_path):
+def test_demonstrations_of_tasks_are_written_for_sft(tmp_path, monkeypatch):
   """Files one behind the other are a mixture that `agrpo_jax.sft` reads."""
+  monkeypatch.setenv("HOME", str(tmp_path))
   names = ("countdown", "sudoku", "word_problems")
   for name in names:
     done = _show(
@@ -231,7 +232,7 @@ def test_demonstrations_of_tasks_are_written_for_sft(tmp_path):
       "--split=train",
       "--option=num_examples=3",
       *(["--protocol=d1"] if name == "sudoku" else []),
-      f"--demonstrations={tmp_path / name}.jsonl",
+      f"--demonstrations=~/{name}.jsonl",
     )
     assert "Wrote 3 demonstrations" in done.stdout, done.stderr
   mixture = tmp_path / "mixture.jsonl"
