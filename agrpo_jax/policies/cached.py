@@ -85,7 +85,7 @@ class Cached:
       # It runs beside the windows of the others.
       if num_states == 1:
         return network.logits(memory, length_B, position_BxSxW[:, 0])[:, None]
-      partial_BxSxC, is_start = partial_BxSxC[:, 1:], False
+      partial_BxSxC = partial_BxSxC[:, 1:]
     # All states of a row are of one block.
     start_B = _begin(network, prompt_length_B, block_start_BxS[:, 0])
     start_BxS = jnp.broadcast_to(start_B[:, None], partial_BxSxC.shape[:2])
@@ -103,7 +103,8 @@ class Cached:
         row.windows(padded_BxSxL, start_BxS, size),
         start_B[:, None],
         position_BxSxW,
-        is_start,
+        # Windows of several states are run together, or none of them.
+        is_start if num_states == 1 else False,
       )
 
     if not self.reaches_end:
