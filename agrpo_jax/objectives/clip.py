@@ -1,6 +1,7 @@
 """The clipped policy ratio, and the KL penalty."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from agrpo_jax import types
 from agrpo_jax.objectives import base
+from agrpo_jax.objectives import masks
 
 KL_ESTIMATORS = ("k3", "k3_ratio")
 
@@ -148,6 +150,55 @@ def surrogates(
     surrogate,
     in_axes=(0, 0, None if reference_GxF is None else 0, 0, 0, None),
   )(policy, behaviour_GxF, reference_GxF, advantage_G, weight_G, clip).total()
+
+
+def of_values(
+  policy: base.Factors,
+  behaviour: jax.Array,
+  reference: jax.Array | None,
+  advantage_G: jax.Array,
+  visits: base.Visits,
+  rows: types.Rollout,
+  clip: Clip,
+  kl: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> base.Terms:
+  """The sum of the surrogates of G completions that have one value each.
+
+  The ratio is of the value per token, the penalty of the value as it is.
+
+  Args:
+    policy: factors [G, Q, S, F], of which `masks.value` makes the value.
+    behaviour: float32 [G, Q, S, F].
+    reference: float32 [G, Q, S, F], or None.
+    advantage_G: float32.
+    visits: [G, Q, S].
+    rows: G completions.
+    clip: the settings.
+    kl: (value_G, reference_G, num_tokens_G) -> kl_G, the penalty.
+  """
+  num_tokens_G = masks.drawn(rows).sum(axis=1)
+  weight_G = masks.row_weight(visits)
+  value_G, behaviour_G = (
+    masks.value(policy.replace(logprob=logprob), visits)
+    for logprob in (policy.logprob, behaviour)
+  )
+  terms = surrogates(
+    masks.one_factor(value_G / num_tokens_G),
+    (behaviour_G / num_tokens_G)[:, None],
+    None,
+    advantage_G,
+    weight_G,
+    clip,
+  )
+  if reference is None:
+    return terms
+  reference_G = masks.value(policy.replace(logprob=reference), visits)
+  kl_G = kl(value_G, reference_G, num_tokens_G)
+  # What fills up a microbatch must not show in the metric.
+  kl_G = jnp.where(weight_G > 0, kl_G, 0.0)
+  return terms.replace(
+    loss=terms.loss + clip.kl_coef * (weight_G * kl_G).sum(), kl=kl_G.sum()
+  )
 
 
 def over_visits(

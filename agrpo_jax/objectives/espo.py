@@ -102,23 +102,13 @@ class Espo(advantage_lib.Baseline, clip_lib.Clip, masks.Masks):
     rows: types.Rollout,
   ) -> base.Terms:
     """Returns the clipped surrogate of every completion, with the penalty."""
-    num_tokens_G = masks.drawn(rows).sum(axis=1)
-    weight_G = masks.row_weight(visits)
-    value_G = masks.value(policy, visits)
-    behaviour_G = masks.value(policy.replace(logprob=behaviour), visits)
-    terms = clip_lib.surrogates(
-      masks.one_factor(value_G / num_tokens_G),
-      (behaviour_G / num_tokens_G)[:, None],
-      None,
+    return clip_lib.of_values(
+      policy,
+      behaviour,
+      reference,
       advantage_G,
-      weight_G,
+      visits,
+      rows,
       self,
-    )
-    if reference is None:
-      return terms
-    reference_G = masks.value(policy.replace(logprob=reference), visits)
-    penalty_G = (value_G - reference_G) ** 2 / (2 * num_tokens_G)
-    return terms.replace(
-      loss=terms.loss + self.kl_coef * (weight_G * penalty_G).sum(),
-      kl=penalty_G.sum(),
+      kl=lambda value, reference, num: (value - reference) ** 2 / (2 * num),
     )

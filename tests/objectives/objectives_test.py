@@ -431,6 +431,23 @@ def test_gdpo_penalises_the_whole_bound():
   np.testing.assert_allclose(found.loss, 0.5 * expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("objective", [espo.Espo(), gdpo.Gdpo(kl_coef=0.5)])
+def test_what_fills_a_microbatch_up_is_not_in_the_kl(objective):
+  rollout = drawn_rollout()
+  visits, _ = objective.visits(rollout, None, None, keys_of(), SAMPLING)
+  visits = jax.tree.map(lambda x: x[0], visits)
+  of_token = -jnp.ones(visits.is_masked.shape)
+  factors = base.Factors(logprob=of_token, is_factor=visits.is_masked)
+
+  def kl(weight):
+    rest = jnp.zeros(NUM_ROWS), visits.replace(weight=weight), rollout
+    return objective.loss(factors, of_token, 1.25 * of_token, *rest).kl
+
+  first = visits.weight.at[1:].set(0.0)
+  assert kl(visits.weight) > kl(first) > 0
+  np.testing.assert_allclose(kl(0 * first), 0)
+
+
 @pytest.mark.parametrize(
   "objective,log_ratio,advantage,ratio,gradient",
   [
