@@ -69,7 +69,9 @@ def table(before: statistics.Result, after: statistics.Result) -> str:
   if all("cells" in found for found in grades):
     right = [f"{100 * found['cells'].mean():.1f} %" for found in grades]
     cells = "cells right", *right, ""
-    rows = [f"{row}{x:>14}" for row, x in zip(rows, cells, strict=True)]
+    rows = [
+      f"{row}{x:>14}".rstrip() for row, x in zip(rows, cells, strict=True)
+    ]
   return "\n".join(rows)
 
 
