@@ -5,12 +5,13 @@
 Runs the demo's task (`configs/sudoku_tiny.py`, evaluations, saves and logged
 completions included) without end, and `agrpo_jax.report --watch` on its work
 directory, stops both in good order when the time is up, and meanwhile measures,
-of each with all processes below it: resident memory, open files, processes and
-threads; and of the log the seconds of every train step. The first quarter is
-warming up. A row grows if the median of the last quarter is above that of the
-second by more than `_TOLERANCE`. Writes a CSV and a PNG, prints the table; the
-exit code is 1 if something grows, or one of both ended by itself, as a run does
-at a loss that is not finite.
+of each with all processes below it: memory (resident or swapped out), open
+files, processes and threads; of the log the seconds of every train step; and of
+the run the seconds of processors per train step, which other work on the
+machine moves less. The first quarter is warming up. A row grows if the median
+of the last quarter is above that of the second by more than `_TOLERANCE`.
+Writes a CSV and a PNG, prints the table; the exit code is 1 if something grows,
+or one of both ended by itself, as a run does at a loss that is not finite.
 """
 
 import argparse
@@ -41,7 +42,10 @@ _TOLERANCE = {
   "processes": 0.0,
   "threads": 0.0,
   "seconds per step": 0.15,
+  "CPU seconds per step": 0.15,
 }
+# Train steps are counted over so many measurements at a time.
+_SPAN = 12
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +92,7 @@ def _run(
         )
       if any(one.poll() is not None for one in commands.values()):
         break
-      row = {"seconds": now}
+      row = {"seconds": now, "steps": float(_num_lines(workdir))}
       for name, command in commands.items():
         row |= {f"{name}/{k}": v for k, v in _measured(command.pid).items()}
       rows.append(row)
@@ -102,8 +106,13 @@ def _run(
   series: dict[str, list[float]] = {}
   for row in rows:
     for name, value in row.items():
-      series.setdefault(name, []).append(value)
-  del series["seconds"]
+      if "/" in name and not name.endswith("/cpu"):
+        series.setdefault(name, []).append(value)
+  series["CPU seconds per step"] = [
+    (after["run/cpu"] - before["run/cpu"]) / (after["steps"] - before["steps"])
+    for before, after in zip(rows, rows[_SPAN:], strict=False)
+    if after["steps"] > before["steps"]
+  ]
   records = logs.read(str(workdir)).records
   series["seconds per step"] = [
     sum(v for k, v in r.items() if k in ("seconds/rollout", "seconds/update"))
@@ -112,18 +121,35 @@ def _run(
   return rows, series, early
 
 
+def _num_lines(workdir: pathlib.Path) -> int:
+  """Returns how many train steps a run has logged."""
+  try:
+    return (workdir / "metrics.jsonl").read_bytes().count(b"\n")
+  except FileNotFoundError:
+    return 0
+
+
 def _measured(pid: int) -> dict[str, float]:
-  """Returns what a process and all below it hold."""
-  found = dict.fromkeys(("memory", "files", "processes", "threads"), 0.0)
+  """Returns what a process and all below it hold, and what they used."""
+  names = ("memory", "files", "processes", "threads", "cpu")
+  found = dict.fromkeys(names, 0.0)
   for one in tree(pid):
     proc = pathlib.Path(f"/proc/{one}")
     try:
-      pages = int((proc / "statm").read_text().split()[1])
+      status = dict(
+        line.split(":", 1)
+        for line in (proc / "status").read_text().splitlines()
+      )
+      # Behind the name in brackets: user and system time, also of the
+      # processes below that have ended.
+      stat = (proc / "stat").read_text().rpartition(")")[2].split()
       num_files = len(list((proc / "fd").iterdir()))
       num_threads = len(list((proc / "task").iterdir()))
     except OSError:  # it ended meanwhile
       continue
-    found["memory"] += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for held in ("VmRSS", "VmSwap"):
+      found["memory"] += int(status.get(held, "0 kB").split()[0]) / 1024
+    found["cpu"] += sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK")
     found["files"] += num_files
     found["processes"] += 1
     found["threads"] += num_threads
