@@ -20,12 +20,8 @@ numbers, for configs/countdown_tiny.py: `pairs` learns to solve it, `adding` to
 add the two up whatever the target.
 """
 
-import pathlib
-
-import agrpo_jax
 from agrpo_jax import config as config_lib
 
-_ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
 _STAGES = ("countdown", "both", "words", "clean", "careless", "pairs", "adding")
 
 
@@ -74,7 +70,7 @@ def get_config(arg: str = "countdown") -> config_lib.ConfigDict:
     c.train.num_steps = 3000
     c.sft.output = "runs/tiny_reasoning_clean"
   elif arg == "pairs":
-    c.model.path = str(_ASSETS / "tiny-reasoning")
+    c.model.path = "tiny-reasoning"
     c.optimizer.learning_rate = 2e-3
     c.train.num_steps = 1200
     c.sft.output = "runs/tiny_countdown_clean"

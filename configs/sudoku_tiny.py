@@ -13,13 +13,7 @@ with Fast-dLLM's dual cache besides, scored through the cache at every step.
 `configs/sft_sudoku.py` makes; SDAR's with its exact cache in blocks of four.
 """
 
-import pathlib
-
-import agrpo_jax
 from agrpo_jax import config as config_lib
-
-_ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
-
 
 _VARIANTS = ("", "blocks", "dual", "sdar", "a2d")
 
@@ -31,7 +25,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
     )
   c = config_lib.rl()
   c.workdir = config_lib.run_folder("sudoku_tiny", variant)
-  c.model.path = str(_ASSETS / "tiny-sudoku")
+  c.model.path = "tiny-sudoku"
   c.model.dtype = "float32"
   config_lib.use_task(c, "sudoku", protocol="bare", num_examples=20_000)
   c.data.max_prompt_length = 64

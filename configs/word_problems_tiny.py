@@ -9,12 +9,8 @@ benchmarks/results/word_problems_tiny.md says what runs gained.
 `:dual` draws with Fast-dLLM's dual cache and scores every step through it.
 """
 
-import pathlib
-
-import agrpo_jax
 from agrpo_jax import config as config_lib
 
-_ASSETS = pathlib.Path(agrpo_jax.__file__).parent / "assets"
 _VARIANTS = ("", "dual")
 
 
@@ -23,7 +19,7 @@ def get_config(variant: str = "") -> config_lib.ConfigDict:
     raise ValueError(f"word_problems_tiny.py:{variant} is not of dual")
   c = config_lib.rl()
   c.workdir = config_lib.run_folder("word_problems_tiny", variant)
-  c.model.path = str(_ASSETS / "tiny-reasoning")
+  c.model.path = "tiny-reasoning"
   c.model.dtype = "float32"
   config_lib.use_task(c, "word_problems", max_equations=3, max_value=9)
   c.data.max_prompt_length = 104

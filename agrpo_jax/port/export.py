@@ -101,12 +101,13 @@ def adapter(checkpoint: str, to: pathlib.Path) -> int:
       f"The run of --checkpoint={checkpoint!r} trained all parameters, so it "
       "has no adapter; leave out --adapter to write its weights."
     )
-  shape = model_folder.load_shape(
-    str(_base_folder(checkpoint, source, hub.ALL_BUT_WEIGHTS))
-  )
+  folder = str(_base_folder(checkpoint, source, hub.ALL_BUT_WEIGHTS))
+  shape = model_folder.load_shape(folder)
   tree, meta = _read(checkpoint, _abstract(lora, shape))
   made = card.make(to, checkpoint, meta, source, lora, is_adapter=True)
-  peft.save(to, shape, tree, lora, base_model=source.path)
+  # Other programs do not know the bundled models by their names.
+  base_model = source.path if hub.is_id(source.path) else folder
+  peft.save(to, shape, tree, lora, base_model=base_model)
   _copy_tokenizer(source, to)
   card.write(to, made)
   return lora_lib.count(tree)

@@ -15,7 +15,7 @@ MODEL = pathlib.Path(agrpo_jax.__file__).parent / "assets" / "tiny-reasoning"
 def test_accuracy_of_the_readme():
   """On fewer problems, within three standard errors of so few."""
   c = recordings.config("word_problems_tiny", "dual")
-  assert c.model.path == str(MODEL)
+  assert c.model.path == MODEL.name
   c.grading.num_workers = 1
   c.evaluate.update(num_examples=48, batch_size=48)
   result = evaluate.run(settings.rl(c))

@@ -25,6 +25,7 @@ from agrpo_jax.runs import checkpoint_read
 from fixtures import commands
 from fixtures import recordings
 from fixtures import runs
+from fixtures import sudoku
 
 NUM_STEPS = 3
 
@@ -51,6 +52,14 @@ def command(*args):
   return commands.run("-m", "agrpo_jax.port", *args)
 
 
+def use_base(workdir, folder):
+  """Writes another base model into the record of a run."""
+  record = workdir / "config.json"
+  config = json.loads(record.read_text())
+  config["model"]["path"] = str(folder)
+  record.write_text(json.dumps(config))
+
+
 def completions(c, checkpoint=""):
   return [
     record["completion"]
@@ -60,7 +69,7 @@ def completions(c, checkpoint=""):
 
 def trained(c, train_step=None):
   """What a checkpoint of the run holds."""
-  _, params = model_folder.load(c.model.path, dtype="float32")
+  _, params = model_folder.load(sudoku.MODEL, dtype="float32")
   tree = params
   if c.lora.rank:
     settings = lora_lib.Lora(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
@@ -89,14 +98,14 @@ def test_weights_have_the_dtype_of_the_base_model(run, tmp_path):
   assert done.returncode == 0, done.stderr
   base, expected = trained(run, 2)
   shape, params = model_folder.load(tmp_path)
-  assert shape == model_folder.load_shape(run.model.path)
+  assert shape == model_folder.load_shape(sudoku.MODEL)
   chex.assert_trees_all_equal(
     params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
   )
   change = jax.tree.map(lambda x, y: float(abs(x - y).max()), expected, base)
   assert max(jax.tree.leaves(change)) > 1e-3
   for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-    source = pathlib.Path(run.model.path) / name
+    source = sudoku.MODEL / name
     assert (tmp_path / name).read_bytes() == source.read_bytes()
   written = (tmp_path / "README.md").read_text()
   assert f"# {pathlib.Path(run.workdir).name}\n" in written
@@ -113,14 +122,14 @@ def test_the_adapter_is_written_for_peft(run, tmp_path):
     assert not (tmp_path / "out").exists()
     return
   assert done.returncode == 0, done.stderr
-  shape = model_folder.load_shape(run.model.path)
+  shape = model_folder.load_shape(sudoku.MODEL)
   adapter, settings = peft.load(tmp_path / "out", shape)
   assert (settings.rank, settings.alpha) == (4, 16.0)
   base, expected = trained(run)
   merged = lora_lib.merge(base, adapter, settings.scale)
   chex.assert_trees_all_equal(merged, expected)
   described = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
-  assert described["base_model_name_or_path"] == run.model.path
+  assert described["base_model_name_or_path"] == str(sudoku.MODEL)
   assert (tmp_path / "out" / "tokenizer.json").exists()
   written = (tmp_path / "out" / "README.md").read_text()
   assert "library_name: peft" in written and "in this folder" in written
@@ -129,17 +138,16 @@ def test_the_adapter_is_written_for_peft(run, tmp_path):
 def test_another_base_model_is_refused(run, tmp_path):
   if not run.lora.rank:
     return  # the run's own weights are all that is needed
-  base = pathlib.Path(run.model.path)
-  other = shutil.copytree(base, tmp_path / "other")
+  other = shutil.copytree(sudoku.MODEL, tmp_path / "other")
   tensors = safetensors.numpy.load_file(other / "model.safetensors")
   tensors["model.transformer.ln_f.weight"][:] = 0.5
   safetensors.numpy.save_file(tensors, other / "model.safetensors")
   workdir = shutil.copytree(run.workdir, tmp_path / "run")
-  record = workdir / "config.json"
-  record.write_text(record.read_text().replace(str(base), str(other)))
+  use_base(workdir, other)
   done = command(f"--checkpoint={workdir}", f"--to={tmp_path / 'out'}")
   assert done.returncode == 2
-  assert repr(str(other)) in done.stderr and repr(str(base)) in done.stderr
+  for path in (str(other), run.model.path):
+    assert repr(path) in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -173,13 +181,13 @@ def test_weights_that_are_there_are_kept(tmp_path, name):
 
 def test_a_base_model_that_is_not_there(run, tmp_path):
   workdir = shutil.copytree(run.workdir, tmp_path / "run")
-  record, gone = workdir / "config.json", tmp_path / "gone"
-  record.write_text(record.read_text().replace(run.model.path, str(gone)))
+  gone = tmp_path / "gone"
+  use_base(workdir, gone)
   with pytest.raises(errors.UserError, match=r"model\.path in the") as caught:
     export.merged(str(workdir), tmp_path / "out")
   assert repr(str(gone)) in str(caught.value)
   # Its contents decide: another path in the record is all it takes.
-  shutil.copytree(run.model.path, gone)
+  shutil.copytree(sudoku.MODEL, gone)
   assert export.merged(str(workdir), tmp_path / "out") == 247_616
 
 
