@@ -115,7 +115,9 @@ def measure(
   model.check_draw(s.data.max_prompt_length, s.evaluate)
   sampler = model.sampler(s.evaluate, s.data.bucket)
   asked = {**asked, "weights": fingerprint(model)}
-  with records.start(output if processes.is_main() else "", asked) as kept:
+  with records.start(
+    output if processes.is_main() else "", asked, accuracy.KINDS
+  ) as kept:
     kept.done = processes.exchange(kept.done)[0]
     result = accuracy.evaluate(
       sampler,

@@ -36,6 +36,9 @@ from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import progress
 
+# Of a record, by key; `run` says what they are.
+_KINDS = {"id": int, "num_tokens": int, "log_likelihood": float}
+
 
 def run(
   s: settings_lib.Rl,
@@ -78,7 +81,7 @@ def run(
     ).hexdigest()[:16],
   }
   # Before the model is loaded: what is complete needs none.
-  complete = accuracy.finished(output, asked, 1)
+  complete = accuracy.finished(output, asked, 1, _KINDS)
   if complete is not None:
     return [dict(record) for record in complete.records]
   model = model_lib.load_trained(s.model, s.lora, s.mesh.make(), checkpoint)
@@ -100,7 +103,7 @@ def run(
   # A path may hold other weights by now; records must not mix them.
   asked["weights"] = evaluate.fingerprint(model)
   with (
-    records.start(output if processes.is_main() else "", asked) as kept,
+    records.start(output if processes.is_main() else "", asked, _KINDS) as kept,
     progress.bar(len(prompts), "scoring") as bar,
   ):
     # Process 0 alone reads the file, and all have to go on from the same place.

@@ -34,7 +34,7 @@ from agrpo_jax.port import model as model_lib
 from agrpo_jax.report import page
 from agrpo_jax.runs import metrics
 
-WORK = pathlib.Path(os.environ.get("FIRST_STEPS", tempfile.mkdtemp()))
+WORK = pathlib.Path(os.environ.get("FIRST_STEPS") or tempfile.mkdtemp())
 TRAIN_STEPS = int(os.environ.get("FIRST_STEPS_TRAIN", "60"))
 DRAWS = int(os.environ.get("FIRST_STEPS_DRAWS", "16"))
 

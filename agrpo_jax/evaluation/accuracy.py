@@ -8,6 +8,7 @@ interruption.
 
 import time
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,17 @@ from agrpo_jax.models import tokens
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import progress
 from agrpo_jax.samplers import host
+
+# Of a record, by key; `evaluate` says what they are.
+KINDS: Mapping[str, type] = {
+  "id": int,
+  "index": int,
+  "answer": str,
+  "grades": dict,
+  "num_tokens": int,
+  "num_executed_steps": int,
+  "num_whole_passes": int,
+}
 
 
 def evaluate(
@@ -136,7 +148,10 @@ def _records(
 
 
 def finished(
-  output: str, asked: dict[str, Any], num_samples: int
+  output: str,
+  asked: dict[str, Any],
+  num_samples: int,
+  kinds: Mapping[str, type] = KINDS,
 ) -> statistics.Result | None:
   """The result of a complete evaluation in `output`, else None.
 
@@ -145,14 +160,15 @@ def finished(
   tells the others.
 
   Raises:
-    UserError: what is there, complete or not, was made with other settings.
+    UserError: what is there, complete or not, was made with other settings, or
+      is damaged.
   """
   found = None
   if processes.is_main():
     records.check(output, asked)
     figures = records.result(output) if output else None
     if figures is not None:
-      kept = records.Records(output)
+      kept = records.Records(output, kinds)
       # Those of a likelihood count completions.
       number = figures.get(
         "num_completions", figures.get("num_problems", -1) * num_samples

@@ -25,6 +25,9 @@ from typing import Any
 from agrpo_jax import errors
 from agrpo_jax.runs import files
 
+_ANY_RECORD: Mapping[str, type] = {"id": int}
+_TIMING = {"seconds": float}
+
 
 class Records:
   """The records that are there already; in memory only without an `output`.
@@ -34,14 +37,23 @@ class Records:
     seconds: that they took, over all runs.
   """
 
-  def __init__(self, output: str = ""):
+  def __init__(self, output: str = "", kinds: Mapping[str, type] = _ANY_RECORD):
+    """Reads what a folder or file has.
+
+    Args:
+      output: the folder or file, or "".
+      kinds: what every record has, by key.
+
+    Raises:
+      UserError: a record has something else.
+    """
     self._output = output
     self.done: list[dict[str, Any]] = []
     self.seconds = 0.0
     if output:
       _path(output, "examples.jsonl").touch()
-      self.done = _read_lines(_path(output, "examples.jsonl"), "id")
-      timing = _read_lines(_path(output, "timing.jsonl"), "seconds")
+      self.done = _read_lines(_path(output, "examples.jsonl"), kinds)
+      timing = _read_lines(_path(output, "timing.jsonl"), _TIMING)
       self.seconds = sum(line["seconds"] for line in timing)
 
   def append(
@@ -69,8 +81,17 @@ class Records:
 
 
 @contextlib.contextmanager
-def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
+def start(
+  output: str,
+  settings: Mapping[str, Any],
+  kinds: Mapping[str, type] = _ANY_RECORD,
+) -> Iterator[Records]:
   """Opens an output, or memory alone for "", for one process at a time.
+
+  Args:
+    output: the folder or file, or "".
+    settings: what the records depend on.
+    kinds: as in `Records`.
 
   Raises:
     UserError: it cannot be written, is in use, or holds records made with
@@ -96,7 +117,7 @@ def start(output: str, settings: Mapping[str, Any]) -> Iterator[Records]:
       # Before the first record: of records without it nobody could tell what
       # they were made with.
       _write(_path(output, "settings.json"), settings)
-      kept = Records(output)
+      kept = Records(output, kinds)
     try:
       yield kept
     except KeyboardInterrupt:
@@ -165,11 +186,13 @@ def _path(output: str, name: str) -> pathlib.Path:
   return path if name == "examples.jsonl" else path.with_suffix(f".{name}")
 
 
-def _read_lines(file: pathlib.Path, key: str) -> list[dict[str, Any]]:
+def _read_lines(
+  file: pathlib.Path, kinds: Mapping[str, type]
+) -> list[dict[str, Any]]:
   """Returns the complete lines, and cuts off what follows the last.
 
   Raises:
-    UserError: a line is no object with `key`.
+    UserError: a line is no object with values of these kinds.
   """
   if not file.exists():
     return []
@@ -182,8 +205,9 @@ def _read_lines(file: pathlib.Path, key: str) -> list[dict[str, Any]]:
   for number, line in enumerate(content[:end].splitlines(), 1):
     try:
       found = json.loads(line)
-      if not isinstance(found, dict) or key not in found:
-        raise ValueError(f"it is no object with {key!r}")
+      for key, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+          raise ValueError(f"it is no object with {key!r}, {kind.__name__}")
       lines.append(found)
     except (ValueError, RecursionError) as error:
       raise errors.UserError(

@@ -14,7 +14,11 @@ from agrpo_jax.evaluation import records
 from agrpo_jax.runs import files
 
 SETTINGS = {"config": {"seed": 0, "evaluate": {"top_p": 1.0}}, "num_samples": 1}
-LINES = [{"id": 0, "grades": {"accuracy": 1 / 3}}, {"id": 1, "grades": {}}]
+COUNTS = {"num_tokens": 3, "num_executed_steps": 2, "num_whole_passes": 1}
+LINES = [
+  {"id": 0, "index": 0, "answer": "", "grades": {"accuracy": 1 / 3}, **COUNTS},
+  {"id": 1, "index": 0, "answer": "", "grades": {}, **COUNTS},
+]
 
 
 @pytest.mark.parametrize("name", ["folder", "file.jsonl"])
@@ -71,9 +75,18 @@ def test_a_damaged_line_is_named(tmp_path):
     ("settings.json", b"\xff", "the settings of an evaluation, cannot be read"),
     ("settings.json", b"[" * 100_000, "the settings .*, cannot be read"),
     ("result.json", b"", "the figures .* cannot be read .*remove the file"),
-    ("timing.jsonl", b"{}\n", "line 1 is damaged .*no object with 'seconds'"),
-    ("timing.jsonl", b"1\n", "line 1 is damaged .*no object with 'seconds'"),
+    (
+      "timing.jsonl",
+      b"{}\n",
+      "line 1 is damaged .*no object with 'seconds', float",
+    ),
+    (
+      "timing.jsonl",
+      b"1\n",
+      "line 1 is damaged .*no object with 'seconds', float",
+    ),
     ("examples.jsonl", b"1\n", "line 1 is damaged .*no object with 'id'"),
+    ("examples.jsonl", b'{"id": 0}\n', "line 1 .*no object with 'index', int"),
     ("examples.jsonl", b"[" * 100_000 + b"\n", "line 1 is damaged"),
   ],
 )
