@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 from typing import NoReturn
@@ -122,6 +123,8 @@ for _name, _meaning in _PROCESSES.items():
   flags.DEFINE_string(_name, None, f"{_meaning} Else AGRPO_{_name.upper()}.")
 
 _HELP = ("help", "?", "helpshort", "helpfull", "helpxml")
+# As ml_collections says it, before all that there is.
+_ABSENT_KEY = re.compile(r'Key "([^"]*)" does not exist')
 _KEY = re.compile(r"--?(?:no)?config\.([^=]+)")
 # A disk's refusals; what has a place of its own to write to says more of it.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -232,6 +235,14 @@ def _config_mistake(error: Exception) -> str:
   frames = traceback.extract_tb(error.__traceback__)
   own = [frame for frame in frames if frame.filename == file]
   reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+  if own and (absent := _ABSENT_KEY.search(str(error))):
+    names = {*_keys(config_lib.rl()), *_keys(config_lib.sft())}
+    close = difflib.get_close_matches(absent[1], names, n=1)
+    guess = f"; did you mean {close[0]}?" if close else "."
+    reason = (
+      f"there is no key {absent[1]!r} where it is set{guess} "
+      f"{config_lib.__file__} says which there are."
+    )
   if own:
     return f"{file}, line {own[-1].lineno}, failed: {reason}"
   if "get_config" in str(error):
@@ -248,7 +259,14 @@ def _config_mistake(error: Exception) -> str:
     for flag in filter(None, map(_KEY.match, sys.argv)):
       if unknown := _unknown_key(_PARSER.config, flag[1]):
         return unknown
-  return f"Cannot use the flags: {reason}"
+  return f"Cannot use {file} with these flags: {reason}"
+
+
+def _keys(c: config_lib.ConfigDict) -> Iterator[str]:
+  for name, value in c.items():
+    yield name
+    if isinstance(value, config_lib.ConfigDict):
+      yield from _keys(value)
 
 
 def _unknown_key(c: config_lib.ConfigDict, key: str) -> str:

@@ -44,10 +44,20 @@ def test_configs_of_the_other_kind_of_run():
   assert "kind 'rl'" in found and "agrpo_jax.main" in found
 
 
+TYPO = """
+from agrpo_jax import config as config_lib
+def get_config():
+  c = config_lib.rl()
+  c.rollout.temprature = 0.3
+  return c
+"""
+
+
 @pytest.mark.parametrize(
   "text,part",
   [
     ("def get_config(:\n", "line 1"),
+    (TYPO, "no key 'temprature' where it is set; did you mean temperature?"),
     ("import agrpo_jax\n", "get_config"),
     ("def get_config():\n  return 1 / 0\n", "ZeroDivisionError"),
     ("def get_config():\n  return None\n", "returned None"),
