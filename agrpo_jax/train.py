@@ -95,7 +95,7 @@ def train(s: settings_lib.Rl, checkpoint: str = "") -> None:
     )
     if start:
       print(f"Starting with the weights of {start}.", flush=True)
-      run.save_start(state)
+      run.save_start(state, start)
     # Donated: the state after takes the memory of the state before.
     learn = jax.jit(learner.train_step, donate_argnames="state")
     report = progress.Progress(s.train.num_steps, run.first_step)

@@ -5,7 +5,7 @@ r"""Checkpoints in Hugging Face's layout <-> our parameters.
 
 copies a checkpoint through our parameters: tensors, shards, `config.json`,
 tokenizer and code files come out as the original code reads them. Code is
-copied, never run.
+copied, never run. A README.md says what was done, unless there is one.
 
     agrpo port --checkpoint=WORKDIR[:best|:TRAIN_STEP] \
       --to=<folder> [--dtype=float32 | --adapter]
@@ -29,6 +29,7 @@ from absl import flags
 from agrpo_jax import command
 from agrpo_jax import errors
 from agrpo_jax.models import lora as lora_lib
+from agrpo_jax.port import card
 from agrpo_jax.port import export
 from agrpo_jax.port import hub
 from agrpo_jax.port import model_folder
@@ -129,6 +130,8 @@ def _convert(asked: Mapping[str, Any], to: pathlib.Path) -> int:
     source=asked["from"],
     max_shard_bytes=asked["max_shard_bytes"],
   )
+  adapter = asked["merge_adapter"] or ""
+  card.write(to, card.of_copy(to, asked["from"], adapter, asked["dtype"]))
   return lora_lib.count(params)
 
 

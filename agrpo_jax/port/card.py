@@ -63,6 +63,41 @@ def make(
     ) from error
 
 
+def of_copy(
+  to: pathlib.Path, base_model: str, adapter: str, dtype: str | None
+) -> bytes:
+  """Returns the contents of the card of a model that no run trained.
+
+  Args:
+    to: the folder that it was written to. If it has a card, there is none.
+    base_model: folder or hub id.
+    adapter: folder of the PEFT adapter that was merged, or "".
+    dtype: what the tensors were made, or None.
+  """
+  if (to / _FILE).exists():
+    return b""
+  command = ["agrpo", "port", f"--from={_name(base_model)}"]
+  if adapter:
+    command.append(f"--merge_adapter={_name(adapter)}")
+  if dtype:
+    command.append(f"--dtype={dtype}")
+  what = f"with the adapter `{_name(adapter)}` merged into them"
+  lines = (
+    *_head(to, base_model, "", "transformers"),
+    f"* Weights: the base model's{f', {what}' if adapter else ''}"
+    f"{f', as {dtype}' if dtype else ''}; nothing else was changed.",
+    "",
+    "## Held-out accuracy",
+    "",
+    "Not measured. `agrpo evaluate --model=FOLDER --config=...` does.",
+    "",
+    "## How it was made",
+    "",
+    f"    {shlex.join([*command, '--to=FOLDER'])}",
+  )
+  return "".join(f"{' '.join(x.splitlines())}\n" for x in lines).encode()
+
+
 def write(to: pathlib.Path, card: bytes) -> None:
   """Writes what `make` returned.
 
@@ -90,23 +125,20 @@ def _lines(
   config, train_step = meta["config"], meta["train_step"]
   folder, which = checkpoint_named.split(checkpoint)
   workdir = pathlib.Path(folder).expanduser()
-  yield "---"
-  is_on_hub = hub.is_id(source.path)
-  if is_on_hub:
-    yield f"base_model: {source.path}"
-  yield f"library_name: {'peft' if is_adapter else 'transformers'}"
-  yield "tags: [masked-diffusion, agrpo_jax]"
-  yield "---"
-  yield ""
-  yield f"# {workdir.resolve().name}"
-  yield ""
-  # Where a folder lies is nobody's business who reads this.
-  name = source.path if is_on_hub else pathlib.PurePath(source.path).name
-  revision = f", revision `{source.revision}`" if source.revision else ""
-  yield f"* Base model: `{name}`{revision}; its licence applies to this one."
+  library = "peft" if is_adapter else "transformers"
+  yield from _head(workdir, source.path, source.revision, library)
+  start = workdir / "start.json"
+  if start.exists():
+    first = files.read_json(start, "what the run began with")
+    yield (
+      f"* It began with what another run trained: `{first['run']}`, train step "
+      f"{first['train_step']}."
+    )
   task = config["task"]
   task_name = task["name"] or pathlib.PurePath(task["path"]).stem
   yield f"* Task: {task_name or 'demonstrations of a file'}."
+  if config["data"]["path"]:
+    yield f"* Data: `{_name(config['data']['path'])}`."
   yield (
     f"* Trained: {train_step} of {config['train']['num_steps']} train steps of "
     f"{_method(config)} by agrpo_jax {meta['versions']['agrpo_jax']}."
@@ -134,6 +166,31 @@ def _lines(
   kept = {key: config[key] for key in _SETTINGS if key in config}
   yield from json.dumps(kept, indent=1, ensure_ascii=False).split("\n")
   yield "```"
+
+
+def _head(
+  folder: pathlib.Path, base_model: str, revision: str, library: str
+) -> Iterator[str]:
+  """Yields the lines above a card's own: for the hub, a title, the base."""
+  yield "---"
+  if hub.is_id(base_model):
+    yield f"base_model: {base_model}"
+  yield f"library_name: {library}"
+  yield "tags: [masked-diffusion, agrpo_jax]"
+  yield "---"
+  yield ""
+  yield f"# {folder.resolve().name}"
+  yield ""
+  name = f"`{_name(base_model)}`"
+  if revision:
+    name += f", revision `{revision}`"
+  yield f"* Base model: {name}; its licence applies to this one."
+
+
+def _name(path: str) -> str:
+  """Returns a hub id, or of a folder's or file's path the last part."""
+  # Where it lies is nobody's business who reads a card.
+  return path if hub.is_id(path) else pathlib.PurePath(path).name
 
 
 def _method(config: Mapping[str, Any]) -> str:

@@ -59,6 +59,7 @@ class Log:
     records: of metrics.jsonl, in order; null is NaN.
     before: figures of the held-out evaluation before the first train step.
     completions: of completions.jsonl; where there is none, of samples.jsonl.
+    start: of start.json: with whose weights the run began, if a run's.
     sessions: of environment.json, one per start of the run.
     num_unreadable: lines that are no JSON, beside a half one at the end.
     is_stopped: its process is known to be gone.
@@ -69,6 +70,7 @@ class Log:
   records: Sequence[Mapping[str, float]]
   before: Mapping[str, float] = dataclasses.field(default_factory=dict)
   completions: Sequence[Mapping[str, Any]] = ()
+  start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   sessions: Sequence[Mapping[str, Any]] = ()
   num_unreadable: int = 0
   is_stopped: bool = False
@@ -160,6 +162,7 @@ def read(workdir: str) -> Log:
     records=records,
     before=_object(folder / "before.json"),
     completions=completions,
+    start=_object(folder / "start.json"),
     sessions=_object(folder / "environment.json").get("sessions", ()),
     num_unreadable=bad + more,
     is_stopped=is_stopped,

@@ -38,6 +38,7 @@ from agrpo_jax.runs import run as run_lib
 from agrpo_jax.show import text as text_lib
 
 _FOLDER = pathlib.Path(__file__).parent
+_START = "--checkpoint"  # among the settings, with whose weights a run began
 
 # What a page holds at most, of each run.
 MAX_METRICS = 150
@@ -232,6 +233,8 @@ def render(
     try:
       runs.append(_run(log, price, len(read)))
       configs.append(_flat(log.config))
+      if log.start:
+        configs[-1] |= _flat("{run}:{train_step}".format(**log.start), _START)
       embed(runs[-1])  # which refuses NaN
     except Exception as error:  # as many kinds as there are values to misuse
       raise errors.UserError(

@@ -31,6 +31,7 @@ from agrpo_jax import types
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint
 from agrpo_jax.runs import checkpoint_meta
+from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.runs import checkpoint_read
 from agrpo_jax.runs import files
 from agrpo_jax.runs import metrics
@@ -288,11 +289,23 @@ class Run:
         code=128 + asked,
       )
 
-  def save_start(self, state: types.TrainState) -> None:
+  def save_start(self, state: types.TrainState, checkpoint: str) -> None:
     """Saves the state before the first train step, where another run made it.
 
     From here on this run needs the other one no more.
+
+    Args:
+      state: with the weights of the other run.
+      checkpoint: which of whose: WORKDIR, WORKDIR:best or WORKDIR:TRAIN_STEP.
     """
+    if processes.is_main():
+      folder, _ = checkpoint_named.split(checkpoint)
+      start = {
+        "run": pathlib.Path(folder).expanduser().resolve().name,
+        "train_step": checkpoint_named.find_train_step(checkpoint),
+      }
+      with files.rewrite(self.folder / "start.json") as opened:
+        opened.write(json.dumps(start).encode())
     self.checkpoints.save(state, self._meta(), force=True)
     self.checkpoints.wait()
 

@@ -84,6 +84,15 @@ def test_accuracy_is_that_of_the_checkpoint_or_none(workdir, tmp_path):
   assert "50.0 %" not in text
 
 
+def test_what_the_run_began_with(workdir, tmp_path):
+  (workdir / "start.json").write_text('{"run": "first", "train_step": 40}')
+  text = written(workdir, tmp_path / "out")
+  assert "It began with what another run trained: `first`, train step 40." in (
+    text
+  )
+  assert "* Data: `my_run`." in text
+
+
 def test_what_is_not_recorded_is_left_out(workdir, tmp_path):
   for file in workdir.iterdir():
     file.unlink()
@@ -117,6 +126,7 @@ def test_a_meta_that_is_none(workdir, tmp_path, changes):
     ("metrics.jsonl", "[1]"),
     ("metrics.jsonl", "[" * 100_000),
     ("metrics.jsonl", '{"train_step": 3, "eval/accuracy": "x"}'),
+    ("start.json", "{}"),
     ("environment.json", "{}"),
     ("environment.json", '{"sessions": [1]}'),
     ("environment.json", '{"sessions": [{"command": [1]}]}'),

@@ -225,6 +225,8 @@ class TestMerge:
       runpy.run_module("agrpo_jax.port", run_name="__main__")
     """)
     assert "204,224 parameters" in out
+    written = (tmp_path / "merged" / "README.md").read_text()
+    assert "with the adapter `adapter` merged into them, as float32" in written
     _, merged = model_folder.load(tmp_path / "merged")
     tokens = np.random.default_rng(0).integers(0, 500, (2, 12))
     args = tokens, np.array([12, 7]), np.array([[0, 11, 4], [6, 1, 2]])

@@ -541,6 +541,16 @@ class TestCommand:
     assert {k: v.tobytes() for k, v in ours.items()} == {
       k: v.tobytes() for k, v in theirs.items()
     }
+    written = (tmp_path / "out" / "README.md").read_text()
+    assert f"Base model: `{GQA.name}`; its licence" in written
+    assert f"    agrpo port --from={GQA.name} --to=FOLDER\n" in written
+    assert str(tmp_path) not in written
+
+  def test_a_card_that_is_there_is_kept(self, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    done = command(f"--from={GQA}", f"--to={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "README.md").read_text() == "mine"
 
   def test_mistakes_end_with_one_message_and_code_2(self, tmp_path):
     for args, message in (

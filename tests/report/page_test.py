@@ -8,6 +8,7 @@ import re
 import pytest
 
 from agrpo_jax import errors
+from agrpo_jax.report import logs
 from agrpo_jax.report import page
 from fixtures import run_logs
 
@@ -172,6 +173,15 @@ def test_settings_and_their_difference():
   }
   assert by_key["note"]["values"] == ["—", "x"]
   assert not by_key["rollout.cache"]["differs"]
+
+
+def test_settings_say_where_a_run_began(tmp_path):
+  start = {"run": "first", "train_step": 40}
+  began = dataclasses.replace(run_logs.log(1), start=start)
+  read = logs.read(run_logs.write(tmp_path / "run", began))
+  rows = content(read, run_logs.log(1))["settings"]
+  (row,) = (row for row in rows if row["key"] == "--checkpoint")
+  assert row["values"] == ["first:40", "—"] and row["differs"]
 
 
 def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path):

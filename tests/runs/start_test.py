@@ -1,5 +1,6 @@
 """A run made longer, and a run that begins with what another one trained."""
 
+import json
 import pathlib
 import shutil
 import types as python_types
@@ -82,6 +83,9 @@ def test_it_begins_with_what_the_other_run_trained(first, tmp_path):
   train.train(settings.rl(c), first.workdir)
   assert checkpoint_read.Reader(c.workdir).steps() == [1, 0]
   chex.assert_trees_all_equal(trainable(c, 0), trainable(first, 2))
+  began = json.loads((pathlib.Path(c.workdir) / "start.json").read_text())
+  name = pathlib.Path(first.workdir).name
+  assert began == {"run": name, "train_step": 2}
   # By itself from here on: the same command goes on without the other run.
   c.train.num_steps = 2
   train.train(settings.rl(c), str(tmp_path / "gone"))
