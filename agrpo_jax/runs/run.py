@@ -368,9 +368,10 @@ class StopRequest:
         "or from the start if there is none yet."
       )
     self.signal = number
+    # To who pressed it, wherever else a run's words go to (`lab train`).
     progress.say(
       "Stopping after this train step (Ctrl-C again: at once, unsaved).",
-      sys.stderr,
+      sys.__stderr__,
     )
 
 
