@@ -176,8 +176,15 @@ def is_lost(error: BaseException) -> bool:
   # By its words: JAX raises ValueError where a call fails at once, its own
   # error where a result is waited for.
   signs = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier", "NCCL")
-  is_one_of_several = jax.distributed.is_initialized()
-  return is_one_of_several and any(sign in str(error) for sign in signs)
+  if not jax.distributed.is_initialized():
+    return False
+  found: BaseException | None = error
+  while found is not None:
+    if any(sign in str(found) for sign in signs):
+      return True
+    # Orbax says of a save only that it took too long.
+    found = found.__cause__ or found.__context__
+  return False
 
 
 def leave(message: str) -> NoReturn:

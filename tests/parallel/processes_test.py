@@ -167,6 +167,16 @@ def test_a_process_that_freezes_counts_as_lost(tmp_path):
     assert LOST in pair.said(1)
 
 
+def test_why_a_save_timed_out_is_looked_for(monkeypatch):
+  """Orbax raises TimeoutError from what JAX says of the other process."""
+  error = TimeoutError("Timed out while waiting.")
+  error.__cause__ = RuntimeError("INTERNAL: Barrier failed because: ...")
+  assert not processes.is_lost(error)  # a single process has lost nobody
+  monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+  assert processes.is_lost(error)
+  assert not processes.is_lost(TimeoutError("Timed out while waiting."))
+
+
 def test_our_own_mistake_in_one_process_ends_the_other(tmp_path):
   script = "processes.exchange(1 // (1 - jax.process_index()))"
   with commands.Pair(tmp_path, "-c", COMMAND.format(script)) as pair:
