@@ -94,13 +94,14 @@ def start(
     kinds: as in `Records`.
 
   Raises:
-    UserError: it cannot be written, is in use, or holds records made with
-      other settings.
+    UserError: it cannot be written, is in use, holds records made with other
+      settings, or holds a file that no evaluation wrote.
     KeyboardInterrupt: the caller's, which then says that the records are kept.
   """
   if not output:
     yield Records()
     return
+  _check_ours(output)  # before the lock, which stays beside the records
   with contextlib.ExitStack() as stack:
     try:
       with _writing(output):
@@ -145,10 +146,13 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
   Only the groups (first keys) that `settings` has are compared.
 
   Raises:
-    UserError: with every difference.
+    UserError: with every difference, or naming a file that is not ours.
   """
+  if not output:
+    return
+  _check_ours(output)
   file = _path(output, "settings.json")
-  if not output or not file.exists():
+  if not file.exists():
     return
   # Nobody is told to remove it: the records would pass for those of any.
   before = files.read_json(
@@ -165,6 +169,26 @@ def check(output: str, settings: Mapping[str, Any]) -> None:
       + "\n  ".join(found)
       + "\nGive another --output or undo the changes."
     )
+
+
+def _check_ours(output: str) -> None:
+  """Refuses what no evaluation wrote: the end of such a file would be cut off.
+
+  Raises:
+    UserError: naming a file with contents but without settings beside it, which
+      an evaluation writes before everything else.
+  """
+  settings = _path(output, "settings.json")
+  if settings.exists():
+    return
+  for name in ("examples.jsonl", "timing.jsonl", "result.json"):
+    file = _path(output, name)
+    if file.exists() and file.stat().st_size:
+      raise errors.UserError(
+        f"--output={output!r} would write to {file}, which is there already "
+        f"and of no evaluation: there is no {settings.name} beside it. Give "
+        "another --output, or move that file away."
+      )
 
 
 def result(output: str) -> dict[str, Any] | None:

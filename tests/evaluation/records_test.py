@@ -152,6 +152,37 @@ def test_other_settings_are_refused_with_every_difference(tmp_path):
   records.check(str(tmp_path), {"num_samples": 1})
 
 
+@pytest.mark.parametrize(
+  "output, file",
+  [
+    ("pairs.jsonl", "pairs.jsonl"),
+    ("folder", "folder/examples.jsonl"),
+    ("folder", "folder/timing.jsonl"),
+    ("folder", "folder/result.json"),
+  ],
+)
+def test_a_file_that_no_evaluation_wrote_is_left_alone(tmp_path, output, file):
+  (tmp_path / "folder").mkdir()
+  path = tmp_path / file
+  path.write_text('{"id": 0}\n{"prompt": "an end without a newline"}')
+  before = path.read_text()
+  output = str(tmp_path / output)
+  there = {*tmp_path.rglob("*")}
+  with (
+    pytest.raises(errors.UserError, match=f"{file}, which is there already"),
+    records.start(output, SETTINGS),
+  ):
+    pass
+  with pytest.raises(errors.UserError, match="Give another --output"):
+    accuracy.finished(output, SETTINGS, 1)
+  assert path.read_text() == before
+  assert {*tmp_path.rglob("*")} == there
+  # An empty one, as a program makes it for a name of its own, has no contents.
+  path.write_text("")
+  with records.start(output, SETTINGS):
+    pass
+
+
 def test_one_process_at_a_time(tmp_path):
   with (
     records.start(str(tmp_path), SETTINGS),
