@@ -16,9 +16,15 @@ HELP = (
 def split(checkpoint: str) -> tuple[str, str]:
   """The work directory, and "best", a number, or "" for the newest."""
   folder, _, which = checkpoint.rpartition(":")
+  if _holds_checkpoints(checkpoint):
+    return checkpoint, ""  # a work directory of such a name, as gsm8k-14:05
   if which == "best" or (folder and which.isdecimal()):
     return folder, which
   return checkpoint, ""
+
+
+def _holds_checkpoints(folder: str) -> bool:
+  return (pathlib.Path(folder).expanduser() / "checkpoints").is_dir()
 
 
 def exists(workdir: str) -> bool:
@@ -40,7 +46,7 @@ def find(checkpoint: str) -> tuple[checkpoint_read.Reader, int | None]:
     UserError: there is no such checkpoint.
   """
   folder, which = split(checkpoint)
-  if not (pathlib.Path(folder).expanduser() / "checkpoints").is_dir():
+  if not _holds_checkpoints(folder):
     raise errors.UserError(
       f"--checkpoint={checkpoint!r} is not a work directory with checkpoints/; "
       "give a run's config.workdir, with :best or :TRAIN_STEP behind it if you "

@@ -32,6 +32,16 @@ def test_which_checkpoint(workdir, which, train_step):
   assert checkpoint_named.find_train_step(f"{workdir}{which}") == train_step
 
 
+@pytest.mark.parametrize("name", ["run:1", "gsm8k-14:05", "a:best"])
+def test_a_work_directory_whose_name_ends_like_a_checkpoint(tmp_path, name):
+  save(tmp_path / name.partition(":")[0], {1: 0.1})
+  own = str(save(tmp_path / name, {2: 0.1, 3: None}))
+  assert checkpoint_named.split(own) == (own, "")
+  assert checkpoint_named.find_train_step(own) == 3
+  assert checkpoint_named.find_train_step(f"{own}:best") == 2
+  assert checkpoint_named.find_train_step(f"{own}:2") == 2
+
+
 def test_the_newest_is_not_pinned(workdir):
   assert checkpoint_named.find(str(workdir))[1] is None
 
