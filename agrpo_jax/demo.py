@@ -8,6 +8,7 @@ the run's report: a page with everything, each completion playable.
 """
 
 import importlib.util
+import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -32,14 +33,16 @@ def run(s: settings_lib.Rl) -> None:
     f"{e.sampling.num_denoise_steps} denoising steps, "
     f"{e.sampling.unmask_rule} order, temperature {e.sampling.temperature:g}"
   )
-  print(f"Held-out problems: {e.num_examples}. Sampler: {sampler}.", flush=True)
+  number = e.num_examples or "all"
+  print(f"Held-out problems: {number}. Sampler: {sampler}.", flush=True)
   before = evaluate.run(s, "", "")
   print(f"Before: {percent(before)} solved. Training ...", flush=True)
   train.train(s)
   after = evaluate.run(s, s.workdir, "")
-  picture = pathlib.Path(s.workdir) / "curves.png"
+  workdir = pathlib.Path(s.workdir).expanduser()
+  picture = workdir / "curves.png"
   if processes.is_main():
-    plot(pathlib.Path(s.workdir) / "metrics.jsonl", before, picture)
+    plot(workdir / "metrics.jsonl", before, picture)
   task = s.task.name or s.task.path
   print(f"\nHeld-out problems of {task}, {sampler}, seed {s.seed}")
   print(table(before, after))
@@ -76,9 +79,11 @@ def table(before: statistics.Result, after: statistics.Result) -> str:
 
 
 def percent(result: statistics.Result) -> str:
-  """Accuracy and its standard error."""
-  error = 100 * result.standard_error
-  return f"{100 * result.accuracy:.1f} % ± {error:.1f}"
+  """Accuracy and its standard error, which a single problem does not have."""
+  solved = f"{100 * result.accuracy:.1f} %"
+  if math.isnan(result.standard_error):
+    return solved
+  return f"{solved} ± {100 * result.standard_error:.1f}"
 
 
 def plot(
@@ -93,7 +98,7 @@ def plot(
     (
       record["train_step"] + 1,
       record["eval/accuracy"],
-      record["eval/accuracy_standard_error"],
+      record.get("eval/accuracy_standard_error", math.nan),
     )
     for record in records
     if "eval/accuracy" in record
