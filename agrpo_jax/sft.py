@@ -238,6 +238,7 @@ def fine_tune(s: settings_lib.Sft) -> None:
       # Waits for the device, without which the lap would time the dispatch.
       scalars = metrics.to_floats(learned)
       clock.lap("update")
+      scalars |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
       run.finish_step(state, train_step, scalars)
       report.step(train_step, scalars, clock.seconds, completion_BxC.size)
     if s.output:

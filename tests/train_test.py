@@ -141,6 +141,7 @@ def test_sft_learns_from_a_file_and_exports(tmp_path):
   np.testing.assert_allclose(rates, [5e-3] + [1e-2] * 29)
   loss = [record["loss"] for record in log]
   assert np.mean(loss[-5:]) < 0.5 * np.mean(loss[:5])
+  assert all(record["seconds/update"] > 0 for record in log)
   # The result is a checkpoint like any other.
   network, params, _ = recordings.network_at(c.sft.output)
   assert network.num_layers == 1

@@ -21,15 +21,15 @@ class Cost:
   """What a run has taken.
 
   Attributes:
-    seconds: of the train steps in the log. Loading, and steps that were lost
-      to a kill and done again, are not in it.
+    seconds: of the train steps in the log, None where none is timed. Loading,
+      and steps that were lost to a kill and done again, are not in it.
     chip_hours: of these; None where no session says how many devices.
     seconds_left: until the last train step at the present pace, None where
       there is none yet.
     chip_hours_left: of these.
   """
 
-  seconds: float
+  seconds: float | None
   chip_hours: float | None
   seconds_left: float | None
   chip_hours_left: float | None
@@ -37,21 +37,21 @@ class Cost:
 
 def cost(log: logs.Log) -> Cost:
   """Returns what a run has taken, and what the rest of it will."""
-  total, chip_seconds = 0.0, 0.0
-  is_known = bool(log.sessions)
-  for record in log.records:
-    seconds = logs.step_seconds(record)
-    total += seconds
+  by_step = [logs.step_seconds(record) for record in log.records]
+  is_timed = any(by_step) or not by_step
+  is_known = bool(log.sessions) and is_timed
+  chip_seconds = 0.0
+  for record, seconds in zip(log.records, by_step, strict=True):
     session = session_of(log, int(record["train_step"]))
     if session is not None:
       chip_seconds += seconds * num_chips(session)
   left = None
-  recent = [logs.step_seconds(r) for r in log.records[1:]][-50:]
+  recent = [seconds for seconds in by_step[1:] if seconds][-50:]
   if log.num_steps and recent:
     num_left = max(0, log.num_steps - log.num_done)
     left = num_left * sum(recent) / len(recent)
   return Cost(
-    seconds=total,
+    seconds=sum(by_step) if is_timed else None,
     chip_hours=chip_seconds / 3600 if is_known else None,
     seconds_left=left,
     chip_hours_left=(
@@ -178,6 +178,11 @@ def missing(log: logs.Log) -> list[str]:
       not log.sessions,
       "Hardware and versions are not recorded: the run is older than this "
       "page. Chip hours and MFU need them.",
+    ),
+    (
+      cost(log).seconds is None,
+      "The seconds of train steps are not recorded; time, chip hours and speed "
+      "need them.",
     ),
     (
       log.setting("kind") == "rl"

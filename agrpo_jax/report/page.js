@@ -186,7 +186,8 @@ function tiles(run) {
   made.push(tile("Cost", isNumber(cost.chip_hours) ?
     (cost.price ? number(cost.chip_hours * cost.price) :
       number(cost.chip_hours)) : "–",
-    !isNumber(cost.chip_hours) ? "hardware not recorded" :
+    !isNumber(cost.chip_hours) ?
+      (isNumber(cost.seconds) ? "hardware" : "time") + " not recorded" :
       (cost.price ? number(cost.chip_hours) + " chip hours" : "chip hours; no price given") +
       (!run.finished && isNumber(wholeHours) ? ", " +
         (cost.price ? number(wholeHours * cost.price) : number(wholeHours)) +

@@ -83,6 +83,18 @@ def test_cost_of_what_is_not_recorded_is_not_known():
   assert found.seconds_left == pytest.approx(90)
 
 
+def test_cost_of_a_log_without_seconds_is_not_known():
+  log = run_logs.log(10, loss=1.0)
+  assert figures.cost(log) == figures.Cost(None, None, None, None)
+  assert any("seconds of train steps" in one for one in figures.missing(log))
+  # What has not begun has taken nothing.
+  assert figures.cost(run_logs.log(0)) == figures.Cost(0, 0, None, None)
+  # Of a run that an older version began, what is timed tells the pace.
+  log.records[9]["seconds/update"] = 2.0
+  found = figures.cost(log)
+  assert (found.seconds, found.seconds_left) == (2, 90 * 2)
+
+
 def test_tokens_per_second_by_hand():
   log = run_logs.log(
     2, seconds__rollout=[1.0, 3.0], seconds__update=1.0, seconds__evaluate=9.0
