@@ -6,7 +6,8 @@ reads what the runs have logged so far: curves, held-out accuracy, completions
 step by step, settings and where they differ, hardware, cost, and warnings in
 words. The page needs no network and no other file. With --watch it is written
 anew whenever the logs grow, until all runs have ended, if only by `kill -9`; an
-open page reads itself again.
+open page reads itself again. A long run's logs take long to read: the watch
+rests nine times as long, and so never takes more than a tenth of a core.
 """
 
 import math
@@ -23,11 +24,12 @@ from agrpo_jax.report import logs
 from agrpo_jax.report import page
 
 _MAX_RUNS = 12
+_REST = 9  # times as long as a page took
 
 _HTML = flags.DEFINE_string("html", "report.html", "File to write.")
 _WATCH = flags.DEFINE_bool("watch", False, "Write it anew while runs go on.")
 _SECONDS = flags.DEFINE_float(
-  "watch_seconds", 10.0, "How often --watch looks at the logs."
+  "watch_seconds", 10.0, "How often at most --watch looks at the logs."
 )
 _PRICE = flags.DEFINE_float(
   "chip_hour_price", 0.0, "Of one chip, in any currency; 0: the runs' own."
@@ -52,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
       f"--watch_seconds={_SECONDS.value:g} must be positive."
     )
   while True:
+    began = time.monotonic()
     stamps = [logs.stamp(workdir) for workdir in workdirs]
     read = page.write(
       workdirs,
@@ -64,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"Wrote {file} ({size:.1f} MB): {done}", flush=True)
     if not _WATCH.value or all(log.has_ended for log in read):
       return
+    # All logs are read anew for every page.
+    time.sleep(max(_SECONDS.value, _REST * (time.monotonic() - began)))
     while stamps == [logs.stamp(workdir) for workdir in workdirs]:
       time.sleep(_SECONDS.value)
 

@@ -12,6 +12,7 @@ import types
 
 import pytest
 
+from agrpo_jax.report import __main__ as report
 from agrpo_jax.report import logs
 from agrpo_jax.report import page
 from agrpo_jax.runs import checkpoint_read
@@ -202,3 +203,29 @@ def test_watching_a_run_until_it_ends(tmp_path):
       assert f"run {step + 1}/3" in watching.stdout.readline()
     assert watching.wait(30) == 0
     assert '"seconds":0,' in file.read_text()
+
+
+def test_watching_leaves_nine_tenths_of_a_core(tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  config = {**run_logs.CONFIG, "train": {"num_steps": 4}}
+  workdir = run_logs.write(folder, run_logs.log(1, config=config, reward=0.5))
+  now, rests, write = [0.0], [], page.write
+
+  def slow(*args, **kwargs):
+    """Takes as many seconds as the run has train steps, and it goes on."""
+    read = write(*args, **kwargs)
+    done = read[0].num_done
+    now[0] += done
+    run_logs.write(folder, run_logs.log(done + 1, config=config, reward=0.5))
+    return read
+
+  monkeypatch.setattr(page, "write", slow)
+  clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=rests.append)
+  monkeypatch.setattr(report, "time", clock)
+  for name, value in (
+    *(("_HTML", str(tmp_path / "page.html")), ("_WATCH", True)),
+    *(("_SECONDS", 10.0), ("_PRICE", 0.0)),
+  ):
+    monkeypatch.setattr(report, name, types.SimpleNamespace(value=value))
+  report.main(["report", workdir])
+  assert rests == [10.0, 18.0, 27.0]
