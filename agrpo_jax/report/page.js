@@ -412,20 +412,27 @@ function scale(one, low, high, isLog) {
 
 function axis(one, y, values, show) {
   for (const value of values) {
+    const label = svg("text", { x: left - 6, y: y(value) + 4,
+      "text-anchor": "end" }, show(value));
     one.picture.append(
       svg("line", { class: "grid-line", x1: left, x2: one.width - rightSide,
-        y1: y(value), y2: y(value) }),
-      svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" },
-        show(value)));
+        y1: y(value), y2: y(value) }), label);
+    // Many digits stand closer together; the card's edge would cut them.
+    if (label.getComputedTextLength() > left) {
+      fill(label, { textLength: left, lengthAdjust: "spacingAndGlyphs" }, []);
+    }
   }
 }
 
+// Of a tick, which is a round number: all of its digits, as fewer might be
+// those of its neighbour too. What adding up has left in the last is none.
 const short = (value) => {
   const size = Math.abs(value);
-  if (size >= 1e6) return number(value / 1e6) + "M";
-  if (size >= 1e4) return number(value / 1e3) + "k";
-  if (size && size < 1e-2) return value.toExponential(0).replace("e-", "e−");
-  return String(Number(value.toPrecision(3))).replace("-", "−");
+  const [unit, sign] = size >= 1e6 ? [1e6, "M"] : size >= 1e4 ? [1e3, "k"] :
+    [1, ""];
+  const exact = Number((value / unit).toPrecision(12));
+  const text = size && size < 1e-2 ? exact.toExponential() : String(exact);
+  return (text + sign).replaceAll("-", "−");
 };
 
 function lineChart(chart) {

@@ -391,6 +391,30 @@ def test_charts_are_read_by_keyboard_at_one_step(driver, pages):
   assert texts(driver, ".chart .readout")[0] == "0.79"
 
 
+@pytest.mark.parametrize(
+  "values,labels",
+  [
+    ([1.2e-4, 3e-4], ["1e−4", "1.5e−4", "2e−4", "2.5e−4", "3e−4"]),
+    ([1.9991e-4, 2e-4], ["1.999e−4", "1.9995e−4", "2e−4"]),
+    ([1000.5, 1010], ["1000", "1002.5", "1005", "1007.5", "1010"]),
+    ([12_000, 12_010], ["12k", "12.0025k", "12.005k", "12.0075k", "12.01k"]),
+    ([-2e-3, 4e-3], ["−2e−3", "0", "2e−3", "4e−3"]),
+  ],
+)
+def test_neighbouring_ticks_have_labels_of_their_own(
+  driver, tmp_path, values, labels
+):
+  file = tmp_path / "page.html"
+  log = run_logs.log(2, learning_rate=values)
+  file.write_text(page.render([log]), "utf-8")
+  browser.look(driver, file)
+  axis = ".chart svg[aria-label^='Learning rate'] text[text-anchor=end]"
+  assert texts(driver, axis) == labels
+  # And all of their digits are on the card.
+  card = one_of(driver, ".chart:has(svg[aria-label^='Learning rate'])")
+  assert all(found.rect["x"] > card.rect["x"] for found in all_of(driver, axis))
+
+
 def test_hostile_text_stays_text(driver, pages):
   browser.look(driver, pages["one"])
   seen = []
