@@ -524,21 +524,29 @@ function lineChart(chart) {
     }
   };
   const valueAt = (line, step) => {
+    if (!line) return "–";
     if (step === null) return show(line.ys[line.ys.length - 1]);
     return step > line.run.done ? "–" : show(line.ys[nearest(line.xs, step)]);
   };
-  // Of one run a value per line; of several a group of values per run.
+  // Of one run a value per line; of several a group per run, of a value per
+  // name: a run that has no line of that name leaves its place empty.
+  const shown = names.filter((name) => lines.some((line) =>
+    line.name === name));
   const groups = isOne ? lines.map((line) => [line]) : runs.map((run) =>
-    lines.filter((line) => line.run === run)).filter((one) => one.length);
-  const read = (step) => groups.map((group) =>
-    el("span", { title: isOne ? null : group[0].run.name },
+    shown.map((name) => lines.find((line) =>
+      line.run === run && line.name === name))).filter((one) =>
+    one.some(Boolean));
+  const read = (step) => groups.map((group) => {
+    const known = group.find(Boolean);
+    return el("span", { title: isOne ? null : known.run.name },
       groups.length > 1 && el("span", { class: "swatch",
-        "--c": group[0].colour }),
+        "--c": known.colour }),
       isOne && names.length > 1 && el("span", { class: "soft" },
-        group[0].label + " "),
-      group.map((line) => valueAt(line, step)).join(" / ")));
+        known.label + " "),
+      group.map((line) => valueAt(line, step)).join(" / "));
+  });
   const dashed = !isOne && lines.some((line) => line.isDashed) ?
-    [names.map((name) => chart.lines[name]).join(" / ") + " (dashed)"] : [];
+    [shown.map((name) => chart.lines[name]).join(" / ") + " (dashed)"] : [];
   const described = lines.slice(0, 4).map((line) => {
     const ys = line.ys.filter(isNumber);
     return (isOne ? "" : line.run.name + ", ") + line.label + ": from " +

@@ -391,6 +391,30 @@ def test_charts_are_read_by_keyboard_at_one_step(driver, pages):
   assert texts(driver, ".chart .readout")[0] == "0.79"
 
 
+def test_a_value_that_a_run_lacks_leaves_its_place_empty(driver, tmp_path):
+  file = tmp_path / "page.html"
+  evaluated = run_logs.log(2, accuracy=0.25, eval__accuracy=0.5)
+  trained = run_logs.log(2, name="other", accuracy=0.75)
+  for read, note, values in (
+    (
+      [evaluated, trained],
+      "held out / training (dashed)",
+      "50.0 % / 25.0 %\n– / 75.0 %",
+    ),
+    (
+      [trained, dataclasses.replace(trained, name="third")],
+      "training (dashed)",
+      "75.0 %\n75.0 %",
+    ),
+  ):
+    file.write_text(page.render(read), "utf-8")
+    browser.look(driver, file)
+    chart = one_of(driver, ".chart:has(svg[aria-label^='Accuracy'])")
+    said = chart.find_element(By.CSS_SELECTOR, ".what").text
+    assert said.split("; ")[-1] == note
+    assert chart.find_element(By.CSS_SELECTOR, ".readout").text == values
+
+
 @pytest.mark.parametrize(
   "values,labels",
   [
