@@ -12,6 +12,7 @@ rests nine times as long, and so never takes more than a tenth of a core.
 
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 
@@ -37,11 +38,17 @@ _PRICE = flags.DEFINE_float(
 
 
 def main(argv: Sequence[str]) -> None:
-  workdirs, file = argv[1:], pathlib.Path(_HTML.value).expanduser()
+  # A folder that is named twice is one run.
+  workdirs = [*{logs.place(word): word for word in argv[1:]}.values()]
+  file = pathlib.Path(_HTML.value).expanduser()
   if not workdirs:
     raise errors.UserError(
       "Give the work directory of a run, or of several: python -m "
       "agrpo_jax.report WORKDIR [WORKDIR ...]"
+    )
+  if len(workdirs) > _MAX_RUNS:
+    raise errors.UserError(
+      f"These are {len(workdirs)} runs; a page holds at most {_MAX_RUNS}."
     )
   if file.is_dir():
     raise errors.UserError(f"--html={str(file)!r} is a folder; name a file.")
@@ -82,4 +89,4 @@ def _progress(log: logs.Log) -> str:
 if __name__ == "__main__":
   # An accelerator is the run's, if there is one.
   jax.config.update("jax_platforms", "cpu")
-  command.main(main, num_words=_MAX_RUNS)
+  command.main(main, num_words=sys.maxsize)  # `main` counts runs

@@ -157,7 +157,7 @@ def read(workdir: str) -> Log:
   if not completions:
     completions, more = _lines(folder / "samples.jsonl", dict)
   return Log(
-    name=folder.resolve().name,
+    name=place(workdir).name,
     config=files.read_json(folder / "config.json", "the config of the run"),
     records=records,
     before=_object(folder / "before.json"),
@@ -167,6 +167,11 @@ def read(workdir: str) -> Log:
     num_unreadable=bad + more,
     is_stopped=is_stopped,
   )
+
+
+def place(workdir: str) -> pathlib.Path:
+  """Returns the folder that a path leads to, whichever way."""
+  return pathlib.Path(workdir).expanduser().resolve()
 
 
 def stamp(workdir: str) -> tuple[bool, list[tuple[int, int]]]:

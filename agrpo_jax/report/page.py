@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import hashlib
 import html
+import itertools
 import json
 import math
 import pathlib
@@ -179,7 +180,10 @@ def write(
     UserError: a folder that holds no run, or not what a run writes, or a page
       that cannot be written.
   """
-  read = _with_names([logs.read(workdir) for workdir in workdirs])
+  read = [
+    dataclasses.replace(logs.read(workdir), name=name)
+    for workdir, name in zip(workdirs, _names(workdirs), strict=True)
+  ]
   content = render(read, price=price, seconds=seconds).encode()
   try:
     # `--watch` and the run itself may write it at once.
@@ -299,18 +303,22 @@ def _hash(text: str) -> str:
   return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _with_names(read: Sequence[logs.Log]) -> list[logs.Log]:
-  """Gives runs whose folders are called the same a number."""
-  counts = Counter(log.name for log in read)
-  seen: Counter[str] = Counter()
-  found = []
-  for log in read:
-    seen[log.name] += 1
-    name = log.name
-    if counts[name] > 1:
-      name = f"{name} ({seen[name]})"
-    found.append(dataclasses.replace(log, name=name))
-  return found
+def _names(workdirs: Sequence[str]) -> list[str]:
+  """Returns of each path as many of its last parts as no other one ends with.
+
+  The root is no part of it: where a user keeps runs is nobody's business.
+  """
+  every = [logs.place(workdir).parts[1:] for workdir in workdirs]
+  names = []
+  for parts in every:
+    others = [other for other in every if other != parts]
+    size = next(
+      size
+      for size in itertools.count(1)
+      if all(other[-size:] != parts[-size:] for other in others)
+    )
+    names.append("/".join(parts[-size:]))
+  return names
 
 
 # What the page reads of an evaluation, and of a start of the run; the command

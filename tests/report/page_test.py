@@ -185,12 +185,15 @@ def test_settings_say_where_a_run_began(tmp_path):
 
 
 def test_runs_in_folders_of_one_name_can_be_told_apart(tmp_path):
+  places = ("agrpo/0", "espo/0", "espo/1", "more/espo/0")
   workdirs = [
-    run_logs.write(tmp_path / parent / "run", run_logs.log(1, reward=0.5))
-    for parent in "ab"
+    run_logs.write(tmp_path / place, run_logs.log(1, reward=0.5))
+    for place in places
   ]
+  names = ["agrpo/0", f"{tmp_path.name}/espo/0", "1", "more/espo/0"]
   read = page.write(workdirs, tmp_path / "page.html")
-  assert [log.name for log in read] == ["run (1)", "run (2)"]
+  assert [log.name for log in read] == names
+  assert str(tmp_path) not in (tmp_path / "page.html").read_text()
 
 
 def test_failures_of_grading_are_counted_by_reason():

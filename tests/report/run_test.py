@@ -131,7 +131,11 @@ def test_the_command_makes_one_page_of_several_runs(tmp_path):
     for name in ("first", "second")
   ]
   file = tmp_path / "both.html"
-  said = commands.alone("-m", "agrpo_jax.report", *workdirs, f"--html={file}")
+  (tmp_path / "link").symlink_to(workdirs[0])
+  again = (f"{workdirs[0]}/", tmp_path / "link")  # the first one, and no third
+  said = commands.alone(
+    *("-m", "agrpo_jax.report", *workdirs, *again, f"--html={file}")
+  )
   assert f"Wrote {file}" in said
   assert "first 3/100, second 3/100" in said
   assert "<title>first, second</title>" in file.read_text()
@@ -142,6 +146,7 @@ def test_the_command_makes_one_page_of_several_runs(tmp_path):
   [
     ([], "Give the work directory of a run"),
     (["nowhere"], "'nowhere' is not the work directory of a run"),
+    ([*map(str, range(13))], "These are 13 runs; a page holds at most 12."),
     (["nowhere", "--chip_hour_price=-1"], "--chip_hour_price=-1 must be 0"),
     (["nowhere", "--chip_hour_price=inf"], "--chip_hour_price=inf must be 0"),
     (["nowhere", "--html=."], "--html='.' is a folder"),
