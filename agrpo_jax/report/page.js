@@ -55,7 +55,7 @@ const forms = {
   number, log: number, percent,
   seconds: (value) => isNumber(value) ? number(value) + " s" : "–",
 };
-const colour = (index) => "var(--c" + (index % 8) + ")";
+const colour = (index) => "var(--c" + (index % 12) + ")";
 const plural = (count, word) =>
   count.toLocaleString("en-US") + " " + word + (count === 1 ? "" : "s");
 

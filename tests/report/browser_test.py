@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 from selenium.common.exceptions import WebDriverException
@@ -220,6 +222,29 @@ def test_every_text_can_be_read(driver, pages, name, is_dark):
   for shading in all_of(driver, "[data-shade]"):
     shading.click()
     assert driver.execute_script(CONTRAST) == []
+
+
+# Where distances are those that the eye sees: OKLab.
+COLOURS = """
+return [...document.querySelectorAll(".legend .swatch")].map((one) => {
+  one.style.color = "oklab(from var(--c) l a b)";
+  return getComputedStyle(one).color.match(/-?[0-9.]+/g).map(Number);
+});
+"""
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_every_run_has_a_colour_of_its_own(driver, tmp_path, is_dark):
+  file = tmp_path / "page.html"
+  read = [run_logs.log(2, name=f"run {i}", reward=0.5) for i in range(12)]
+  file.write_text(page.render(read), "utf-8")
+  browser.look(driver, file, is_dark=is_dark)
+  colours = driver.execute_script(COLOURS)
+  pairs = itertools.combinations(colours, 2)
+  assert len(colours) == 12
+  assert min(math.dist(one, other) for one, other in pairs) > 0.08
+  # And none comes close to what is under it.
+  assert all(light > 0.7 if is_dark else light < 0.6 for light, *_ in colours)
 
 
 def test_it_says_what_matters_first(driver, pages):
