@@ -186,6 +186,7 @@ def missing(log: logs.Log) -> list[str]:
     ),
     (
       log.setting("kind") == "rl"
+      and log.num_done > 0
       and not any("unmasking" in one for one in log.completions),
       "No completion has its denoising steps recorded, so none can be played.",
     ),

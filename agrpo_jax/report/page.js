@@ -631,6 +631,8 @@ function curves() {
   }
   const sections = [...new Set(data.charts.map((chart) => chart.section))];
   const absent = [];
+  // A run without train steps would lack them for whatever reason.
+  const haveBegun = runs.every((run) => run.done);
   for (const name of sections) {
     const grid = el("div", { class: "grid" });
     for (const chart of data.charts) {
@@ -638,7 +640,7 @@ function curves() {
       const one = lineChart(chart);
       if (one) grid.append(one.figure);
       else {
-        const why = data.absent[Object.keys(chart.lines)[0]];
+        const why = haveBegun && data.absent[Object.keys(chart.lines)[0]];
         absent.push(chart.title + (why ? " (" + why + ")" : ""));
       }
     }
@@ -651,8 +653,9 @@ function curves() {
     if (grid.childElementCount) section.append(el("h3", {}, name), grid);
   }
   if (absent.length) {
-    section.append(el("p", { class: "note absent" }, "Without data: " +
-      absent.join("; ") + "."));
+    section.append(el("p", { class: "note absent" },
+      runs.some((run) => run.done) ? "Without data: " + absent.join("; ") +
+        "." : "No train step is done yet."));
   }
   for (const one of charts) one.draw();
   let width = document.body.clientWidth;

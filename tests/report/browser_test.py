@@ -261,6 +261,22 @@ def test_it_says_what_matters_first(driver, pages):
   assert rules == ["no_spread", "grading_failed"]
 
 
+def test_a_run_that_has_just_begun_lacks_nothing(driver, tmp_path):
+  file = tmp_path / "page.html"
+  begun = run_logs.log(0)
+  for read, note in (
+    ([begun], "No train step is done yet."),
+    ([begun, run_logs.log(2, name="other", reward=0.5)], "Without data: "),
+  ):
+    file.write_text(page.render(read), "utf-8")
+    browser.look(driver, file)
+    assert one_of(driver, "#curves .absent").text.startswith(note)
+    said = one_of(driver, "body").text
+    for reason in ("does not evaluate", "plan/chips.py", "no reference policy"):
+      assert reason not in said
+    assert ("can be played" in said) == (len(read) > 1)
+
+
 def test_a_run_that_was_killed_has_stopped(driver, tmp_path):
   file = tmp_path / "page.html"
   log = dataclasses.replace(going(), is_stopped=True)
