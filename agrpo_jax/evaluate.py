@@ -37,6 +37,7 @@ from agrpo_jax.parallel import processes
 from agrpo_jax.port import model as model_lib
 from agrpo_jax.runs import checkpoint_meta
 from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.samplers import sampling as sampling_lib
 
 # Of a model, what its folder holds decides, whatever its path; how it is
 # computed is the command's business.
@@ -243,6 +244,24 @@ def use_run(
     )
 
 
+def describe(s: settings_lib.Rl | settings_lib.Drawing) -> str:
+  """How completions are drawn, on a line."""
+  sampling = s.evaluate.sampling
+  steps = f"at most {sampling.max_steps} denoising steps"
+  if sampling.rule.schedule == "exact":
+    steps = f"{sampling.num_denoise_steps} denoising steps"
+  own = "".join(
+    f" ({name} {getattr(sampling, name):g})"
+    for name in sampling_lib.parameters(sampling.unmask_rule)
+  )
+  return (
+    f"{sampling.completion_length} tokens in blocks of "
+    f"{sampling.block_length}, {steps}, unmask rule {sampling.unmask_rule}"
+    f"{own}, cache {sampling.cache}, temperature {sampling.temperature:g}, "
+    f"seed {s.seed}"
+  )
+
+
 def report(result: statistics.Result, ks: Sequence[int] = ()) -> str:
   """The figures as lines for a person."""
   found = result.scalars()
@@ -286,8 +305,12 @@ def main(argv: Sequence[str]) -> None:
   statistics.check_k(ks, asked.num_samples)
   c, given = command.evaluation_config(asked.sampler, asked.model)
   use_run(c, asked.checkpoint, given)
+  s = settings_lib.rl(c)
+  name = asked.checkpoint and checkpoint_named.pinned(asked.checkpoint)
+  # Before the work: what was not meant shows while it costs nothing.
+  print(f"{name or s.model.path}: {describe(s)}", flush=True)
   result = run(
-    settings_lib.rl(c),
+    s,
     asked.checkpoint,
     asked.output,
     num_samples=asked.num_samples,

@@ -88,6 +88,16 @@ def find_train_step(checkpoint: str) -> int | None:
   return reader.latest_step if train_step is None else train_step
 
 
+def pinned(checkpoint: str) -> str:
+  """The name WORKDIR:TRAIN_STEP of what a name means at this moment.
+
+  Raises:
+    UserError: see `find`.
+  """
+  folder, _ = split(checkpoint)
+  return f"{pathlib.PurePath(folder)}:{find_train_step(checkpoint)}"
+
+
 def read_config(checkpoint: str) -> dict[str, Any]:
   """The config that a run recorded in its work directory, as plain JSON.
 

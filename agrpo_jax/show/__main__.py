@@ -26,6 +26,7 @@ from agrpo_jax import evaluate
 from agrpo_jax import settings as settings_lib
 from agrpo_jax.parallel import mesh as mesh_lib
 from agrpo_jax.port import model as model_lib
+from agrpo_jax.runs import checkpoint_named
 from agrpo_jax.samplers import sampling as sampling_lib
 from agrpo_jax.show import page as page_lib
 from agrpo_jax.show import terminal
@@ -109,9 +110,10 @@ def draw(
       [(prompt_id, index) for index in range(num_completions)], np.uint32
     ),
   )
+  name = checkpoint_named.pinned(checkpoint) if checkpoint else s.model.path
   return page_lib.Page(
-    title=f"{pathlib.PurePath(s.model.path).name}, step by step",
-    settings=_describe(s),
+    title=f"{pathlib.PurePath(name).name}, step by step",
+    settings=evaluate.describe(s),
     prompt=text_lib.visible(prompt),
     raw_prompt=text_lib.visible(tokenizer.decode_raw(ids)),
     completions=text_lib.completions(rollout, tokenizer, num_completions),
@@ -133,22 +135,6 @@ def _held_out(
       f"--example={example} must be between 0 and {len(prompts) - 1}."
     )
   return prompts[example]
-
-
-def _describe(s: settings_lib.Drawing) -> str:
-  sampling = s.evaluate.sampling
-  steps = f"at most {sampling.max_steps} denoising steps"
-  if sampling.rule.schedule == "exact":
-    steps = f"{sampling.num_denoise_steps} denoising steps"
-  own = "".join(
-    f" ({name} {getattr(sampling, name):g})"
-    for name in sampling_lib.parameters(sampling.unmask_rule)
-  )
-  return (
-    f"{sampling.completion_length} tokens in blocks of "
-    f"{sampling.block_length}, {steps}, unmask rule {sampling.unmask_rule}"
-    f"{own}, temperature {sampling.temperature:g}, seed {s.seed}"
-  )
 
 
 def _print(page: page_lib.Page, is_animated: bool, seconds: float) -> None:

@@ -106,10 +106,11 @@ def test_stopped_and_continued_is_the_same(whole, tmp_path):
   assert "batch_size" not in message
 
 
-@pytest.mark.parametrize("line", ['{"id": 5, "index": 0}', '{"id": 0}'])
-def test_records_of_something_else_are_not_continued(tmp_path, line):
+def test_records_of_something_else_are_not_continued(tmp_path):
+  run(config(), "", str(tmp_path))
+  sudoku.cut(tmp_path, num_records=2)
   file = tmp_path / "examples.jsonl"
-  file.write_text(f"{line}\n")
+  file.write_text(file.read_text().replace('{"id": 0,', '{"id": 5,'))
   with pytest.raises(errors.UserError, match="not the first ones"):
     run(config(), "", str(tmp_path))
 
@@ -162,7 +163,12 @@ def test_kill_9_and_the_same_command_again(tmp_path):
   before = examples(broken)
   assert 3 <= len(before) < 60
   said = commands.alone(*command(*flags, f"--output={broken}"), devices=1)
-  assert said.startswith("problems: not a published split")
+  drawn, rest = said.split("\n", 1)
+  assert drawn == (
+    f"{sudoku.MODEL}: 16 tokens in blocks of 16, 16 denoising steps, unmask "
+    "rule confidence, cache none, temperature 0, seed 0"
+  )
+  assert rest.startswith("problems: not a published split")
   assert " of 60 completions" in said
   after = examples(broken)
   assert after[: len(before)] == before
@@ -237,6 +243,15 @@ def test_the_mesh_is_without_effect(run_in_subprocess, whole):
   """
   lines = run_in_subprocess(script, devices=4).splitlines()
   assert json.loads(lines[-1]) == whole.records
+
+
+def test_how_completions_are_drawn_on_a_line():
+  c = config()
+  config_lib.use_sampler(c, "dual")
+  assert evaluate.describe(settings.rl(c)) == (
+    "256 tokens in blocks of 32, at most 256 denoising steps, unmask rule "
+    "threshold (threshold 0.9), cache dual, temperature 0, seed 0"
+  )
 
 
 def test_report():

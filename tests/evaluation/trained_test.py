@@ -151,10 +151,24 @@ def test_a_contradiction_on_the_command_line_names_both(trained, words):
   assert "lora.rank" not in done.stderr  # it says the same
 
 
-def test_show_needs_no_more_than_the_run(trained):
+def test_show_needs_no_more_than_the_run(trained, tmp_path):
+  page = tmp_path / "page.html"
   done = command(
     *("show", f"--checkpoint={trained.workdir}", "3102200002100320"),
     *("--completion_length=16", "--block_length=16", "--num_denoise_steps=2"),
+    f"--html={page}",
   )
   assert done.returncode == 0, done.stderr
   assert "after 2 of 2 steps" in done.stdout
+  assert "<title>run:2, step by step</title>" in page.read_text()
+
+
+def test_evaluate_says_which_checkpoint_it_is(trained):
+  done = command(
+    "evaluate",
+    *("--config=sudoku_tiny", f"--checkpoint={trained.workdir}"),
+    "--config.evaluate.num_examples=4",
+    "--config.grading.num_workers=1",
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith(f"{trained.workdir}:2: 16 tokens in blocks of ")

@@ -46,6 +46,12 @@ def test_the_newest_is_not_pinned(workdir):
   assert checkpoint_named.find(str(workdir))[1] is None
 
 
+def test_a_pinned_name_has_the_train_step(workdir):
+  for name in (f"{workdir}/", f"{workdir}:best"):
+    pinned = checkpoint_named.pinned(name)
+    assert pinned == f"{workdir}:{checkpoint_named.find_train_step(name)}"
+
+
 def test_no_name_is_no_checkpoint():
   assert checkpoint_named.find_train_step("") is None
 

@@ -349,4 +349,7 @@ def test_keys_on_the_command_line_stay_under_a_sampler():
     *("--config.evaluate.block_length=16", "--num_denoise_steps=4"),
   )
   assert done.returncode == 0, done.stderr
-  assert "16 tokens in blocks of 16, 4 denoising steps" in done.stdout
+  assert (
+    "16 tokens in blocks of 16, 4 denoising steps, unmask rule confidence, "
+    "cache none, temperature 0"
+  ) in done.stdout
