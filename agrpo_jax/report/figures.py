@@ -25,7 +25,7 @@ class Cost:
       and steps that were lost to a kill and done again, are not in it.
     chip_hours: of these; None where no session says how many devices.
     seconds_left: until the last train step at the present pace, None where
-      there is none yet.
+      there is none yet, or none any more: the run has stopped.
     chip_hours_left: of these.
   """
 
@@ -47,7 +47,7 @@ def cost(log: logs.Log) -> Cost:
       chip_seconds += seconds * num_chips(session)
   left = None
   recent = [seconds for seconds in by_step[1:] if seconds][-50:]
-  if log.num_steps and recent:
+  if log.num_steps and recent and not log.is_stopped:
     num_left = max(0, log.num_steps - log.num_done)
     left = num_left * sum(recent) / len(recent)
   return Cost(

@@ -1178,7 +1178,7 @@ function figureTable() {
   const search = el("input", { type: "search", id: "find-metric",
     placeholder: "Find a metric", "aria-label": "Find a metric",
     oninput: () => made.setRows(rows.filter((row) =>
-      row.name.includes(search.value.trim()))) });
+      row.name.toLowerCase().includes(search.value.trim().toLowerCase()))) });
   const made = table([
     { title: "Metric", value: (row) => row.name, key: true },
     ...(isOne ? [] : [{ title: "Run", value: (row) => row.run }]),

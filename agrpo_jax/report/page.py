@@ -279,12 +279,18 @@ def _charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
   there = {name for run in runs for name in run["series"]}
   # FLOP/s are for those that have no MFU.
   left_out = {FLOPS} if MFU in there else set()
-  if any(run["kind"] == "rl" for run in runs):
-    return [chart for chart in CHARTS if not left_out & chart.lines.keys()]
-  # Fine-tuning has a few of them, and its loss is what it is about.
-  loss = Chart("Loss", {"loss": "loss"}, "Learning", "mean of a train step")
-  others = [chart for chart in CHARTS if chart.lines.keys() & there]
-  return [loss, *(chart for chart in others if "loss" not in chart.lines)]
+  charts = [chart for chart in CHARTS if not left_out & chart.lines.keys()]
+  kinds = {run["kind"] for run in runs}
+  if kinds == {"rl"}:
+    return charts
+  # What fine-tuning is about is its loss.
+  note = "mean of a train step"
+  if "rl" in kinds:
+    note += "; of RL a surrogate: no level to reach"
+  else:  # it has a few of them
+    charts = [chart for chart in charts if chart.lines.keys() & there]
+  loss = Chart("Loss", {"loss": "loss"}, "Learning", note)
+  return [loss, *(chart for chart in charts if "loss" not in chart.lines)]
 
 
 def embed(content: Any) -> str:

@@ -285,6 +285,16 @@ def test_a_run_that_was_killed_has_stopped(driver, tmp_path):
   said = one_of(driver, "#overview").text
   assert "Stopped after train step 60 of 100" in said
   assert "reads itself again" not in said
+  assert "at the end" not in said and "to go" not in said
+  assert "To the end" not in one_of(driver, "#machine").text
+
+
+def test_metrics_are_found_whatever_their_case(driver, pages):
+  browser.look(driver, pages["one"])
+  click(driver, one_of(driver, "#figures summary"))
+  one_of(driver, "#find-metric").send_keys("Ratio/MAX")
+  found = texts(driver, "#metrics tbody td:first-child")
+  assert found == ["policy_ratio/max_deviation"]
 
 
 def test_a_completion_is_played_step_by_step(driver, pages):

@@ -1,6 +1,7 @@
 """Cost and speed by hand."""
 
 import copy
+import dataclasses
 
 import pytest
 
@@ -93,6 +94,12 @@ def test_cost_of_a_log_without_seconds_is_not_known():
   log.records[9]["seconds/update"] = 2.0
   found = figures.cost(log)
   assert (found.seconds, found.seconds_left) == (2, 90 * 2)
+
+
+def test_nothing_is_left_of_a_run_that_has_stopped():
+  log = run_logs.log(10, seconds__update=36.0)
+  found = figures.cost(dataclasses.replace(log, is_stopped=True))
+  assert found == figures.Cost(360, 0.1, None, None)
 
 
 def test_tokens_per_second_by_hand():

@@ -220,8 +220,24 @@ def test_charts_are_those_of_the_kind_of_run():
   config = {"kind": "sft", "train": {"num_steps": 2}}
   sft = run_logs.log(2, config=config, loss=1.0, grad_norm=0.5)
   assert titles(sft) == ["Loss", "Gradient norm"]
-  both = titles(sft, run_logs.log(2, reward=0.5))
-  assert both[0] == "Reward" and "KL" in both and "Loss" in both
+  rl = run_logs.log(2, name="rl", reward=0.5, loss=0.1)
+  assert {*titles(sft, rl)} == {*titles(rl)} and "KL" in titles(rl)
+
+
+def test_a_loss_that_is_learned_stands_with_what_is_learned():
+  def loss(*read):
+    charts = content(*read)["charts"]
+    (found,) = (one for one in charts if one["title"] == "Loss")
+    return found["section"], found["note"]
+
+  config = {"kind": "sft", "train": {"num_steps": 2}}
+  sft = run_logs.log(2, config=config, loss=1.0)
+  rl = run_logs.log(2, name="rl", reward=0.5, loss=0.1)
+  surrogate = "a surrogate: no level to reach"
+  assert loss(rl) == ("Policy", surrogate)
+  assert loss(sft) == ("Learning", "mean of a train step")
+  both = f"mean of a train step; of RL {surrogate}"
+  assert loss(sft, rl) == loss(rl, sft) == ("Learning", both)
 
 
 def test_a_price_makes_money_of_chip_hours():
