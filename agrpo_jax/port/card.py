@@ -126,7 +126,9 @@ def _lines(
   folder, which = checkpoint_named.split(checkpoint)
   workdir = pathlib.Path(folder).expanduser()
   library = "peft" if is_adapter else "transformers"
-  yield from _head(workdir, source.path, source.revision, library)
+  is_random = config["model"].get("network")  # of SFT: not the base model's
+  base_model = "" if is_random else source.path
+  yield from _head(workdir, base_model, source.revision, library)
   start = workdir / "start.json"
   if start.exists():
     first = files.read_json(start, "what the run began with")
@@ -171,7 +173,10 @@ def _lines(
 def _head(
   folder: pathlib.Path, base_model: str, revision: str, library: str
 ) -> Iterator[str]:
-  """Yields the lines above a card's own: for the hub, a title, the base."""
+  """Yields the lines above a card's own: for the hub, a title, the base.
+
+  Without a `base_model` parameters were random.
+  """
   yield "---"
   if hub.is_id(base_model):
     yield f"base_model: {base_model}"
@@ -181,6 +186,9 @@ def _head(
   yield ""
   yield f"# {folder.resolve().name}"
   yield ""
+  if not base_model:
+    yield "* Base model: none; it began from random parameters."
+    return
   name = f"`{_name(base_model)}`"
   if revision:
     name += f", revision `{revision}`"

@@ -93,6 +93,15 @@ def test_what_the_run_began_with(workdir, tmp_path):
   assert "* Data: `my_run`." in text
 
 
+def test_random_parameters_are_no_base_model(workdir, tmp_path):
+  config = json.loads(recordings.config("gsm8k").to_json())
+  config["model"]["network"] = {"width": 8}
+  path = str(workdir / "initial")
+  text = written(workdir, tmp_path / "out", path=path, config=config)
+  assert "* Base model: none; it began from random parameters." in text
+  assert "initial" not in text and "licence" not in text
+
+
 def test_what_is_not_recorded_is_left_out(workdir, tmp_path):
   for file in workdir.iterdir():
     file.unlink()
