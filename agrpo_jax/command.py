@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from collections.abc import Set
 from typing import Any
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ from agrpo_jax import config as config_lib
 from agrpo_jax import errors
 from agrpo_jax.parallel import processes
 from agrpo_jax.runs import checkpoint_named
+from agrpo_jax.samplers import sampling
 
 
 def _shipped() -> dict[str, str]:
@@ -167,7 +169,7 @@ def main(
         sys.exit(0)  # absl's own code would be 1
       raise
     except flags.Error as error:
-      _fail(f"Cannot use the flags: {str(error).strip().splitlines()[-1]}")
+      _fail(_flags_mistake(error))
     except Exception as error:
       _fail(_config_mistake(error))
     if missing:
@@ -225,6 +227,15 @@ def main(
   python_logging.getLogger("asyncio").addFilter(_is_of_no_save)
   sys.unraisablehook = _show_unraisable
   app.run(guarded, flags_parser=parse)
+
+
+def _flags_mistake(error: flags.Error) -> str:
+  """Says what went wrong while the flags were read."""
+  said = f"Cannot use the flags: {str(error).strip().splitlines()[-1]}"
+  # A config's keys are flags from --config on.
+  if _KEY.match(f"--{getattr(error, 'flagname', '')}") and not _PARSER.file:
+    return f"{said}. It changes a config: give --config=NAME_OR_FILE too."
+  return said
 
 
 def _config_mistake(error: Exception) -> str:
@@ -336,7 +347,7 @@ def given_keys() -> set[str]:
 
 
 def evaluation_config(
-  sampler: str = "config", model: str = ""
+  sampler: str = "config", model: str = "", **changes: Any
 ) -> tuple[config_lib.ConfigDict, set[str]]:
   """Returns the command line's config with a sampler and a model put in.
 
@@ -345,6 +356,8 @@ def evaluation_config(
   Args:
     sampler: one of `config.SAMPLERS`; keys on the command line stay.
     model: folder or hub id, or "" for the config's.
+    **changes: what flags of their own give for keys of `config.evaluate`, which
+      stay too; None is nothing.
 
   Returns:
     The config, a copy; the keys that stand on the command line, `model.path`
@@ -357,12 +370,30 @@ def evaluation_config(
   config_lib.check_kind(c, "rl")
   given = given_keys()
   prefix = "evaluate."
-  keep = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]
+  keep = {key.removeprefix(prefix) for key in given if key.startswith(prefix)}
+  keep |= {name for name, value in changes.items() if value is not None}
   config_lib.use_sampler(c, sampler, keep)
+  config_lib.set_evaluate(c, changes)
+  _drop_parameters(c, config_lib.SAMPLERS[sampler].keys() - keep)
   if model:
     c.model.path = model
     given.add("model.path")
   return c, given
+
+
+def _drop_parameters(c: config_lib.ConfigDict, names: Set[str]) -> None:
+  """Takes back what a sampler set for its rule, where another was asked for.
+
+  Args:
+    c: changed in place.
+    names: keys of `c.evaluate` that the sampler set.
+  """
+  rule = c.evaluate.unmask_rule
+  if rule not in sampling.RULES:
+    return  # `settings` says so, with everything else that is wrong
+  every = {x for other in sampling.RULES for x in sampling.parameters(other)}
+  for name in (every & names).difference(sampling.parameters(rule)):
+    c.evaluate[name] = None
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:

@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 
 from agrpo_jax import command
-from agrpo_jax import config as config_lib
 from agrpo_jax import data
 from agrpo_jax import errors
 from agrpo_jax import evaluate
@@ -173,7 +172,8 @@ def main(argv: Sequence[str]) -> None:
   html = pathlib.Path(asked.html).expanduser()
   if asked.html and not html.absolute().parent.is_dir():
     raise errors.UserError(f"--html={asked.html!r} is in no folder there is.")
-  c, given = command.evaluation_config(asked.sampler, asked.model)
+  changes = {name: asked[name].value for name in _SETTINGS}
+  c, given = command.evaluation_config(asked.sampler, asked.model, **changes)
   if asked.tokenizer:
     c.model.tokenizer = asked.tokenizer
     given.add("model.tokenizer")
@@ -183,7 +183,6 @@ def main(argv: Sequence[str]) -> None:
       "Which model? Give --model=FOLDER_OR_HUB_ID, --checkpoint=WORKDIR or "
       "--config=FILE."
     )
-  config_lib.set_evaluate(c, {name: asked[name].value for name in _SETTINGS})
   if asked.seed is not None:
     c.seed = asked.seed
   page = draw(

@@ -318,6 +318,10 @@ def test_the_command(tmp_path, monkeypatch):
     ([], "Give a prompt"),
     (["one", "two"], "Unknown arguments two"),
     (["one", f"--html={tmp_path}/no/page.html"], "is in no folder"),
+    (
+      ["one", "--config.evaluate.cache=dual"],
+      "'config.evaluate.cache'. It changes a config: give --config=",
+    ),
   ):
     done = run(f"--model={sudoku.MODEL}", *arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
@@ -344,12 +348,13 @@ def test_the_command_needs_no_config():
 
 def test_keys_on_the_command_line_stay_under_a_sampler():
   done = run(
-    *("--config=configs/sudoku_tiny.py", "--sampler=d1", PUZZLE),
+    *("--config=configs/sudoku_tiny.py", "--sampler=dual", PUZZLE),
     *("--config.evaluate.completion_length=16", "--config.evaluate.top_k=5"),
     *("--config.evaluate.block_length=16", "--num_denoise_steps=4"),
+    "--unmask_rule=confidence",  # without the sampler's threshold
   )
   assert done.returncode == 0, done.stderr
   assert (
     "16 tokens in blocks of 16, 4 denoising steps, unmask rule confidence, "
-    "cache none, temperature 0"
+    "cache dual, temperature 0"
   ) in done.stdout
