@@ -203,7 +203,7 @@ class Draw(NamedTuple):
   token: jax.Array  # int32
   logprob: jax.Array  # float32, under the policy
   entropy: jax.Array  # float32, nats
-  confidence: jax.Array  # float32, log-probability to rank by
+  confidence: jax.Array  # float32, log-odds to rank by
   support: jax.Array | None
 
 
@@ -240,9 +240,10 @@ def confidence(
 ) -> jax.Array:
   """Returns float32 [S], what each candidate would rank by if it were drawn."""
   if sampling.confidence == "policy":
-    return filtered.logprob
+    return rules.log_odds(filtered.logprob)
   kept_S = jnp.isfinite(filtered.logprob)
-  return jnp.where(kept_S, jax.nn.log_softmax(logits_V)[filtered.ids], -jnp.inf)
+  of_model_V = rules.log_odds(jax.nn.log_softmax(logits_V))
+  return jnp.where(kept_S, of_model_V[filtered.ids], -jnp.inf)
 
 
 def seen(

@@ -33,9 +33,9 @@ import jax.numpy as jnp
 # Floor of a probability whose logarithm is taken: under a policy that has moved
 # since the rollout, what happened may have become impossible.
 _TINY = 1e-30
-# Log-probabilities between which log-odds are taken. Above the greater one the
-# rounding of a float32 log-probability is all there is of its odds.
-_LEAST, _MOST = -1e4, -1e-4
+# Log-odds between which a soft threshold tells confidences apart; a threshold
+# of 1, and a token that truncation cuts, have infinite ones.
+_LEAST, _MOST = -1e4, 9.21024  # that of 1 - 1e-4
 
 
 class Seen(NamedTuple):
@@ -46,7 +46,8 @@ class Seen(NamedTuple):
       (`candidates`).
     logprob: float32 [T, S], log pi of the candidates at each position, minus
       infinity where truncation cut them.
-    confidence: float32 [T, S], what each candidate ranks by if it is drawn.
+    confidence: float32 [T, S], what each candidate ranks by if it is drawn:
+      `log_odds`.
     drawn: float32 [T], the confidence of the token that was drawn. When a
       record is scored it is known of the tokens that were unmasked, and means
       nothing at other positions.
@@ -76,7 +77,7 @@ class Bar(NamedTuple):
   """The bar that a drawn token has to reach for its position to be unmasked.
 
   Attributes:
-    level: float32 scalar, a log-probability: a confidence below it loses.
+    level: float32 scalar, log-odds: a confidence below it loses.
     last: int32 scalar: a confidence equal to it loses at the positions of the
       block after this one.
   """
@@ -287,7 +288,7 @@ class EntropyBounded(Entropy):
 
 
 class Confidence(UnmaskRule):
-  """Those whose drawn token has the largest log-probability."""
+  """Those whose drawn token is the most probable."""
 
   looks_at = "draws"
 
@@ -350,7 +351,7 @@ class Threshold(Levelled):
   def level(self, rank: jax.Array, size: int) -> Bar:
     del rank
     # One that equals the threshold is unmasked: no position is after the end.
-    return Bar(jnp.log(self.threshold), jnp.int32(size))
+    return Bar(_log_odds_of(self.threshold), jnp.int32(size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +370,7 @@ class Dynamic(Levelled):
   def level(self, rank: jax.Array, size: int) -> Bar:
     del rank, size
     # One that equals the threshold is not above it, wherever it is.
-    return Bar(jnp.log(self.threshold), jnp.int32(-1))
+    return Bar(_log_odds_of(self.threshold), jnp.int32(-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,7 +398,7 @@ class Factor(Levelled):
 
   def level(self, rank: jax.Array, size: int) -> Bar:
     least = jnp.maximum(1 - self.factor / (rank + 2), 0.0)  # n is rank + 1
-    return Bar(jnp.log(least), jnp.int32(size))
+    return Bar(_log_odds_of(least), jnp.int32(size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,8 +432,8 @@ class SoftThreshold(UnmaskRule):
 
   def _height(self, confidence: jax.Array) -> jax.Array:
     """The argument of the sigmoid."""
-    level = _logit(jnp.log(self.threshold))
-    return (_logit(confidence) - level) / self.soft_width
+    level = jnp.clip(_log_odds_of(self.threshold), _LEAST, _MOST)
+    return (jnp.clip(confidence, _LEAST, _MOST) - level) / self.soft_width
 
   def _fallback_logprob(self, seen: Seen) -> jax.Array:
     """float32 [T], of being the one that stays if none passes."""
@@ -483,10 +484,29 @@ class SoftThreshold(UnmaskRule):
     ).sum()
 
 
-def _logit(logprob: jax.Array) -> jax.Array:
-  """The log-odds of log-probabilities, finite."""
-  logprob = jnp.clip(logprob, _LEAST, _MOST)
-  return logprob - jnp.log(-jnp.expm1(logprob))
+def log_odds(logprob_S: jax.Array) -> jax.Array:
+  """Returns float32 [S], log p / (1 - p), by which confidences are compared.
+
+  Near 1 a float32 log-probability is mostly rounding, which differs from one
+  compiled program to the next: sampler and objective would rank differently.
+  What is missing to 1 is therefore the sum of the others.
+
+  Args:
+    logprob_S: float32, log-probabilities of a whole distribution.
+  """
+  candidate_S = jnp.arange(logprob_S.shape[0])
+  is_first_S = candidate_S == jnp.argmax(logprob_S)
+  others = jnp.where(is_first_S, 0.0, jnp.exp(logprob_S)).sum()
+  # No other one is above a half; and NaN of 1 - 1 must not enter a gradient.
+  prob_S = jnp.exp(jnp.where(is_first_S, -1.0, logprob_S))
+  return logprob_S - jnp.where(
+    is_first_S, jnp.log(jnp.maximum(others, _TINY)), jnp.log1p(-prob_S)
+  )
+
+
+def _log_odds_of(prob: jax.Array | float) -> jax.Array:
+  """The log-odds of a level, infinite where it is 0 or 1."""
+  return jnp.log(prob) - jnp.log1p(-prob)
 
 
 def candidates(

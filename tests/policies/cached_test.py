@@ -27,7 +27,8 @@ ROW_ID = np.stack([np.arange(B) // 4, np.arange(B) % 4], 1).astype(np.uint32)
 
 
 @functools.cache
-def toy():
+def toy(certainty=1.0):
+  """A random network; the greater the certainty, the less is left to chance."""
   shape, params = recordings.random_network()
   rng = np.random.default_rng(1)
 
@@ -36,7 +37,9 @@ def toy():
     wide = rng.normal(0.0, 0.4, x.shape).astype(np.float32)
     return jnp.asarray(wide) if x.ndim > 1 and x.shape[-1] > 1 else x
 
-  return shape, jax.tree.map(sharp, params)
+  params = jax.tree.map(sharp, params)
+  params["head"]["kernel"] *= certainty
+  return shape, params
 
 
 def make_sampling(rule, **settings):
@@ -63,8 +66,8 @@ def policy_of(s):
   return host.Draw(s, guidance=0.0, batch_size=1, num_slots=0).policy_for(s)
 
 
-def sample(s, num_slots=0):
-  shape, params = toy()
+def sample(s, num_slots=0, certainty=1.0):
+  shape, params = toy(certainty)
   rng = np.random.default_rng(0)
   prompts = types.Prompts(
     tokens=jnp.asarray(rng.integers(0, 30, (B, 6)), jnp.int32),
@@ -90,6 +93,21 @@ CACHES = {
 }
 
 
+def first_step(s, rollout, policy, certainty=1.0):
+  """The metrics of a train step that scores every denoising step."""
+  shape, params = toy(certainty)
+  learner = learner_lib.Learner(
+    bind=lambda params, lora: transformer.bind(shape, params),
+    optimizer=optax.sgd(1.0),
+    sampling=s,
+    objective=agrpo.Agrpo(step_rule="all"),
+    group_size=4,
+    microbatch=4,
+    policy=policy,
+  )
+  return states.first_step(learner, params, rollout, ROW_ID)[1]
+
+
 @pytest.mark.parametrize(
   "cache,rule",
   [
@@ -103,21 +121,7 @@ CACHES = {
 def test_the_first_policy_ratio_is_one(cache, rule):
   s = make_sampling(rule, **CACHES[cache])
   rollout = sample(s)
-  shape, params = toy()
-
-  def first_step(policy):
-    learner = learner_lib.Learner(
-      bind=lambda params, lora: transformer.bind(shape, params),
-      optimizer=optax.sgd(1.0),
-      sampling=s,
-      objective=agrpo.Agrpo(step_rule="all"),
-      group_size=4,
-      microbatch=4,
-      policy=policy,
-    )
-    return states.first_step(learner, params, rollout, ROW_ID)[1]
-
-  metrics = first_step(policy_of(s))
+  metrics = first_step(s, rollout, policy_of(s))
   assert metrics["policy_ratio/max_deviation"] < 1e-4
   assert metrics["grad_norm"] > 0
   num_steps = np.asarray(rollout.num_executed_steps)
@@ -126,7 +130,25 @@ def test_the_first_policy_ratio_is_one(cache, rule):
   memories = {"none": num_steps.sum(), "refreshed": 6 * B}.get(cache, 3 * B)
   assert np.asarray(rollout.num_whole_passes).sum() <= memories
   if cache == "dual" and rule == "random":
-    assert first_step(plain.PLAIN)["policy_ratio/max_deviation"] > 1e-3
+    other = first_step(s, rollout, plain.PLAIN)
+    assert other["policy_ratio/max_deviation"] > 1e-3
+
+
+@pytest.mark.parametrize(
+  "cache,rule,settings",
+  [
+    # A probability next to 1 is mostly rounding, and who is first hangs on it.
+    ("none", "confidence", dict(block_length=12)),
+    # Two positions, then one, then one.
+    ("dual", "confidence", dict(num_denoise_steps=9)),
+    ("none", "random", dict(num_denoise_steps=9)),
+  ],
+)
+def test_it_is_one_where_little_is_left_to_chance(cache, rule, settings):
+  s = make_sampling(rule, **CACHES[cache], **settings)
+  rollout = sample(s, certainty=30.0)
+  metrics = first_step(s, rollout, policy_of(s), certainty=30.0)
+  assert metrics["policy_ratio/max_deviation"] < 1e-4
 
 
 @pytest.mark.parametrize("cache", ["none", "dual"])

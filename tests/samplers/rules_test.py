@@ -19,15 +19,15 @@ def no_chance() -> rules.Chance:
 
 def seen(drawn, prob=PROB, is_masked=None) -> rules.Seen:
   """A block whose draws have these probabilities."""
-  prob = np.asarray(prob)
+  prob, drawn = np.asarray(prob), np.asarray(drawn)
   entropy = -(prob * np.log(prob)).sum(axis=1)
   if is_masked is None:
     is_masked = np.ones(len(prob), bool)
   return rules.Seen(
     is_masked=jnp.asarray(is_masked),
     logprob=jnp.log(jnp.asarray(prob)),
-    confidence=jnp.log(jnp.asarray(prob)),
-    drawn=jnp.log(jnp.asarray(drawn)),
+    confidence=jnp.log(prob) - jnp.log1p(-prob),
+    drawn=jnp.log(drawn) - jnp.log1p(-drawn),
     entropy=jnp.asarray(entropy),
   )
 
@@ -115,6 +115,25 @@ def test_order_logprob_by_enumerating_every_draw(rule, count, expected):
   np.testing.assert_allclose(sum(total.values()), 1.0)
 
 
+@pytest.mark.parametrize("others", [1e-2, 1e-6, 1e-12, 1e-25])
+def test_log_odds_are_exact_where_probabilities_are_rounding(others):
+  logit = jnp.array([0.0, np.log(others / 4), np.log(others * 3 / 4)])
+  found = rules.log_odds(jax.nn.log_softmax(logit))
+  rest = np.array([others, 1 + others * 3 / 4, 1 + others / 4])
+  expected = np.log(np.array([1, others / 4, others * 3 / 4]) / rest)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  # Rounding of what is next to 1 ranks nothing.
+  moved = rules.log_odds(jax.nn.log_softmax(logit + 1e-6))
+  np.testing.assert_allclose(moved, found, atol=1e-5)
+
+
+def test_log_odds_of_what_is_certain_and_of_what_is_cut():
+  certain, cut = rules.log_odds(jnp.array([0.0, -jnp.inf]))
+  assert 60 < certain < np.inf and cut == -np.inf
+  gradient = jax.grad(lambda x: rules.log_odds(x)[0])(jnp.zeros(1))
+  assert np.isfinite(gradient).all()
+
+
 def test_margin_is_of_the_two_most_probable():
   prob = [[0.5, 0.4, 0.1], [0.4, 0.2, 0.4], [0.45, 0.1, 0.45], [0.3, 0.5, 0.2]]
   block = seen([0.1] * 4, prob)
@@ -177,8 +196,8 @@ def test_a_soft_threshold_stays_finite_at_the_ends():
       block = rules.Seen(
         is_masked=jnp.array(is_masked),
         logprob=logprob,
-        confidence=logprob,
-        drawn=jnp.array([0.0, -jnp.inf, -jnp.inf]),
+        confidence=jax.vmap(rules.log_odds)(logprob),
+        drawn=jnp.array([jnp.inf, -jnp.inf, -jnp.inf]),
         entropy=jnp.zeros(3),
       )
       is_target = jnp.array([True, False, False]) & jnp.array(is_masked)
