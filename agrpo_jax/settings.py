@@ -522,13 +522,18 @@ def _rl(c: config_lib.ConfigDict, found: _Problems) -> Rl:
     and sampling.schedule == "equal"
   ):
     found.want(
-      sampling.block_length % sampling.steps_per_block == 0,
+      sampling.steps_per_block <= sampling.block_length,
       "rollout.num_denoise_steps",
       sampling.num_denoise_steps,
-      f"such that its {sampling.steps_per_block} steps a block divide "
-      f"block_length={sampling.block_length}: training wants the same number "
-      "of tokens at every step",
+      f"at most one a token: its {sampling.steps_per_block} steps a block are "
+      f"more than block_length={sampling.block_length}",
     )
+  found.want(
+    sampling.top_k != 1 or sampling.unmask_rule == "soft_threshold",
+    "rollout.top_k",
+    sampling.top_k,
+    "0 (all) or at least 2: without chance there is no policy gradient",
+  )
   found.at_least(1, "rollout", c.rollout, "num_prompts")
   found.want(
     rollout.group_size >= 2,

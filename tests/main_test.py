@@ -110,7 +110,9 @@ def refused(c: config_lib.ConfigDict) -> str:
   [
     ({"rollout.completion_length": 25}, ["completion_length=25", "12"]),
     ({"rollout.num_denoise_steps": 7}, ["num_denoise_steps=7", "2 blocks"]),
-    ({"rollout.num_denoise_steps": 10}, ["num_denoise_steps", "5 steps"]),
+    ({"rollout.num_denoise_steps": 26}, ["num_denoise_steps", "13 steps"]),
+    ({"rollout.top_k": 1}, ["top_k=1", "without chance"]),
+    ({"rollout.temperature": 1e-38}, ["temperature=1e-38", "0.001"]),
     ({"rollout.temperature": 0.0}, ["temperature=0.0"]),
     ({"rollout.group_size": 1}, ["group_size=1", "at least 2"]),
     ({"rollout.batch_size": 3}, ["batch_size=3", "4"]),

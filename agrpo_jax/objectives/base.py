@@ -18,7 +18,9 @@ class Visits(flax.struct.PyTreeNode):
 
   A completion has Q units, each of S states that lie in one block: what a
   policy computes once per block (`policies.base.Policy.open`) serves all of a
-  unit. A plain policy shares nothing, and S is 1.
+  unit. If they are several they are, in order and from its start, steps of one
+  memory (`Sampling.steps_per_memory`). A plain policy shares nothing, and S is
+  1.
 
   Attributes:
     is_masked: bool [..., C], the positions that hold [MASK].

@@ -50,10 +50,13 @@ class BlockCausal:
     keeps: bool,
   ) -> types.Tree:
     """Runs the row, or only the block that has been finished since `before`."""
+    size, num_tokens = network.attention_block, start_BxC.shape[1]
     tokens_BxL = jax.vmap(row.join)(prompt_BxP, prompt_length_B, start_BxC)
+    # A window is a whole block, even if the row is none.
+    missing = max(size - tokens_BxL.shape[1], 0)
+    tokens_BxL = jnp.pad(tokens_BxL, ((0, 0), (0, missing)))
     if not keeps:
       return tokens_BxL
-    size, num_tokens = network.attention_block, start_BxC.shape[1]
     # A last block that is not whole has nothing behind it that would see it.
     length_B = prompt_length_B + num_tokens - num_tokens % size
     if before is None:

@@ -7,8 +7,9 @@ the start state's. So the logits are a function of the present state and the
 start state, and their gradient flows through the start state's keys and values
 too.
 
-The first step's present state is the start state: its logits come out of the
-whole pass, and no window is run for it.
+The first step's present state is the start state: where it is known to be that
+(in rollouts, and in units of several states) its logits come out of the whole
+pass, and no window is run for it.
 """
 
 import dataclasses

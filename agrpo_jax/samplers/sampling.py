@@ -21,6 +21,7 @@ TRUNCATIONS = ("top_k", "top_p")
 TOP_P_RULES = ("keep", "drop")
 CONFIDENCES = ("policy", "model")
 EOS_PER_BLOCK = ("all", "any")
+_LEAST_TEMPERATURE = 1e-3  # far below, logits divided by it overflow
 CACHES = ("none", "prefix", "dual", "block")
 
 
@@ -54,7 +55,7 @@ class Sampling:
       and the other what is left, renormalised.
     top_p_rule: `keep` the token that crosses top_p, or `drop` it (released
       AGRPO; the first token always stays).
-    confidence: what the `confidence` rule ranks by: the log-probability of the
+    confidence: what the `confidence` rule ranks by: the probability of the
       drawn token under the `policy` (temperature and support applied; released
       AGRPO) or under the `model` (neither; the original LLaDA sampler).
     threshold, factor, gamma, soft_width: of the unmask rules that have a field
@@ -221,7 +222,7 @@ def problems(sampling: Sampling) -> list[str]:
     rule.schedule == "none" or s.num_denoise_steps % s.num_blocks == 0,
     f"num_denoise_steps={s.num_denoise_steps} does not divide equally over "
     f"{s.num_blocks} blocks (completion_length={s.completion_length}, "
-    f"block_length={s.block_length})",
+    f"block_length={s.block_length}); use a multiple of {s.num_blocks}",
   )
   check(
     s.lead_every >= 0 and s.lead_every % s.block_length == 0,
@@ -260,7 +261,11 @@ def problems(sampling: Sampling) -> list[str]:
     f"{s.redraw_mask} draws in earlier blocks too; use cache='none'",
   )
   check(0 <= s.last_time < 1, f"last_time={s.last_time} is outside [0, 1)")
-  check(s.temperature >= 0, f"temperature={s.temperature} is negative")
+  check(
+    s.temperature == 0 or s.temperature >= _LEAST_TEMPERATURE,
+    f"temperature={s.temperature} is below {_LEAST_TEMPERATURE}; 0 takes the "
+    "most probable tokens",
+  )
   check(s.top_k >= 0, f"top_k={s.top_k} is negative; 0 keeps all tokens")
   check(0 < s.top_p <= 1, f"top_p={s.top_p} is outside (0, 1]")
   if s.redraw_mask and s.unmask_rule in RULES:

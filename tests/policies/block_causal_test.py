@@ -399,7 +399,7 @@ def sample(
     mask_id=shape.mask_id,
     eos_id=shape.eos_id,
     completion_length=num_tokens,
-    block_length=4,
+    block_length=min(4, num_tokens),
     num_denoise_steps=16,
     unmask_rule=rule,
     cache=cache,
@@ -439,6 +439,16 @@ def test_the_cache_is_exact_and_slots_change_nothing(blocks_from):
       text[row], [*completion[num_given:], *[35] * num_given]
     )
     assert whole.prompt_length[row] == len(prompts[row]) - num_given
+
+
+def test_a_row_that_is_shorter_than_a_block():
+  """As beside one that is not, which makes all rows as wide."""
+  found, beside = (
+    sample("end", num_tokens=2, widths=[1] * (B - 1) + [last])[2]
+    for last in (1, 9)
+  )
+  np.testing.assert_array_equal(found.completion[:-1], beside.completion[:-1])
+  np.testing.assert_allclose(found.logprob[:-1], beside.logprob[:-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("blocks_from", ["start", "end"])
