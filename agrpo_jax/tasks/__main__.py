@@ -101,7 +101,8 @@ def write_demonstrations(
     How many there are.
 
   Raises:
-    UserError: a task that makes none, or a file that cannot be written.
+    UserError: a task that makes none, a file that cannot be written, or that is
+      there already with other contents.
   """
   task = tasks.get(task_name, task_path)
   if not hasattr(task, "demonstration"):
@@ -111,16 +112,21 @@ def write_demonstrations(
   examples = contract.examples(
     task, _SPLIT.value, path=_PATH.value or None, options=options
   )
+  lines = []
+  for example in examples:
+    rng = random.Random(example.id)
+    text = contract.demonstration(task, example, rng, options)
+    row = {"prompt": example.messages, "completion": example.prefill + text}
+    lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+  content = "".join(lines).encode()
   try:
-    with file.open("w", encoding="utf-8") as lines:
-      for example in examples:
-        rng = random.Random(example.id)
-        text = contract.demonstration(task, example, rng, options)
-        row = {
-          "prompt": example.messages,
-          "completion": example.prefill + text,
-        }
-        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    # The same again is no loss: a recipe can be followed twice.
+    if file.is_file() and file.read_bytes() != content:
+      raise errors.UserError(
+        f"--demonstrations={file} is there already, with other contents. Give "
+        "another file, or move that one away."
+      )
+    file.write_bytes(content)
   except OSError as error:
     raise errors.UserError(
       f"--demonstrations={file} cannot be written: {error.strerror}."

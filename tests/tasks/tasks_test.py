@@ -249,6 +249,18 @@ def test_demonstrations_of_tasks_are_written_for_sft(tmp_path, monkeypatch):
   assert examples[3].fields["completion"].startswith("<reasoning>")
 
 
+def test_demonstrations_overwrite_nothing_else(tmp_path):
+  file = tmp_path / "own.jsonl"
+  words = ("--show=countdown", f"--demonstrations={file}")
+  assert _show(*words, "--option=num_examples=3").returncode == 0
+  written = file.read_bytes()
+  assert _show(*words, "--option=num_examples=3").returncode == 0
+  done = _show(*words, "--option=num_examples=2")
+  assert done.returncode == 2
+  assert "own.jsonl is there already, with other contents" in done.stderr
+  assert file.read_bytes() == written
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
