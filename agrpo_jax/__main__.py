@@ -11,6 +11,8 @@ import pathlib
 import runpy
 import sys
 
+import agrpo_jax
+
 WORDS = (
   *("train", "evaluate", "sweep", "likelihood", "report", "show", "sft"),
   *("port", "plan", "tasks", "lm_eval", "lab", "demo"),
@@ -24,6 +26,9 @@ def main() -> None:
   word = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if word in ("--help", "-h", "help"):
     print(_listing())
+    return
+  if word == "--version":
+    print(f"agrpo_jax {agrpo_jax.__version__}")
     return
   if word not in WORDS:
     print(_unknown(word), file=sys.stderr)
@@ -50,6 +55,7 @@ def _listing() -> str:
       *lines,
       "",
       "agrpo COMMAND --help says more, for example: agrpo train --help",
+      "agrpo --version says which agrpo_jax this is",
     ]
   )
 

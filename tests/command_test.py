@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+import agrpo_jax
 from agrpo_jax import __main__ as agrpo
 from agrpo_jax import command
 from agrpo_jax import config as config_lib
@@ -93,6 +94,12 @@ assert "absl" not in sys.modules and "jax" not in sys.modules
   for word in agrpo.WORDS:
     taught = docstring("main" if word == "train" else word)
     assert f"  {word:10}  {taught.splitlines()[0]}\n" in text
+
+
+def test_the_version(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["agrpo", "--version"])
+  agrpo.main()
+  assert capsys.readouterr().out == f"agrpo_jax {agrpo_jax.__version__}\n"
 
 
 @pytest.mark.parametrize(
