@@ -259,8 +259,8 @@ c.evaluate.num_examples = 128
 train.train(settings.rl(c))
 
 # %% [markdown]
-# It learns from the rules as it does from solutions. On the command line that
-# is
+# It learns from the rules as it does from solutions. On the command line, with
+# the text of `RULES` in a file `rules.py` where you are, that is
 #
 #     agrpo train --config=sudoku_tiny --config.task.path=rules.py \
 #       --config.workdir=runs/rules

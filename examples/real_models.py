@@ -17,11 +17,10 @@
 #     pip install 'agrpo_jax-0.1.0-py3-none-any.whl[cuda,hub,plot]'
 
 # %%
+import json
 import shlex
 import subprocess
 import sys
-
-import jax
 
 
 def run(command: str) -> None:
@@ -31,8 +30,17 @@ def run(command: str) -> None:
   subprocess.run([sys.executable, "-m", "agrpo_jax", *words[1:]], check=True)
 
 
-device = jax.devices()[0]
-print(jax.device_count(), "x", device.device_kind, f"({device.platform})")
+# Asked in a process that ends: while one holds a TPU, or has taken the memory
+# of a GPU, the commands below would find none.
+QUESTION = """
+import jax, json
+one = jax.devices()[0]
+memory = (one.memory_stats() or {}).get("bytes_limit", 0)
+print(json.dumps([jax.device_count(), one.device_kind, one.platform, memory]))
+"""
+answer = subprocess.check_output([sys.executable, "-c", QUESTION], text=True)
+number, kind, platform, memory = json.loads(answer.splitlines()[-1])
+print(f"{number} x {kind} ({platform}), {memory / 1e9:.0f} GB each for JAX")
 
 # %% [markdown]
 # ## What fits
@@ -56,7 +64,7 @@ run("agrpo plan --config=gsm8k:rtx4090,dual --topology=rtx4090:1")
 # (`pip install 'agrpo_jax[tpu]'` brings its compiler to any machine; minutes):
 
 # %%
-if device.platform == "tpu":
+if platform == "tpu":
   run("""
     agrpo plan --config=a2d --topology=v5e:2x4 --config.mesh.data=-1
       --config.mesh.fsdp=1 --config.objective.microbatch=8
@@ -72,7 +80,7 @@ if device.platform == "tpu":
 # with more `train.num_steps`; the constant learning rate is for that.
 
 # %%
-if device.platform == "tpu":
+if platform == "tpu":
   run("""
     agrpo train --config=a2d --config.workdir=runs/a2d
       --config.mesh.data=-1 --config.mesh.fsdp=1
@@ -122,11 +130,13 @@ run("agrpo port --checkpoint=runs/a2d --to=a2d_adapter --adapter")
 #
 # LLaDA-8B on one card of 24 GB is for trying things out (with fewer prompts),
 # on eight GPUs of 80 GB or a TPU slice for training: [from an empty cloud
-# project to a trained model](../docs/cloud.md).
+# project to a trained model](../docs/cloud.md). The cell downloads 16 GB; on a
+# smaller card it does nothing.
 
 # %%
-run("""
-  agrpo train --config=gsm8k:rtx4090,dual --config.workdir=runs/llada
-    --config.rollout.num_prompts=2 --config.train.num_steps=4
-    --config.evaluate.every=0
-""")
+if memory > 18e9:  # of 24 GB JAX takes three quarters, more than 16 GB have
+  run("""
+    agrpo train --config=gsm8k:rtx4090,dual --config.workdir=runs/llada
+      --config.rollout.num_prompts=2 --config.train.num_steps=4
+      --config.evaluate.every=0
+  """)
