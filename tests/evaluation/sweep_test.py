@@ -107,7 +107,8 @@ def test_all_that_is_wrong_at_once(tmp_path):
     "block_length=16 is more than completion_length=8; use at most that\n"
     "  (in 12 of 36",
     f"'greedy' is not one of {', '.join(sampling.RULES)}\n  (in 18",
-    "temperature=-1.0 is below\n  (in 18 of 36 cells; the first is tiny-sud",
+    "temperature=-1.0 is below 0.001; 0 takes the most probable tokens\n"
+    "  (in 18 of 36 cells; the first is tiny-sud",
     "make 5072 tokens, more than the model's 4096; lower one of them.",
     "./nowhere",
     "--checkpoint='./no-run' is not a work directory",
