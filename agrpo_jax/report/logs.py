@@ -49,6 +49,32 @@ class Record(Mapping[str, float]):
     return len(self._place)
 
 
+class Completion(Mapping[str, Any]):
+  """A completion that a run kept, in the memory that its line takes.
+
+  Few are looked at more than once; as a dict each would take ten times as much.
+  """
+
+  __slots__ = ("_line",)
+
+  def __init__(self, line: bytes):
+    """Takes its line of the file."""
+    self._line = line
+
+  def _record(self) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(self._line)
+    return found
+
+  def __getitem__(self, name: str) -> Any:
+    return self._record()[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._record())
+
+  def __len__(self) -> int:
+    return len(self._record())
+
+
 @dataclasses.dataclass(frozen=True)
 class Log:
   """The files of a run; what an older version did not write is empty.
@@ -146,16 +172,21 @@ def read(workdir: str) -> Log:
   # Names to places, of every set of names that there is: two or three.
   places: dict[tuple[str, ...], dict[str, int]] = {}
 
-  def metrics(line: dict[str, Any]) -> Record:
-    names = tuple(line)
+  def metrics(record: dict[str, Any], line: bytes) -> Record:
+    del line
+    names = tuple(record)
     place = places.setdefault(names, {name: i for i, name in enumerate(names)})
-    values = (math.nan if value is None else value for value in line.values())
+    values = (math.nan if x is None else x for x in record.values())
     return Record(place, array.array("d", values))
 
+  def completion(record: dict[str, Any], line: bytes) -> Completion:
+    del record
+    return Completion(line)
+
   records, bad = _lines(folder / "metrics.jsonl", metrics)
-  completions, more = _lines(folder / "completions.jsonl", dict)
+  completions, more = _lines(folder / "completions.jsonl", completion)
   if not completions:
-    completions, more = _lines(folder / "samples.jsonl", dict)
+    completions, more = _lines(folder / "samples.jsonl", completion)
   return Log(
     name=place(workdir).name,
     config=files.read_json(folder / "config.json", "the config of the run"),
@@ -212,7 +243,7 @@ def _object(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _lines(
-  file: pathlib.Path, kept: Callable[[dict[str, Any]], _Line]
+  file: pathlib.Path, kept: Callable[[dict[str, Any], bytes], _Line]
 ) -> tuple[list[_Line], int]:
   """Returns what is kept of the lines of a file, and how many are no records.
 
@@ -231,7 +262,7 @@ def _lines(
         try:
           record = json.loads(line)
           int(record["train_step"])
-          found.append(kept(record))
+          found.append(kept(record, line))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
           bad += 1
   except OSError as error:

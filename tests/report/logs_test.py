@@ -55,6 +55,18 @@ def test_a_long_run_takes_little_memory(tmp_path):
   assert size / 2000 < 1000  # bytes of 71 numbers and what holds them
 
 
+def test_completions_take_the_memory_of_their_lines(tmp_path):
+  texts = [run_logs.completion("7 + 4 is 11. " * 5) for _ in range(500)]
+  workdir = run_logs.write(tmp_path / "run", run_logs.log(1, completions=texts))
+  on_disk = (tmp_path / "run" / "completions.jsonl").stat().st_size
+  tracemalloc.start()
+  found = logs.read(workdir)
+  size, _ = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert found.completions == texts
+  assert size < 1.2 * on_disk
+
+
 def test_a_run_from_before_there_were_reports(tmp_path):
   folder = tmp_path / "old"
   run_logs.write(folder, run_logs.log(2, reward=0.5, sessions=()))
