@@ -248,11 +248,14 @@ def test_a_refused_start_changes_nothing_in_an_old_run(tmp_path, changes, part):
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-  """Returns what stands in the files of a folder, by their paths."""
+  """Returns what stands in the files of a folder, by their paths.
+
+  But for who held its lock last, which is told to the second.
+  """
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in folder.rglob("*")
-    if path.is_file()
+    if path.is_file() and path.name != "lock.json"
   }
 
 
