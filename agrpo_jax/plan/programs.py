@@ -31,6 +31,14 @@ from agrpo_jax.port import model as model_lib
 from agrpo_jax.samplers import host
 from agrpo_jax.samplers import sampling as sampling_lib
 
+# CPUs, which stand in for GPUs, multiply bfloat16 as float32, and their
+# compiler would make float32 of all kernels ahead of a loop: memory that no GPU
+# needs.
+_OF_STAND_INS = {
+  "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+  "while-loop-expensive-invariant-code-motion"
+}
+
 # Shapes that need not be downloaded.
 _LLADA_8B = base.Shape(
   model_type="llada",
@@ -396,7 +404,8 @@ class Planner:
   ) -> Program:
     start = time.monotonic()
     try:
-      compiled = lowered.compile()
+      is_stand_in = self._model.mesh.devices.flat[0].platform == "cpu"
+      compiled = lowered.compile(_OF_STAND_INS if is_stand_in else None)
     except jax.errors.JaxRuntimeError as error:
       # That a program is too large is an answer, and no failure of the plan.
       if "RESOURCE_EXHAUSTED" not in str(error):

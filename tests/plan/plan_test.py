@@ -553,6 +553,38 @@ def test_a_whole_plan_on_eight_virtual_devices():
   assert "all-gather" in out
 
 
+@pytest.fixture
+def optimized():
+  """Programs are compiled as users compile them, not as other tests do."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_stand_ins_make_no_float32_kernels_ahead_of_a_loop(optimized):
+  """Of eight layers in a loop one at a time is float32, not all at once."""
+
+  def steps(kernels, x):
+    def layer(x, kernel):
+      return jnp.tanh(x @ kernel.astype(jnp.float32)), None
+
+    return jax.lax.fori_loop(
+      0, 10, lambda _, x: jax.lax.scan(layer, x, kernels)[0], x
+    )
+
+  lowered = jax.jit(steps).lower(
+    jax.ShapeDtypeStruct((8, 512, 512), jnp.bfloat16),
+    jax.ShapeDtypeStruct((8, 512), jnp.float32),
+  )
+  layer = 4 * 512**2
+  assert _temporaries(lowered, None) > 8 * layer
+  assert _temporaries(lowered, programs._OF_STAND_INS) < 2 * layer
+
+
+def _temporaries(lowered, options):
+  return lowered.compile(options).memory_analysis().temp_size_in_bytes
+
+
 def test_a_search_needs_an_accelerator_to_rank_by():
   code, _, err = _command("--search")
   assert code == 2
