@@ -52,7 +52,8 @@ class Record(Mapping[str, float]):
 class Completion(Mapping[str, Any]):
   """A completion that a run kept, in the memory that its line takes.
 
-  Few are looked at more than once; as a dict each would take ten times as much.
+  Few are looked at more than once; as a dict each would take several times as
+  much, in pieces.
   """
 
   __slots__ = ("_line",)

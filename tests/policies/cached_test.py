@@ -93,19 +93,24 @@ CACHES = {
 }
 
 
-def first_step(s, rollout, policy, certainty=1.0):
-  """The metrics of a train step that scores every denoising step."""
-  shape, params = toy(certainty)
-  learner = learner_lib.Learner(
+def learner_of(s, policy, microbatch=4):
+  """One that scores every denoising step."""
+  shape, _ = toy()
+  return learner_lib.Learner(
     bind=lambda params, lora: transformer.bind(shape, params),
     optimizer=optax.sgd(1.0),
     sampling=s,
     objective=agrpo.Agrpo(step_rule="all"),
     group_size=4,
-    microbatch=4,
+    microbatch=microbatch,
     policy=policy,
   )
-  return states.first_step(learner, params, rollout, ROW_ID)[1]
+
+
+def first_step(s, rollout, policy, certainty=1.0):
+  """The metrics of a train step."""
+  _, params = toy(certainty)
+  return states.first_step(learner_of(s, policy), params, rollout, ROW_ID)[1]
 
 
 @pytest.mark.parametrize(
@@ -205,20 +210,12 @@ def test_units_are_cut_off_behind_their_last_state():
   """Few of a block's possible steps run; the gradient is that of all."""
   s = make_sampling("threshold", cache="dual")
   rollout = sample(s)
-  shape, params = toy()
+  _, params = toy()
 
   def gradient(sizes):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(learner_lib, "_sizes", lambda *_: sizes)
-      learner = learner_lib.Learner(
-        bind=lambda params, lora: transformer.bind(shape, params),
-        optimizer=optax.sgd(1.0),
-        sampling=s,
-        objective=agrpo.Agrpo(step_rule="all"),
-        group_size=4,
-        microbatch=2,
-        policy=policy_of(s),
-      )
+      learner = learner_of(s, policy_of(s), microbatch=2)
       visits, _ = learner.objective.visits(
         rollout,
         None,
